@@ -1,0 +1,1 @@
+"""The engine: layout, store, routers, merging, the live module, training and sweeps."""

@@ -1,0 +1,113 @@
+"""The layout: which tensors a model has, which routing group each belongs to, and where it sits in flat memory.
+
+Needs no torch: the store and the native merge read it too. Dtypes carry the names of the safetensors format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Role = Literal["routed", "static", "constant"]
+
+ITEM_SIZE: dict[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes per element of every safetensors dtype that a model may hold."""
+
+MERGED_DTYPES = ("F32", "BF16", "F16")
+"""The dtypes that can be merged."""
+
+TILE = 1024
+"""Elements per tile of a flat buffer. A tile belongs to one group, so every tensor starts on a tile boundary."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the model.
+
+    Attributes:
+        name: its name in the state dict.
+        shape: its shape, in elements.
+        dtype: safetensors dtype of the base tensor, and of the merged one.
+        role: "routed" (mixed by its group's routing weights), "static" (mixed by one constant weight for every
+            expert) or "constant" (taken from the base untouched: integers, booleans, scalar buffers, heads).
+        group: name of its routing group; None unless routed.
+        delta_dtype: safetensors dtype of the deltas; equal to `dtype` for constants, which have none.
+        aliases: further names of the same tensor (tied weights); stored once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    group: str | None
+    delta_dtype: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the base tensor."""
+        return self.numel * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensor table of a stack, with everything about it that is not numbers.
+
+    Attributes:
+        objectives: the experts' names, in the order of every [.., E] axis.
+        tensors: every stored tensor, in file order.
+        static_weight: the constant weight of every expert in static tensors.
+    """
+
+    objectives: tuple[str, ...]
+    tensors: tuple[TensorSpec, ...]
+    static_weight: float
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Routing groups in the order of their first tensor; the [G] axis."""
+        return tuple(dict.fromkeys(t.group for t in self.tensors if t.group is not None))
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorSpec]:
+        """Every stored tensor by its own name and by its aliases."""
+        return {name: spec for spec in self.tensors for name in (spec.name, *spec.aliases)}
+
+    @cached_property
+    def group_index(self) -> dict[str, int]:
+        """Row of the routing weights for each stored name of a merged tensor; static tensors take row G."""
+        rows = {group: row for row, group in enumerate(self.groups)}
+        return {
+            t.name: len(rows) if t.group is None else rows[t.group] for t in self.tensors if t.role != "constant"
+        }
+
+    def with_role(self, *roles: Role) -> tuple[TensorSpec, ...]:
+        """The tensors of the given roles, in file order."""
+        return tuple(t for t in self.tensors if t.role in roles)
+
+
+def place(lengths: Sequence[int], tile: int = TILE) -> tuple[list[int], int]:
+    """Offsets (in elements) of tensors laid one after the other, each on a tile boundary, and the total length."""
+    offsets, end = [], 0
+    for length in lengths:
+        offsets.append(end)
+        end += -(-length // tile) * tile
+    return offsets, end
+
+
+def tile_groups(lengths: Sequence[int], groups: Sequence[int], tile: int = TILE) -> list[int]:
+    """The group of each tile of the flat buffer that `place` describes: a list of length total / tile."""
+    return [g for length, g in zip(lengths, groups, strict=True) for _ in range(-(-length // tile))]
