@@ -1,0 +1,5 @@
+"""The native extension; everything else about the package is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
