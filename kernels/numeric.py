@@ -1,0 +1,19 @@
+"""Conversions that kernels share."""
+
+from __future__ import annotations
+
+from paretofuse.kernels.triton_or_none import jit, tl
+
+
+@jit
+def round_to(x: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Float32 to a storage dtype, to nearest even.
+
+    The hardware's own conversion does so; Triton's interpreter does not for bfloat16, hence the integer form.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40
+        return tl.where(x == x, rounded, quiet).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

@@ -1,0 +1,103 @@
+"""The plain PyTorch truth of every kernel: short, slow, and what the tests compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def routed_merge_reference(
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    *,
+    tile: int,
+    dtype: torch.dtype | None = None,
+    accumulate: torch.dtype = torch.float32,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Merge a flat model for K preferences.
+
+    out[k, t] = base[t] + sum_e weights[k, group(t), e] * deltas[e, t]
+
+    Args:
+        base: [N], N a multiple of `tile`.
+        deltas: [E, N], one plane for each expert; any dtype that converts to `accumulate`.
+        tile_group: [N / tile] integers, the group of each tile.
+        weights: [K, G, E] routing weights.
+        tile: elements per tile.
+        dtype: of the result; the base's unless given.
+        accumulate: float32, or float64 for a truth to test against.
+        scales: [E, N / tile], multiplies each tile of `deltas`; None means 1.
+
+    Returns:
+        [K, N], rounded once.
+    """
+    rows = weights.to(accumulate)[:, tile_group.long()]  # [K, T, E]
+    if scales is not None:
+        rows = rows * scales.to(accumulate).T
+    merged = base.to(accumulate).view(-1, tile).repeat(len(weights), 1, 1)  # [K, T, tile]
+    for e, delta in enumerate(deltas):
+        merged += rows[:, :, e, None] * delta.to(accumulate).view(-1, tile)
+    return merged.flatten(1).to(dtype or base.dtype)
+
+
+def merge_tensor_reference(
+    base: Tensor, deltas: Sequence[Tensor | None], weights_row: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Merge one tensor: base + sum_e weights_row[e] * deltas[e], accumulated in float32 and rounded once.
+
+    Args:
+        base: any shape.
+        deltas: one for each expert, of the base's shape; None where the expert leaves the tensor unchanged.
+        weights_row: [E].
+        dtype: of the result.
+
+    Returns:
+        A new tensor of the base's shape.
+    """
+    merged = base.to(torch.float32, copy=True)
+    for weight, delta in zip(weights_row.to(torch.float32), deltas, strict=True):
+        if delta is not None:
+            merged += weight * delta.to(torch.float32)
+    return merged.to(dtype)
+
+
+def routed_grad_reference(
+    grad: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    groups: int,
+    *,
+    tile: int,
+    accumulate: torch.dtype = torch.float64,
+) -> Tensor:
+    """The routing weights' gradient: dweights[g, e] = sum over t with group(t) = g of grad[t] * deltas[e, t].
+
+    Args:
+        grad: [N], dLoss / dout of the flat merge.
+        deltas: [E, N].
+        tile_group: [N / tile] integers in [0, groups).
+        groups: G.
+        tile: elements per tile.
+        accumulate: dtype of products, sums and result; float64 unless told.
+
+    Returns:
+        [G, E] of dtype `accumulate`.
+    """
+    wide = grad.to(accumulate).view(-1, tile)
+    tiles = torch.stack([(wide * d.to(accumulate).view(-1, tile)).sum(1) for d in deltas], dim=1)  # [T, E]
+    return tiles.new_zeros(groups, len(deltas)).index_add_(0, tile_group.long(), tiles)
+
+
+def inner_reference(grad: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:
+    """One tensor's share of the gradient: <grad, deltas[e]> for each expert, [E] float64; None is zero."""
+    wide = grad.detach().to(torch.float64).flatten()
+    products = [
+        wide.new_zeros(()) if delta is None else torch.dot(wide, delta.detach().to(torch.float64).flatten())
+        for delta in deltas
+    ]
+    return torch.stack(products)
