@@ -70,8 +70,8 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
             )
         if number < 0:
             raise ValueError(
-                f"got {number:g} for objective {name!r} in preference {shown}, expected numbers >= 0 that sum "
-                "to 1; set it to 0 and divide the rest by their sum"
+                f"got {number:g} for objective {name!r} in preference {shown}, expected numbers >= 0 "
+                "that sum to 1; set it to 0 and divide the rest by their sum"
             )
     total = math.fsum(numbers)
     if abs(total - 1) > SUM_TOLERANCE:

@@ -1,0 +1,388 @@
+"""The store: a directory of safetensors files, a manifest and the model's own files. No torch.
+
+manifest.json                   format, version, objectives, tensor table, sizes and checksums
+base.safetensors                every tensor of the base, tied ones once
+experts/<objective>.safetensors the deltas; a tensor that is not there is unchanged by that expert
+routers.safetensors             the routers' parameters, float32
+heads/<objective>.safetensors   tensors that only this objective uses
+heads/<objective>/...           files that replace the model's own under that head (config.json)
+model/...                       config, generation config and tokenizer files, as they were
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from paretofuse.engine.atomic import beside, place_directory, sync, sync_tree
+from paretofuse.engine.errors import StoreError
+from paretofuse.engine.layout import Layout
+from paretofuse.engine.manifest import (
+    BASE,
+    MANIFEST,
+    ROUTERS,
+    FileRecord,
+    Manifest,
+    file_stems,
+    is_model_file,
+    read_manifest,
+)
+from paretofuse.engine.routing import check_routers
+from paretofuse.engine.safetensors_file import (
+    HEADER_RESERVE,
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorData,
+    TensorView,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+_BLOCK = 1 << 20
+_METADATA = {"format": "pt"}
+
+
+class Store:
+    """A store, opened: headers read and checked, data mapped and paged in when touched.
+
+    Attributes:
+        path: its directory.
+        manifest: what manifest.json says.
+        layout: objectives, static weight and tensor table.
+        init: what the routers add to: "identity", "sqrt" or "constant".
+        model_class: qualified name of the base model's class, if it had one.
+        files: the mapped files: the base first, then one for each expert in the objectives' order.
+        base: every stored tensor of the base by name.
+        deltas: for each objective, its deltas by tensor name; a missing one is zero.
+        heads: by objective, the tensors that only this objective uses.
+        routers: the routers' parameters, float32, as copies.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Use `Store.open`."""
+        self.path = root
+        self.manifest = manifest
+        self.layout: Layout = manifest.layout
+        self.init = manifest.init
+        self.model_class = manifest.model_class
+        for path, record in manifest.files.items():
+            _check_file(root, path, record)
+        names = (manifest.base, *manifest.experts.values())
+        self.files = tuple(SafetensorsFile(root / name) for name in names)
+        self.base: Mapping[str, TensorView] = self.files[0].tensors
+        self.deltas: list[Mapping[str, TensorView]] = [file.tensors for file in self.files[1:]]
+        self.heads: dict[str, Mapping[str, TensorView]] = {
+            objective: SafetensorsFile(root / name).tensors for objective, name in manifest.heads.items()
+        }
+        self._check_tables()
+        self.routers = self._read_routers()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Store:
+        """Open a store; nothing but headers and routers is read.
+
+        Raises:
+            StoreError: not a store, of a newer version, or its files are missing, truncated or contradict the
+                manifest; says which file and what to do.
+        """
+        root = Path(path)
+        return cls(root, read_manifest(root))
+
+    def model_files(self, head: str | None = None) -> dict[str, bytes]:
+        """The model's own files (config.json and the like) by name, with those of a head in their place."""
+        names = {name: self.manifest.model_path(name) for name in self.manifest.model_files}
+        if head is not None:
+            names |= {
+                name: self.manifest.model_path(name, head) for name in self.manifest.head_files.get(head, ())
+            }
+        return {name: (self.path / path).read_bytes() for name, path in names.items()}
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read every file and compare its size and checksum with the manifest.
+
+        Args:
+            progress: called with the bytes checked and the bytes in all, from several threads in turn.
+
+        Raises:
+            StoreError: a file was altered, truncated or is missing; names it.
+        """
+        total = sum(record.bytes for record in self.manifest.files.values())
+        done, lock = 0, threading.Lock()
+
+        def count(size: int) -> None:
+            nonlocal done
+            with lock:
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+        def check(item: tuple[str, FileRecord]) -> None:
+            path, record = item
+            _check_file(self.path, path, record)
+            if _sha256(self.path / path, count) != record.sha256:
+                raise StoreError(
+                    f"{self.path / path}: its checksum is not the manifest's, so it was altered after it "
+                    "was written; restore it or create the store again"
+                )
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(check, self.manifest.files.items()):
+                pass
+
+    def _check_tables(self) -> None:
+        by_name = {spec.name: spec for spec in self.layout.tensors}
+        for file, views in zip(self.files, (self.base, *self.deltas), strict=True):
+            is_base = views is self.base
+            for name, view in views.items():
+                spec = by_name.get(name)
+                if spec is None or (spec.role == "constant" and not is_base):
+                    raise StoreError(
+                        f"{file.path}: tensor {name!r} is not in the manifest's table of them; {_AGAIN}"
+                    )
+                dtype = spec.dtype if is_base else spec.delta_dtype
+                if (view.dtype, view.shape) != (dtype, spec.shape):
+                    raise StoreError(
+                        f"{file.path}: tensor {name!r} is {view.dtype} {list(view.shape)}, the manifest says "
+                        f"{dtype} {list(spec.shape)}; {_AGAIN}"
+                    )
+        missing = [name for name in by_name if name not in self.base]
+        if missing:
+            raise StoreError(
+                f"{self.files[0].path}: tensor {missing[0]!r} of the manifest is missing; {_AGAIN}"
+            )
+
+    def _read_routers(self) -> dict[str, np.ndarray]:
+        path = self.path / self.manifest.routers
+        views = SafetensorsFile(path).tensors
+        shapes = {name: view.shape for name, view in views.items()}
+        try:
+            check_routers(shapes, self.init, len(self.layout.groups), len(self.layout.objectives))
+        except ValueError as error:
+            raise StoreError(f"{path}: {error}; {_AGAIN}") from error
+        if any(view.dtype != "F32" for view in views.values()):
+            raise StoreError(f"{path}: router parameters should be F32; {_AGAIN}")
+        return {name: view.data.view(np.float32).reshape(view.shape).copy() for name, view in views.items()}
+
+
+_AGAIN = "create the store again"
+
+
+def _check_file(root: Path, path: str, record: FileRecord) -> None:
+    full = root / path
+    try:
+        size = full.stat().st_size
+    except OSError as error:
+        raise StoreError(f"{full}: cannot be read ({error.strerror}); restore it or {_AGAIN}") from error
+    if not full.resolve().is_relative_to(root.resolve()):
+        raise StoreError(f"{full}: points outside of the store; put the file itself there")
+    if not full.is_file():
+        raise StoreError(f"{full}: not a file; {_AGAIN}")
+    if size != record.bytes:
+        state = "truncated" if size < record.bytes else "altered"
+        raise StoreError(
+            f"{full}: has {size} bytes, the manifest says {record.bytes}: it was {state}; {_AGAIN}"
+        )
+
+
+def _sha256(path: Path, count: Callable[[int], None] | None = None) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            if count is not None:
+                count(size)
+    return digest.hexdigest()
+
+
+def is_store(path: Path) -> bool:
+    """Whether a directory holds a store, perhaps of another version."""
+    try:
+        return b'"paretofuse"' in (path / MANIFEST).read_bytes()[:4096]
+    except OSError:
+        return False
+
+
+class StoreWriter:
+    """Writes a store beside its place and puts it there whole when it is finished.
+
+    A context manager: leaving it before `finish`, by an exception or not, removes what was written and leaves
+    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial` behind.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, objectives: Sequence[str], overwrite: bool = True
+    ) -> None:
+        """Start a store.
+
+        Args:
+            path: its directory; missing parents are made.
+            objectives: the experts' names.
+            overwrite: replace an older store there.
+
+        Raises:
+            ValueError: something stands there that is no store, or a store and `overwrite` is False.
+        """
+        self.path = Path(path)
+        self.objectives = tuple(objectives)
+        if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
+            raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
+        self._overwrite = overwrite
+        self._check_target()
+        self._stems = file_stems(self.objectives)
+        self._experts: dict[str, str] = {}
+        self._heads: dict[str, str] = {}
+        self._model_files: list[str] = []
+        self._head_files: dict[str, list[str]] = {}
+        self._init: str | None = None
+        self._records: dict[str, Future[FileRecord]] = {}
+        # One thread checksums and syncs a finished file while the next one is written.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="paretofuse-store")
+        self._root: Path | None = beside(self.path)
+        self._root.mkdir()
+
+    def write_base(self, tensors: Iterable[TensorData]) -> None:
+        """Write the base: (name, dtype, shape, bytes in pieces) each; larger element sizes should come first."""
+        self._write_tensors(BASE, tensors)
+
+    def write_expert(self, objective: str, tensors: Iterable[TensorData]) -> None:
+        """Write an expert's deltas; leave out those that are zero, or give None for their bytes."""
+        path = f"experts/{self._stem(objective)}.safetensors"
+        self._write_tensors(path, tensors)
+        self._experts[objective] = path
+
+    def write_head(self, objective: str, tensors: Iterable[TensorData]) -> None:
+        """Write the tensors that only one objective uses."""
+        path = f"heads/{self._stem(objective)}.safetensors"
+        self._write_tensors(path, tensors)
+        self._heads[objective] = path
+
+    def write_routers(self, init: str, parameters: Mapping[str, np.ndarray]) -> None:
+        """Write the routers: their init and their float32 parameters by name."""
+        for name, array in parameters.items():
+            if array.dtype != np.float32:
+                raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
+        self._init = init
+        entries = [
+            (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
+        ]
+        self._write_tensors(ROUTERS, entries)
+
+    def add_model_file(self, name: str, content: bytes) -> None:
+        """Keep a file that a merged model directory needs (config.json, tokenizer files)."""
+        self._write_bytes(name, f"model/{name}", content)
+        self._model_files.append(name)
+
+    def add_head_file(self, objective: str, name: str, content: bytes) -> None:
+        """Keep a file that replaces the model's own one under an objective's head."""
+        self._write_bytes(name, f"heads/{self._stem(objective)}/{name}", content)
+        self._head_files.setdefault(objective, []).append(name)
+
+    def finish(self, layout: Layout, model_class: str | None = None) -> None:
+        """Write the manifest, check the store, sync it and put it at its place.
+
+        Args:
+            layout: the tensor table; its objectives are those of the writer.
+            model_class: qualified name of the base model's class, if it had one.
+
+        Raises:
+            ValueError: a part was not written, or the parts do not fit the layout (as StoreError).
+        """
+        root = self._directory()
+        if layout.objectives != self.objectives:
+            raise ValueError(f"got a layout for {layout.objectives}, expected {self.objectives}")
+        absent = [name for name in self.objectives if name not in self._experts]
+        if absent or self._init is None or BASE not in self._records:
+            parts = [*(f"expert {name!r}" for name in absent)]
+            parts += ["routers"] if self._init is None else []
+            parts += ["base"] if BASE not in self._records else []
+            raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
+        manifest = Manifest(
+            layout=layout,
+            init=self._init,
+            base=BASE,
+            routers=ROUTERS,
+            experts=self._experts,
+            heads=self._heads,
+            model_class=model_class,
+            model_files=tuple(self._model_files),
+            head_files={name: tuple(names) for name, names in self._head_files.items()},
+            files={path: record.result() for path, record in self._records.items()},
+        )
+        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        Store.open(root)  # what could not be opened again must not replace an older store
+        sync_tree(root)
+        self._check_target()
+        place_directory(root, self.path)
+        self._root = None
+        self._pool.shutdown()
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not is_store(self.path)):
+            raise ValueError(
+                f"got {self.path}, which exists and is not a store; choose another place or remove it"
+            )
+        if not self._overwrite and is_store(self.path):
+            raise ValueError(f"got {self.path}, which is a store already; remove it or allow overwriting")
+
+    def _directory(self) -> Path:
+        if self._root is None:
+            raise ValueError("got a call after the store was finished; start another StoreWriter")
+        return self._root
+
+    def _stem(self, objective: str) -> str:
+        if objective not in self._stems:
+            raise ValueError(
+                f"got objective {objective!r}, expected one of {', '.join(map(repr, self.objectives))}"
+            )
+        return self._stems[objective]
+
+    def _new_file(self, path: str) -> Path:
+        if path in self._records:
+            raise ValueError(f"got {path} twice, expected it once")
+        full = self._directory() / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        return full
+
+    def _write_tensors(self, path: str, tensors: Iterable[TensorData]) -> None:
+        full = self._new_file(path)
+        reserve = max(1024, 256 * operator.length_hint(tensors, HEADER_RESERVE // 256))
+        with SafetensorsWriter(full, metadata=_METADATA, reserve=reserve) as writer:
+            for name, dtype, shape, chunks in tensors:
+                writer.add(name, dtype, shape, chunks)
+        self._records[path] = self._pool.submit(_seal, full)
+
+    def _write_bytes(self, name: str, path: str, content: bytes) -> None:
+        if not is_model_file(name):
+            raise ValueError(
+                f"got model file {name!r}, expected a relative path below the model that is no weights"
+            )
+        full = self._new_file(path)
+        full.write_bytes(content)
+        self._records[path] = self._pool.submit(_seal, full)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+
+def _seal(path: Path) -> FileRecord:
+    sync(path)
+    return FileRecord(path.stat().st_size, _sha256(path))
