@@ -1,0 +1,1 @@
+"""Benchmarks and the demo, run from a checkout as `python -m benchmarks.<name>`; not in the package."""
