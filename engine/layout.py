@@ -91,7 +91,9 @@ class Layout:
         """Row of the routing weights for each stored name of a merged tensor; static tensors take row G."""
         rows = {group: row for row, group in enumerate(self.groups)}
         return {
-            t.name: len(rows) if t.group is None else rows[t.group] for t in self.tensors if t.role != "constant"
+            t.name: len(rows) if t.group is None else rows[t.group]
+            for t in self.tensors
+            if t.role != "constant"
         }
 
     def with_role(self, *roles: Role) -> tuple[TensorSpec, ...]:

@@ -58,7 +58,9 @@ def assign_groups(names: Iterable[str], route: str | Route) -> dict[str, str | N
     elif route in _ROUTES:
         chosen = _ROUTES[route]
     else:
-        raise ValueError(f"got route {route!r}, expected one of {sorted(_ROUTES)} or a callable name -> group")
+        raise ValueError(
+            f"got route {route!r}, expected one of {sorted(_ROUTES)} or a callable name -> group"
+        )
     groups: dict[str, str | None] = {}
     for name in names:
         group = chosen(name)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from paretofuse.api import load, stack
     from paretofuse.engine.engine import Engine
     from paretofuse.engine.errors import CheckpointError, StoreError
-    from paretofuse.engine.fit import Objective, fit
+    from paretofuse.engine.data import Objective
+    from paretofuse.engine.fit import fit
     from paretofuse.engine.preference import simplex_grid
     from paretofuse.front import Front, sweep
 
@@ -24,7 +25,7 @@ _HOMES = {
     "Engine": "paretofuse.engine.engine",
     "CheckpointError": "paretofuse.engine.errors",
     "StoreError": "paretofuse.engine.errors",
-    "Objective": "paretofuse.engine.fit",
+    "Objective": "paretofuse.engine.data",
     "fit": "paretofuse.engine.fit",
     "simplex_grid": "paretofuse.engine.preference",
     "Front": "paretofuse.front",

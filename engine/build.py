@@ -1,0 +1,345 @@
+"""Building a stack: check that base and experts fit, then compute the deltas block by block.
+
+`plan` reads names, shapes and dtypes only; `base_blocks` and `delta_blocks` stream the numbers, so that the same code
+fills memory (`build`) and writes a store without ever holding a model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.dtypes import TO_TORCH
+from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
+from paretofuse.engine.routes import Route, assign_groups
+from paretofuse.engine.sources import Source, TensorInfo, dtype_name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be stacked.
+
+    Attributes:
+        layout: the tensor table.
+        base: the base's source.
+        experts: each objective's source.
+        heads: for each objective, the names of its own tensors.
+        notes: what a user should know (mixed dtypes and the like), a sentence each.
+    """
+
+    layout: Layout
+    base: Source
+    experts: Mapping[str, Source]
+    heads: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Base and deltas in memory (or mapped from a store).
+
+    Attributes:
+        layout: the tensor table.
+        base: every stored tensor by name.
+        deltas: for each expert, its deltas by name; an absent one means that the expert leaves the tensor unchanged.
+        heads: for each objective, its own tensors by name.
+    """
+
+    layout: Layout
+    base: dict[str, Tensor]
+    deltas: tuple[dict[str, Tensor], ...]
+    heads: dict[str, dict[str, Tensor]]
+
+
+def plan(
+    base: Source,
+    experts: Mapping[str, Source],
+    *,
+    route: str | Route,
+    static_weight: float,
+    dtype: str | None,
+    delta_dtype: str | None,
+    heads: Sequence[str],
+) -> Plan:
+    """Check that base and experts fit together and lay out their tensors.
+
+    Args:
+        base: the base model.
+        experts: the expert of each objective; at least one.
+        route: "mlp", "module", "tensor" or a callable name -> group or None.
+        static_weight: weight of every expert in tensors that are not routed.
+        dtype: safetensors dtype for base and deltas; None keeps each base tensor's.
+        delta_dtype: safetensors dtype for the deltas; None takes the base's.
+        heads: names, dotted prefixes or globs of tensors that belong to one objective each.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes do not fit; the message names the tensor and both sides.
+        ValueError: no expert, an unusable route, or a non-finite static weight.
+    """
+    if not experts:
+        raise ValueError("got no experts, expected at least one, as {objective: model}")
+    if any(not name or "\n" in name for name in experts):
+        raise ValueError(f"got objective names {list(experts)}, expected non-empty single lines")
+    if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):
+        raise ValueError(f"got static_weight={static_weight!r}, expected a finite number such as 0.3")
+
+    own = {objective: _check_names(base, expert, heads) for objective, expert in experts.items()}
+    is_head = {name for name in base.infos if _matches(name, heads)}
+    merged: list[tuple[str, str]] = []
+    for name, info in base.infos.items():
+        stored = dtype_name(info, base.label, name)
+        if _is_constant(info) or name in base.scalar_buffers or name in is_head:
+            continue
+        if dtype is None and stored not in MERGED_DTYPES:
+            raise CheckpointError(
+                f"{base.label}: tensor {name!r} is {info.dtype}, which cannot be merged; pass dtype=torch.float32 "
+                "(or bfloat16, float16) to convert"
+            )
+        merged.append((name, dtype or stored))
+    groups = assign_groups([name for name, _ in merged], route)
+    merged_dtype = dict(merged)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in base.aliases.items():
+        aliases.setdefault(name, []).append(alias)
+
+    specs = []
+    for name, info in base.infos.items():
+        role: Role = (
+            "constant" if name not in merged_dtype else "static" if groups[name] is None else "routed"
+        )
+        stored = merged_dtype.get(name) or dtype_name(info, base.label, name)
+        specs.append(
+            TensorSpec(
+                name=name,
+                shape=info.shape,
+                dtype=stored,
+                role=role,
+                group=groups.get(name),
+                delta_dtype=(delta_dtype or stored) if role != "constant" else stored,
+                aliases=tuple(aliases.get(name, ())),
+            )
+        )
+    layout = Layout(tuple(experts), tuple(specs), float(static_weight))
+    return Plan(layout, base, dict(experts), own, _notes(layout, base, experts))
+
+
+def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
+    """The base tensor's flat blocks in its stored dtype.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    dtype = TO_TORCH[spec.dtype]
+    for block in plan.base.blocks(spec.name):
+        if block.is_floating_point():
+            _check_finite(block, plan.base.label, spec.name)
+        yield block.to(dtype)
+
+
+def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tensor] | None:
+    """The flat blocks of expert - base in the delta dtype, or None where the expert leaves the tensor unchanged.
+
+    The difference is taken in float32 against the base as it is stored, so that merging with a weight of one gives
+    the expert back as nearly as the dtypes allow.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    name = expert.aliases.get(spec.name, spec.name)
+    if expert.is_delta and name not in expert.infos:
+        return None
+    if all(not difference.any() for difference in _differences(plan, expert, spec, name)):
+        return None
+    dtype = TO_TORCH[spec.delta_dtype]
+    return (
+        _rounded(difference, dtype, expert, name) for difference in _differences(plan, expert, spec, name)
+    )
+
+
+def head_blocks(expert: Source, name: str) -> Iterator[Tensor]:
+    """The flat blocks of one of an objective's own tensors, as they are.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    for block in expert.blocks(name):
+        if block.is_floating_point():
+            _check_finite(block, expert.label, name)
+        yield block
+
+
+def build(plan: Plan, device: torch.device) -> Stack:
+    """Read everything into memory on one device."""
+    base = {
+        spec.name: _gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], device)
+        for spec in plan.layout.tensors
+    }
+    deltas = []
+    for expert in plan.experts.values():
+        own: dict[str, Tensor] = {}
+        for spec in plan.layout.with_role("routed", "static"):
+            blocks = delta_blocks(plan, expert, spec)
+            if blocks is not None:
+                own[spec.name] = _gather(blocks, spec.shape, TO_TORCH[spec.delta_dtype], device)
+        deltas.append(own)
+    heads = {
+        objective: {
+            name: _gather(
+                head_blocks(plan.experts[objective], name),
+                plan.experts[objective].infos[name].shape,
+                plan.experts[objective].infos[name].dtype,
+                device,
+            )
+            for name in names
+        }
+        for objective, names in plan.heads.items()
+        if names
+    }
+    return Stack(plan.layout, base, tuple(deltas), heads)
+
+
+def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Iterator[Tensor]:
+    """expert - base, block by block in float32; for sources of deltas, their own blocks."""
+    if expert.is_delta:
+        yield from expert.blocks(name)
+        return
+    for ours, theirs in zip(base_blocks(plan, spec), expert.blocks(name), strict=True):
+        _check_finite(theirs, expert.label, name)
+        yield theirs.to(torch.float32) - ours.to(device=theirs.device, dtype=torch.float32)
+
+
+def _rounded(difference: Tensor, dtype: torch.dtype, expert: Source, name: str) -> Tensor:
+    """A block of deltas in the dtype that it is stored in; finite still, or an error."""
+    rounded = difference.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise CheckpointError(
+            f"{expert.label}: the delta of tensor {name!r} overflows {dtype}; pass delta_dtype=torch.bfloat16 or "
+            "float32"
+        )
+    return rounded
+
+
+def _gather(
+    blocks: Iterator[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Blocks into one new tensor."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    flat, start = result.view(-1), 0
+    for block in blocks:
+        flat[start : start + block.numel()].copy_(block)
+        start += block.numel()
+    return result
+
+
+def _check_finite(block: Tensor, label: str, name: str) -> None:
+    if not torch.isfinite(block).all():
+        kind = "NaN" if torch.isnan(block).any() else "infinity"
+        raise CheckpointError(f"{label}: tensor {name!r} holds {kind}; repair or re-export the checkpoint")
+
+
+def _is_constant(info: TensorInfo) -> bool:
+    """Integers and booleans are never merged."""
+    return not (info.dtype.is_floating_point or info.dtype.is_complex)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is, lies under, or globs to one of the patterns."""
+    return any(
+        name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[str, ...]:
+    """Compare names and shapes; returns the expert's own tensors (its head).
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape, and not declared a head.
+    """
+    theirs = {**expert.infos, **{a: expert.infos[n] for a, n in expert.aliases.items()}}
+    ours = {**base.infos, **{a: base.infos[n] for a, n in base.aliases.items()}}
+    head = tuple(name for name in expert.infos if _matches(name, heads))
+    extra = [n for n in theirs if n not in ours and n not in head and expert.aliases.get(n) not in ours]
+    missing = (
+        []
+        if expert.is_delta
+        else [
+            name
+            for name, info in base.infos.items()
+            if name not in theirs and not _is_constant(info) and not _matches(name, heads)
+        ]
+    )
+    if extra or missing:
+        raise CheckpointError(
+            f"{expert.label} and {base.label} do not fit. "
+            + _name_advice(extra, missing, list(ours), list(theirs))
+        )
+    for name, info in theirs.items():
+        if name in head or name not in ours or _is_constant(ours[name]):
+            continue
+        if info.shape != ours[name].shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(info.shape)} in {expert.label} and {list(ours[name].shape)} in "
+                f"{base.label}; shapes must be equal, or declare it a head: heads=[{name.rpartition('.')[0] or name!r}]"
+            )
+    for alias, name in base.aliases.items():
+        # A tie that an expert has broken cannot be stored once.
+        if alias in expert.infos and name in expert.infos and not expert.is_delta:
+            pairs = zip(expert.blocks(alias), expert.blocks(name), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                raise CheckpointError(
+                    f"{base.label} ties {alias!r} to {name!r}, but {expert.label} has different values for them; "
+                    "untie the base first"
+                )
+    return head
+
+
+def _name_advice(extra: list[str], missing: list[str], ours: list[str], theirs: list[str]) -> str:
+    """Which names differ, and what to do."""
+    parts = []
+    if missing:
+        parts.append(f"Missing in the expert: {_some(missing)}.")
+    if extra:
+        parts.append(f"Only in the expert: {_some(extra)}.")
+    first = ours[0] if ours else ""
+    prefixes = {name[: -len(first)] for name in theirs if first and name.endswith(f".{first}")}
+    prefix = next((p for p in prefixes if all(p + name in theirs for name in ours)), None)
+    if prefix:
+        parts.append(
+            f"The expert's names carry the prefix {prefix!r}: stack its submodule {prefix[:-1]!r} instead."
+        )
+    else:
+        parts.append('Tensors that belong to one objective only are declared by heads=["prefix", ...].')
+    return " ".join(parts)
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(map(repr, names[:count])) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )
+
+
+def _notes(layout: Layout, base: Source, experts: Mapping[str, Source]) -> tuple[str, ...]:
+    """What was converted, a sentence each."""
+    notes = []
+    for objective, expert in experts.items():
+        pairs: dict[tuple[str, str, str], int] = {}
+        for spec in layout.with_role("routed", "static"):
+            name = expert.aliases.get(spec.name, spec.name)
+            if name not in expert.infos:
+                continue
+            found = dtype_name(expert.infos[name], expert.label, name)
+            original = dtype_name(base.infos[spec.name], base.label, spec.name)
+            if not found == original == spec.dtype == spec.delta_dtype:
+                key = (found, original, f"base {spec.dtype}, deltas {spec.delta_dtype}")
+                pairs[key] = pairs.get(key, 0) + 1
+        notes += [
+            f"{objective}: {count} tensors are {theirs} in the expert and {ours} in the base; stored as {stored}"
+            for (theirs, ours, stored), count in pairs.items()
+        ]
+    return tuple(notes)

@@ -1,0 +1,332 @@
+"""The engine: a stack, its routers, and everything that turns a preference into a dense model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretofuse.engine import persist
+from paretofuse.engine.build import Stack
+from paretofuse.engine.flat import FlatInputs, FlatOutputs, flatten
+from paretofuse.engine.layout import TensorSpec
+from paretofuse.engine.live import LiveModule
+from paretofuse.engine.merge import (
+    Merger,
+    choose_backend,
+    native_merger,
+    reference_merger,
+    separate_outputs,
+    triton_merger,
+)
+from paretofuse.engine.routers import Routers
+from paretofuse.engine.skeleton import materialize, stored_tensors
+from paretofuse.engine.sources import ModelCard
+
+Preference = Tensor | Sequence[float] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What makes models of an engine's tensors: the base's card, and each objective's own where it has a head."""
+
+    base: ModelCard = field(default_factory=ModelCard)
+    heads: Mapping[str, ModelCard] = field(default_factory=dict)
+
+
+class Engine:
+    """One base and E experts, ready to become any mixture of them. Made by `pf.stack` and `pf.load`.
+
+    Attributes:
+        layout: the tensor table.
+        routers: the trained part; `routers(preference)` gives the routing weights [G, E].
+        device: where base, deltas and merged models live.
+        backend: "reference", "native" or "triton".
+        notes: what happened while stacking that one should know, a sentence each.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        routers: Routers,
+        cards: Cards,
+        *,
+        device: torch.device,
+        backend: str | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.layout = stack.layout
+        self.device = device
+        self.backend = choose_backend(device, backend)
+        self.notes = notes
+        self.cards = cards
+        self.routers = routers.to(device)
+        self._rows = self.layout.group_index
+        self._flat: list[FlatInputs] = []
+        if self.backend == "triton":
+            stack, self._flat = flatten(stack, self._rows, device)
+        self._stack = stack
+        self._live: LiveModule | None = None
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The experts' names, in the order of every [.., E] axis."""
+        return self.layout.objectives
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The routing groups, in the order of every [G, ..] axis."""
+        return self.layout.groups
+
+    @property
+    def tensor_groups(self) -> dict[str, str]:
+        """The group of each routed tensor."""
+        return {spec.name: spec.group for spec in self.layout.tensors if spec.group is not None}
+
+    @property
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """Each objective's own tensors by name, for the objectives that have any."""
+        return {objective: dict(own) for objective, own in self._stack.heads.items()}
+
+    @property
+    def module(self) -> nn.Module:
+        """The live module, built when first asked for, at equal preferences until the first switch."""
+        return self._live_module().module
+
+    def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
+        """Rewrite the live module in place for a preference, or for given routing weights [G, E].
+
+        No parameter's address changes. Invalid input changes nothing.
+
+        Raises:
+            ValueError: the preference or the weights are not valid.
+        """
+        full = self._full_weights(preference, weights)
+        self._only_one(full)
+        self._live_module().switch(full)
+
+    def merge(
+        self,
+        preference: Preference | None = None,
+        *,
+        weights: Tensor | None = None,
+        head: str | None = None,
+    ) -> Any:
+        """A new, independent dense model for a preference, or for given routing weights [G, E].
+
+        Args:
+            preference: by objective name, or in the order of `objectives`; [K, E] gives a list of K models.
+            weights: routing weights instead, [G, E] or [K, G, E].
+            head: the objective whose own tensors the model gets.
+
+        Returns:
+            A module of the base's own class (of the expert's, with `head`), or a list of them.
+
+        Raises:
+            ValueError: invalid input, or the model's class is not known (stacked from bare tensors).
+        """
+        card = self._card(head)
+        if card.skeleton is None:
+            raise ValueError(
+                "this engine was stacked from bare tensors and knows no module class; use merge_state_dict, stack "
+                "an nn.Module or a Hugging Face directory, or pass module= to pf.load"
+            )
+        states = self.merge_state_dict(preference, weights=weights, head=head)
+        skeleton, free = card.skeleton(), set(self._stack.heads.get(head or "", {}))
+        built = [
+            materialize(skeleton, state, "the merged tensors", any_shape=free)
+            for state in (states if isinstance(states, list) else [states])
+        ]
+        return built if isinstance(states, list) else built[0]
+
+    def merge_state_dict(
+        self,
+        preference: Preference | None = None,
+        *,
+        weights: Tensor | None = None,
+        head: str | None = None,
+    ) -> Any:
+        """Like `merge`, but the tensors only: a dict by state-dict name, or a list of K dicts.
+
+        Tied names share one tensor. Every tensor is new, and has its own storage.
+        """
+        full = self._full_weights(preference, weights)
+        own = self._head_tensors(head)
+        specs = self.layout.with_role("routed", "static")
+        merged = self._merge_specs(specs, full)
+        states = []
+        for tensors in merged:
+            state: dict[str, Tensor] = {}
+            for spec in self.layout.tensors:
+                tensor = tensors[spec.name] if spec.name in tensors else self._stack.base[spec.name].clone()
+                state.update(dict.fromkeys((spec.name, *spec.aliases), tensor))
+            state.update({name: tensor.clone() for name, tensor in own.items()})
+            states.append(state)
+        return states if self._many(preference, weights) else states[0]
+
+    def train_at(self, preference: Preference) -> Tensor:
+        """Merge the live module at a preference and let gradients flow from it into the routers.
+
+        After this, `loss.backward()` through `engine.module` adds to the gradients of `engine.routers.parameters()`;
+        the module's own gradients are reduced at once and freed. Several backward passes add up.
+
+        Returns:
+            The routing weights [G, E], part of the routers' graph: `weights.backward(gradient)` carries a gradient
+            that a solver made of `jacobian` into the routers.
+
+        Raises:
+            ValueError: the preference is not valid.
+        """
+        live = self._live_module()
+        weights: Tensor = self.routers(preference)
+        if weights.dim() != 2:
+            raise ValueError(
+                f"got preferences of shape {list(weights.shape[:-2])} x E, expected one of shape [E]"
+            )
+        live.write(self._with_static(weights.detach().unsqueeze(0)))
+        live.collector.arm(weights)
+        return weights
+
+    def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
+        """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
+
+        Args:
+            losses: M scalars, each computed by `engine.module` after `train_at`.
+
+        Returns:
+            float64 [M, G, E].
+
+        Raises:
+            ValueError: a loss is not a scalar, or `train_at` was not called.
+        """
+        rows = list(losses)
+        for index, loss in enumerate(rows):
+            if loss.dim() != 0 or not loss.requires_grad:
+                raise ValueError(
+                    f"loss {index} has shape {list(loss.shape)} and requires_grad={loss.requires_grad}; expected a "
+                    "scalar computed by engine.module after engine.train_at(preference)"
+                )
+        if not rows:
+            raise ValueError("got no losses, expected at least one scalar")
+        return self._live_module().collector.jacobian(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a store: a directory of safetensors files and a manifest, atomically.
+
+        Raises:
+            ValueError: the path exists and is not a store.
+            OSError: writing failed; what was there before is untouched.
+        """
+        persist.save(path, self._stack, self.routers, self.cards.base, self.cards.heads)
+
+    def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
+        """The dense model for a preference, like `merge`, dropping the live module's memory first."""
+        self._live = None
+        merged: nn.Module = self.merge(preference, head=head)
+        return merged
+
+    def __repr__(self) -> str:
+        """Sizes at a glance."""
+        routed = sum(spec.numel for spec in self.layout.with_role("routed"))
+        total = sum(spec.numel for spec in self.layout.tensors)
+        return (
+            f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {len(self.groups)} groups, "
+            f"{routed:,} of {total:,} parameters routed, backend={self.backend!r}, device={str(self.device)!r})"
+        )
+
+    def _live_module(self) -> LiveModule:
+        if self._live is None:
+            self._live = self._build_live()
+        return self._live
+
+    def _build_live(self) -> LiveModule:
+        if self.cards.base.skeleton is None:
+            raise ValueError(
+                "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a "
+                "Hugging Face directory, or pass module= to pf.load"
+            )
+        specs = self.layout.with_role("routed", "static")
+        out = FlatOutputs(specs, 1, self.device)
+        state = dict(out.views[0])
+        for spec in self.layout.with_role("constant"):
+            state[spec.name] = self._stack.base[spec.name].clone()
+        module = materialize(self.cards.base.skeleton(), state, "the stacked tensors")
+        # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
+        stored = stored_tensors(module)
+        routed = self.layout.with_role("routed")
+        mergers = [self._merger(part, out, [stored]) for part in (routed, self.layout.with_role("static"))]
+        count = len(self.objectives)
+        with torch.no_grad():
+            weights = self._with_static(self.routers([1 / count] * count).unsqueeze(0))
+        rows = {spec.name: self._rows[spec.name] for spec in routed}
+        return LiveModule(module, mergers[0], mergers[1], rows, self._stack.deltas, weights)
+
+    def _merge_specs(self, specs: Sequence[TensorSpec], full: Tensor) -> list[dict[str, Tensor]]:
+        """K new sets of merged tensors, each tensor with its own storage."""
+        if self.backend == "triton":
+            flat = FlatOutputs(specs, len(full), self.device)
+            self._merger(specs, flat, [])(full)
+            return [{name: view.clone() for name, view in views.items()} for views in flat.views]
+        out = separate_outputs(specs, len(full), self.device)
+        self._merger(specs, None, out)(full)
+        return out
+
+    def _merger(
+        self, specs: Sequence[TensorSpec], flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]
+    ) -> Merger:
+        if not specs:
+            return lambda weights: None
+        if self.backend == "triton" and flat is not None:
+            return triton_merger([f for f in self._flat if f.bucket.specs[0] in specs], flat)
+        maker = native_merger if self.backend == "native" else reference_merger
+        return maker(specs, self._rows, self._stack, out)
+
+    def _full_weights(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
+        """Validated weights float32 [K, G + 1, E]: the routing weights and the static row."""
+        if (preference is None) == (weights is None):
+            raise ValueError(
+                "expected either a preference or weights=, got " + ("neither" if weights is None else "both")
+            )
+        if weights is None:
+            with torch.no_grad():
+                routing: Tensor = self.routers(preference)
+        else:
+            routing = torch.as_tensor(weights).detach().to(device=self.device, dtype=torch.float32)
+            expected = [len(self.groups), len(self.objectives)]
+            if list(routing.shape[-2:]) != expected or routing.dim() not in (2, 3):
+                raise ValueError(
+                    f"got weights of shape {list(routing.shape)}, expected [G, E] = {expected} or [K, G, E]"
+                )
+            if not torch.isfinite(routing).all():
+                raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
+        return self._with_static(routing if routing.dim() == 3 else routing.unsqueeze(0))
+
+    def _with_static(self, routing: Tensor) -> Tensor:
+        """[K, G, E] -> contiguous [K, G + 1, E]."""
+        static = routing.new_full((len(routing), 1, len(self.objectives)), self.layout.static_weight)
+        return torch.cat([routing, static], dim=1)
+
+    def _many(self, preference: Preference | None, weights: Tensor | None) -> bool:
+        """Whether K preferences were asked for, rather than one."""
+        given = weights if weights is not None else preference
+        return isinstance(given, Tensor) and given.dim() == (3 if weights is not None else 2)
+
+    def _only_one(self, full: Tensor) -> None:
+        if len(full) != 1:
+            raise ValueError(f"got {len(full)} preferences, expected one: there is one live module")
+
+    def _card(self, head: str | None) -> ModelCard:
+        self._head_tensors(head)
+        return self.cards.base if head is None else self.cards.heads.get(head, self.cards.base)
+
+    def _head_tensors(self, head: str | None) -> dict[str, Tensor]:
+        if head is None:
+            return {}
+        if head not in self._stack.heads:
+            known = list(self._stack.heads) or "none; declare them by pf.stack(..., heads=[...])"
+            raise ValueError(f"got head={head!r}, expected an objective that has a head: {known}")
+        return self._stack.heads[head]

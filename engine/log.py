@@ -1,0 +1,87 @@
+"""Training logs: a CSV file, or a TensorBoard directory."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Log(Protocol):
+    """Takes a record for each step."""
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Write one step's record; its "step" counts from 1."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
+    """A CSV log where the path ends in .csv, a TensorBoard directory otherwise.
+
+    Args:
+        path: the file or directory.
+        resumed_step: records after this step come from a run that was cut short, and are dropped (0: a new run).
+
+    Raises:
+        ImportError: the path is a directory and tensorboard is not installed.
+    """
+    path = Path(path)
+    return CsvLog(path, resumed_step) if path.suffix == ".csv" else TensorBoardLog(path, resumed_step)
+
+
+class CsvLog:
+    """One line a step; the first line names the columns."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[dict[str, str]] = []
+        if resumed_step and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+        self._file = path.open("w", newline="")
+        self._writer: csv.DictWriter[str] | None = None
+        for row in kept:
+            self._write(row)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Append a line."""
+        self._write(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, fieldnames=list(row))
+            self._writer.writeheader()
+        self._writer.writerow(row)
+        self._file.flush()
+
+
+class TensorBoardLog:
+    """A scalar for each column and step."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                f"log={str(path)!r} is a TensorBoard directory, which needs `pip install tensorboard`; "
+                "or end it in .csv"
+            ) from error
+        self._writer = SummaryWriter(str(path), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Add one point to each scalar."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()

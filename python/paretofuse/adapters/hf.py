@@ -1,0 +1,116 @@
+"""Hugging Face model directories: config.json, one or several safetensors files, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.skeleton import make_skeleton, stored_tensors
+from paretofuse.engine.sources import ModelCard, Source, from_safetensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no configuration
+
+
+def from_directory(path: Path, label: str) -> Source:
+    """A source over a Hugging Face directory, streamed from its files.
+
+    Raises:
+        CheckpointError: there are no safetensors weights, or a shard that the index names is missing.
+    """
+    source = from_safetensors(_weight_files(path, label), label)
+    config = path / CONFIG
+    if not config.is_file():
+        return source
+    card = card_from_files(companion_files(path))
+    if card.skeleton is None:
+        return source
+    return replace(source, card=card, aliases=_ties(card.skeleton(), source))
+
+
+def companion_files(path: Path) -> dict[str, bytes]:
+    """A model directory's small files besides the weights: configuration, tokenizer, chat template, licence."""
+    skipped = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(path.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(skipped)
+        and file.stat().st_size <= _SMALL_FILE
+    }
+
+
+def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
+    """The card of a model whose config.json names a transformers class; without transformers, the files only."""
+    config = json.loads(files[CONFIG]) if CONFIG in files else {}
+    architectures = config.get("architectures") or []
+    if not architectures or "model_type" not in config:
+        return ModelCard(files=dict(files))
+    name = str(architectures[0])
+    try:
+        import transformers
+    except ImportError:
+        return ModelCard(files=dict(files), model_class=f"transformers.{name}")
+    if not hasattr(transformers, name):
+        return ModelCard(files=dict(files), model_class=name)
+    made: list[nn.Module] = []
+
+    def skeleton() -> nn.Module:
+        if not made:
+            made.append(_skeleton(getattr(transformers, name), config))
+        return made[0]
+
+    return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"transformers.{name}")
+
+
+def _skeleton(cls: type, config: dict[str, object]) -> nn.Module:
+    """The model of a configuration, with meta tensors; buffers that are not stored keep their values."""
+    from transformers.initialization import no_init_weights
+
+    settings = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
+    with no_init_weights():
+        model: nn.Module = cls(settings)
+    return make_skeleton(model).eval()
+
+
+def _weight_files(path: Path, label: str) -> list[Path]:
+    """The directory's safetensors files, by the index where there is one."""
+    index = path / INDEX
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
+        if missing:
+            raise CheckpointError(f"{label}: {INDEX} names {missing[0]!r}, which is not in the directory")
+        return [path / shard for shard in shards]
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
+    advice = (
+        "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
+        if pickles
+        else f"expected {WEIGHTS} or {INDEX}"
+    )
+    raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
+
+
+def _ties(skeleton: nn.Module, source: Source) -> dict[str, str]:
+    """Names that the model ties to stored ones, and that the files therefore leave out (GPT-2's lm_head)."""
+    owners = {id(tensor): name for name, tensor in stored_tensors(skeleton).items() if name in source.infos}
+    return {
+        name: owners[id(tensor)]
+        for name, tensor in stored_tensors(skeleton).items()
+        if name not in source.infos and id(tensor) in owners
+    }

@@ -1,0 +1,54 @@
+"""Turns what a user calls a model (a module, a state dict, a path) into a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from paretofuse.adapters import hf, openclip, peft
+from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.sources import Source, from_module, from_safetensors, from_state_dict
+
+
+def resolve(model: Any, label: str, base: Source | None = None) -> Source:
+    """The source of a model.
+
+    Args:
+        model: an nn.Module; a state dict; a path to a .safetensors file, to a Hugging Face or open_clip directory,
+            or (experts only) to a PEFT LoRA directory.
+        label: what to call it in messages.
+        base: the base's source, for experts.
+
+    Raises:
+        TypeError: none of these.
+        CheckpointError: the path holds nothing of the kind.
+    """
+    if isinstance(model, nn.Module):
+        return from_module(model, label)
+    if isinstance(model, Mapping):
+        return from_state_dict(model, label)
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"{label}: got {type(model).__name__}, expected an nn.Module, a state dict or a path")
+    path = Path(model)
+    label = f"{label} ({path})"
+    if path.is_file() and path.suffix == ".safetensors":
+        return from_safetensors([path], label)
+    if path.is_file():
+        raise CheckpointError(
+            f"{label}: only .safetensors files are read, never pickles; convert it with safetensors.torch.save_file"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{label}: no such file or directory")
+    if (path / peft.CONFIG).is_file():
+        if base is None:
+            raise CheckpointError(
+                f"{label}: a LoRA directory can be an expert only; the base is the model under it"
+            )
+        return peft.from_directory(path, label, base)
+    if (path / openclip.CONFIG).is_file():
+        return openclip.from_directory(path, label)
+    return hf.from_directory(path, label)

@@ -1,0 +1,182 @@
+"""`pf.stack` and `pf.load`: from models and paths to an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from paretofuse.adapters import hf, openclip
+from paretofuse.adapters.resolve import resolve
+from paretofuse.engine import build, persist
+from paretofuse.engine.dtypes import merged_dtype_name
+from paretofuse.engine.engine import Cards, Engine
+from paretofuse.engine.routers import INITS, Routers
+from paretofuse.engine.routes import Route
+from paretofuse.engine.skeleton import make_skeleton
+from paretofuse.engine.sources import ModelCard
+
+
+def stack(
+    base: Any,
+    experts: Mapping[str, Any],
+    route: str | Route = "module",
+    init: str = "identity",
+    static_weight: float = 0.3,
+    dtype: torch.dtype | None = None,
+    *,
+    delta_dtype: torch.dtype | None = None,
+    heads: Sequence[str] = (),
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+) -> Engine:
+    """Stack the experts of one base model into an engine; the inputs are never changed.
+
+    Args:
+        base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
+            directory, a .safetensors file).
+        experts: each objective's expert, by name; like base, or a PEFT LoRA directory.
+        route: which tensors share a router: "mlp" (one for each MLP block, nothing else routed), "module", "tensor",
+            or a callable from a tensor's name to its group's name or None.
+        init: where the routers start: "identity" (L = r), "sqrt" (L = sqrt(r)) or "constant" (PWEMoE's).
+        static_weight: weight of every expert in tensors that are not routed, and of "constant" at its start.
+        dtype: of base, deltas and merged models; None keeps each base tensor's own. Experts of other dtypes are
+            converted, and `engine.notes` says which.
+        delta_dtype: of the deltas alone, for example bfloat16 under a float32 base; None takes the base's.
+        heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
+        device: where the engine lives; the base's own device by default (the CPU for paths).
+        backend: "reference", "native" or "triton"; chosen by device by default.
+
+    Raises:
+        CheckpointError: base and experts do not fit together; the message names the tensor and both sides.
+        ValueError: an argument is out of range.
+        TypeError: a model is of no known kind.
+    """
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
+    place = torch.device(device) if device is not None else _device_of(base)
+    routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
+    return Engine(
+        build.build(plan, place), routers, _cards(plan), device=place, backend=backend, notes=plan.notes
+    )
+
+
+def stack_to_store(
+    base: Any,
+    experts: Mapping[str, Any],
+    store: str | os.PathLike[str],
+    *,
+    route: str | Route = "module",
+    init: str = "identity",
+    static_weight: float = 0.3,
+    dtype: torch.dtype | None = None,
+    delta_dtype: torch.dtype | None = None,
+    heads: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> tuple[str, ...]:
+    """Like `stack(...).save(store)`, streamed from checkpoint to store without holding a model in memory.
+
+    Args:
+        store: the store's directory; written atomically.
+        progress: called with the number of parameters done since the last call.
+
+    Returns:
+        What a user should know about it, a sentence each.
+
+    Raises:
+        as `stack`, and OSError when writing fails.
+    """
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
+    routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
+    cards = _cards(plan)
+    persist.write(store, persist.streamed(plan, progress), plan.layout, routers, cards.base, cards.heads)
+    return plan.notes
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    module: nn.Module | None = None,
+    *,
+    backend: str | None = None,
+) -> Engine:
+    """Open a store. On the CPU its files are mapped, not read.
+
+    Args:
+        path: the store's directory.
+        device: where the engine lives.
+        module: the model's structure, where the store has no configuration that tells it; its weights are not used.
+        backend: "reference", "native" or "triton"; chosen by device by default.
+
+    Raises:
+        StoreError: not a store, or a damaged, incomplete or too new one.
+        ValueError: the module does not have the store's tensors.
+    """
+    place = torch.device(device)
+    opened = persist.read(path, place)
+    base, heads = _card_of(opened.files, opened.model_class), {}
+    if module is not None:
+        skeleton = make_skeleton(module)
+        base = ModelCard(lambda: skeleton, base.files, base.model_class)
+    for objective, files in opened.head_files.items():
+        heads[objective] = _card_of(files, None)
+    return Engine(opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend)
+
+
+def _plan(
+    base: Any,
+    experts: Mapping[str, Any],
+    route: str | Route,
+    init: str,
+    static_weight: float,
+    dtype: torch.dtype | None,
+    delta_dtype: torch.dtype | None,
+    heads: Sequence[str],
+) -> build.Plan:
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{objective: model}}")
+    if isinstance(heads, str):
+        raise TypeError(f"got heads={heads!r}, expected a list of names such as [{heads!r}]")
+    if init not in INITS:
+        raise ValueError(f"got init={init!r}, expected one of {list(INITS)}")
+    names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
+    source = resolve(base, "the base")
+    sources = {str(name): resolve(model, f"expert {name!r}", source) for name, model in experts.items()}
+    return build.plan(
+        source,
+        sources,
+        route=route,
+        static_weight=static_weight,
+        dtype=names[0],
+        delta_dtype=names[1],
+        heads=heads,
+    )
+
+
+def _cards(plan: build.Plan) -> Cards:
+    return Cards(plan.base.card, {o: plan.experts[o].card for o, names in plan.heads.items() if names})
+
+
+def _card_of(files: Mapping[str, bytes], model_class: str | None) -> ModelCard:
+    """The card of a stored model, by the library that its files belong to."""
+    if openclip.CONFIG in files:
+        return openclip.card_from_files(files)
+    if hf.CONFIG in files:
+        return hf.card_from_files(files)
+    return ModelCard(files=dict(files), model_class=model_class)
+
+
+def _device_of(base: Any) -> torch.device:
+    tensors: Any = ()
+    if isinstance(base, nn.Module):
+        tensors = base.state_dict().values()
+    elif isinstance(base, Mapping):
+        tensors = base.values()
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the base lies on several devices ({', '.join(map(str, devices))}); pass device= to choose one"
+        )
+    return devices.pop() if devices else torch.device("cpu")
