@@ -215,7 +215,7 @@ class StoreWriter:
     """Writes a store beside its place and puts it there whole when it is finished.
 
     A context manager: leaving it before `finish`, by an exception or not, removes what was written and leaves
-    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial` behind.
+    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial`.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class StoreWriter:
         self._root.mkdir()
 
     def write_base(self, tensors: Iterable[TensorData]) -> None:
-        """Write the base: (name, dtype, shape, bytes in pieces) each; larger element sizes should come first."""
+        """Write the base: (name, dtype, shape, bytes in pieces) each; larger elements should come first."""
         self._write_tensors(BASE, tensors)
 
     def write_expert(self, objective: str, tensors: Iterable[TensorData]) -> None:
