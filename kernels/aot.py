@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from paretofuse.kernels.launch import MERGE_CONFIGS
+from paretofuse.kernels.launch import GRAD_CONFIGS, MERGE_CONFIGS, grad_config
+from paretofuse.kernels.routed_grad import (
+    MAX_BLOCK,
+    SUM_BLOCKS,
+    SUM_EXPERTS,
+    group_sums_kernel,
+    partials_kernel,
+)
 from paretofuse.kernels.routed_merge import merge_kernel
 from paretofuse.kernels.triton_or_none import interpreted, triton
 
@@ -65,6 +72,36 @@ def merge_variants(tile: int = 1024, dtypes: tuple[str, ...] = FLOATS) -> Iterat
             warps=config.warps,
             grid="ceil(preferences / K_BLOCK) * n / BLOCK, 1, 1",
         )  # fmt: skip
+
+
+def grad_variants(tile: int = 1024, dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """Every configuration of the gradient's first stage that its size rule gives to a dtype, and the second stage."""
+    for grad, delta in product(dtypes, repeat=2):
+        config = grad_config(4 if delta == "fp32" else 2)
+        use = next(use for use, other in GRAD_CONFIGS.items() if other is config)
+        yield Variant(
+            name=f"grad_{use.replace(' ', '_')}_{grad}_{delta}",
+            kernel=partials_kernel,
+            arguments={
+                "grad": f"*{grad}", "deltas": f"*{delta}", "partials": "*fp32", "n": "i64", "experts": "i32",
+                "delta_stride": "i64",
+            },
+            constants={"BLOCK": min(tile, MAX_BLOCK), "E_CHUNK": config.e_chunk},
+            aligned=("grad", "deltas", "partials", "n", "delta_stride"),
+            warps=config.warps,
+            grid="ceil(n / BLOCK), 1, 1",
+        )  # fmt: skip
+    yield Variant(
+        name="group_sums",
+        kernel=group_sums_kernel,
+        arguments={
+            "partials": "*fp32", "order": "*i32", "starts": "*i32", "out": "*fp32", "experts": "i32",
+        },
+        constants={"BLOCKS": SUM_BLOCKS, "EXPERTS": SUM_EXPERTS},
+        aligned=("partials", "order", "starts", "out"),
+        warps=4,
+        grid="G, ceil(experts / EXPERTS), 1",
+    )  # fmt: skip
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:

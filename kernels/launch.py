@@ -35,6 +35,32 @@ MERGE_CONFIGS = {
 }
 """Every configuration of the merge kernel, by the preferences and the size it is for."""
 
+
+@dataclass(frozen=True)
+class GradConfig:
+    """One compiled form of the gradient's first stage.
+
+    Attributes:
+        e_chunk: experts whose loads are in flight together, a power of two; more experts loop.
+        warps: warps per program; with one, sums need no shared memory and no barrier.
+    """
+
+    e_chunk: int
+    warps: int
+
+
+GRAD_CONFIGS = {
+    "wide deltas": GradConfig(e_chunk=2, warps=1),
+    "narrow deltas": GradConfig(e_chunk=4, warps=1),
+}
+"""Every configuration of the gradient, by the size of a delta: each has 16 wide loads in flight per thread."""
+
+
+def grad_config(itemsize: int) -> GradConfig:
+    """The gradient's configuration for deltas of `itemsize` bytes."""
+    return GRAD_CONFIGS["wide deltas" if itemsize >= 4 else "narrow deltas"]
+
+
 SMALL_MODEL = 1 << 20
 """Elements under which blocks of 1024 would leave a large GPU's multiprocessors without work."""
 

@@ -88,9 +88,29 @@ def routed_grad_reference(
     Returns:
         [G, E] of dtype `accumulate`.
     """
-    wide = grad.to(accumulate).view(-1, tile)
-    tiles = torch.stack([(wide * d.to(accumulate).view(-1, tile)).sum(1) for d in deltas], dim=1)  # [T, E]
+    tiles = block_products_reference(grad, deltas, tile, accumulate=accumulate)
     return tiles.new_zeros(groups, len(deltas)).index_add_(0, tile_group.long(), tiles)
+
+
+def block_products_reference(
+    grad: Tensor, deltas: Tensor, block: int, *, accumulate: torch.dtype = torch.float64
+) -> Tensor:
+    """Stage one of the gradient: <grad, deltas[e]> over each block of `block` elements, the last one maybe
+    shorter.
+
+    Args:
+        grad: [N].
+        deltas: [E, N].
+        block: elements per block.
+        accumulate: dtype of products, sums and result.
+
+    Returns:
+        [ceil(N / block), E].
+    """
+    pad = (0, -grad.numel() % block)
+    wide = torch.nn.functional.pad(grad.to(accumulate), pad).view(-1, block)
+    rows = [torch.nn.functional.pad(d.to(accumulate), pad).view(-1, block) for d in deltas]
+    return torch.stack([(wide * row).sum(1) for row in rows], dim=1)
 
 
 def inner_reference(grad: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:

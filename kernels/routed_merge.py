@@ -10,18 +10,17 @@ all of them. Arithmetic is float32 whatever is stored; the result is rounded onc
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from paretofuse.kernels import checks
 from paretofuse.kernels.launch import MergeConfig, merge_config
 from paretofuse.kernels.numeric import round_to
+from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
+from torch import Tensor
 
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What base, deltas and out may be, in any mix."""
-
-MAX_EXPERTS = 64
+INSTEAD = "paretofuse.kernels.reference.routed_merge_reference"
 
 
 @jit
@@ -94,21 +93,47 @@ def _launch(
 def _routed_merge_out(
     base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, out: Tensor, tile: int
 ) -> None:
-    require(merge_kernel, base.device.type, "paretofuse.kernels.reference.routed_merge_reference")
-    _launch(
-        base,
-        deltas,
-        tile_group,
-        weights,
-        out,
-        tile,
-        merge_config(base.numel(), weights.shape[0], weights.shape[2]),
-    )
+    require(merge_kernel, base.device.type, INSTEAD)
+    config = merge_config(base.numel(), weights.shape[0], weights.shape[2])
+    _launch(base, deltas, tile_group, weights, out, tile, config)
 
 
 @_routed_merge_out.register_fake
 def _(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, out: Tensor, tile: int) -> None:
     return None
+
+
+@torch.library.custom_op("paretofuse::routed_merge", mutates_args=())
+def _routed_merge(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> Tensor:
+    out = base.new_empty((weights.shape[0], base.shape[0]))
+    _routed_merge_out(base, deltas, tile_group, weights, out, tile)
+    return out
+
+
+@_routed_merge.register_fake
+def _(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> Tensor:
+    return base.new_empty((weights.shape[0], base.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, deltas, tile_group, weights, ctx.tile = inputs
+    ctx.save_for_backward(deltas, tile_group)
+    ctx.groups = weights.shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The base takes the sum of the K gradients; the weights take the routed gradient of each; deltas are frozen."""
+    deltas, tile_group = ctx.saved_tensors
+    for_base = grad.float().sum(0).to(grad.dtype) if ctx.needs_input_grad[0] else None
+    for_weights = None
+    if ctx.needs_input_grad[3]:
+        plan = plan_groups(tile_group, ctx.groups, ctx.tile)
+        rows = [group_sums(grad_partials(g.contiguous(), deltas, block=plan.block), plan) for g in grad]
+        for_weights = torch.stack(rows)
+    return for_base, None, None, for_weights, None
+
+
+_routed_merge.register_autograd(_backward, setup_context=_save)
 
 
 def routed_merge(
@@ -122,9 +147,11 @@ def routed_merge(
 ) -> Tensor:
     """Merge a flat model for one preference or for K at once, in one launch of a Triton kernel.
 
+    Differentiable with respect to `weights` and `base` unless `out` is given.
+
     Args:
         base: [N] float32, bfloat16 or float16, contiguous; N a multiple of `tile`.
-        deltas: [E, N] of one of those dtypes, planes contiguous; E from 1 to 64.
+        deltas: [E, N] of one of those dtypes, planes contiguous; E from 1 to 64. Frozen.
         tile_group: [N / tile] int32, the row of the weights for each tile. Values must be in [0, G): they are
             read on the device only, and not checked.
         weights: [K, G, E] float32, contiguous; or [G, E] for one preference.
@@ -137,61 +164,42 @@ def routed_merge(
 
     Raises:
         ImportError: Triton is not installed.
-        TypeError, ValueError: a dtype, shape, stride or device does not fit, or the tensors are on the CPU
-            outside Triton's interpreter. There is no fallback: the caller chooses the backend.
+        TypeError, ValueError: a dtype, shape, stride or device does not fit, a gradient is wanted that does
+            not exist, or the tensors are on the CPU outside Triton's interpreter. There is no fallback: the
+            caller chooses the backend.
     """
     single = weights.ndim == 2
-    many_weights = weights[None] if single else weights
-    _check_inputs(base, deltas, tile_group, many_weights, tile)
-    require(merge_kernel, base.device.type, "paretofuse.kernels.reference.routed_merge_reference")
-    expected = (base.numel(),) if single else (many_weights.shape[0], base.numel())
+    many = weights[None] if single else weights
+    _check(base, deltas, tile_group, many, tile)
+    require(merge_kernel, base.device.type, INSTEAD)
     if out is None:
-        out = base.new_empty(expected)
-    _check("out", out, DTYPES, expected, base.device)
-    rows = out[None] if single else out
-    torch.ops.paretofuse.routed_merge_out(base, deltas, tile_group, many_weights, rows, tile)
+        merged: Tensor = torch.ops.paretofuse.routed_merge(base, deltas, tile_group, many, tile)
+        return merged[0] if single else merged
+    shape = (base.numel(),) if single else (many.shape[0], base.numel())
+    checks.check_tensor("out", out, checks.FLOATS, shape, base.device)
+    checks.check_rows("out", out)
+    for name, tensor in (("base", base), ("weights", weights), ("out", out)):
+        checks.check_frozen(name, tensor)
+    torch.ops.paretofuse.routed_merge_out(base, deltas, tile_group, many, out[None] if single else out, tile)
     return out
 
 
-def _check_inputs(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> None:
+def _check(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> None:
     """Raise TypeError or ValueError unless the inputs of a merge fit together."""
-    if tile < 16 or tile & (tile - 1):
-        raise ValueError(
-            f"tile: got {tile}, expected a power of two from 16 on; lay the buffers out with such a tile"
-        )
-    if weights.ndim != 3 or not 1 <= weights.shape[-1] <= MAX_EXPERTS:
-        raise ValueError(
-            f"weights: got shape {tuple(weights.shape)}, expected [K, G, E] or [G, E] with "
-            f"1 <= E <= {MAX_EXPERTS}; merge more experts in several stacks"
-        )
+    checks.check_tile(tile)
+    if weights.ndim != 3:
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected [K, G, E] or [G, E]")
     n, experts = base.numel(), weights.shape[-1]
+    checks.check_experts("weights", experts)
     if n % tile:
         raise ValueError(
-            f"base: got {n} elements, expected a multiple of tile = {tile}; pad each tensor to whole tiles"
+            f"base: got {n} elements, expected a multiple of tile = {tile}; pad tensors to whole tiles"
         )
-    _check("base", base, DTYPES, (n,), base.device)
-    _check("deltas", deltas, DTYPES, (experts, n), base.device)
-    _check("tile_group", tile_group, (torch.int32,), (n // tile,), base.device)
-    _check("weights", weights, (torch.float32,), tuple(weights.shape), base.device)
-    if not weights.is_contiguous():
-        raise ValueError(f"weights: got strides {weights.stride()}, expected contiguous; call .contiguous()")
-
-
-def _check(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
-) -> None:
-    """Raise unless a tensor has one of the dtypes, the shape, the device, and contiguous rows."""
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: got {tensor.dtype}, expected one of {dtypes}; convert it with .to(...)")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, expected {shape}; check the layout and tile"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"{name}: got device {tensor.device}, expected {device}; move it to the base's device"
-        )
-    if tensor.numel() and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name}: got strides {tensor.stride()}, expected contiguous rows; call .contiguous()"
-        )
+    checks.check_tensor("base", base, checks.FLOATS, (n,), base.device)
+    checks.check_tensor("deltas", deltas, checks.FLOATS, (experts, n), base.device)
+    checks.check_tensor("tile_group", tile_group, (torch.int32,), (n // tile,), base.device)
+    checks.check_tensor("weights", weights, (torch.float32,), tuple(weights.shape), base.device)
+    for name, tensor in (("base", base), ("deltas", deltas), ("tile_group", tile_group)):
+        checks.check_rows(name, tensor)
+    checks.check_contiguous("weights", weights)
+    checks.check_frozen("deltas", deltas)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pytest
-
 from paretofuse.kernels import aot
-from paretofuse.kernels.launch import MERGE_CONFIGS
+from paretofuse.kernels.launch import GRAD_CONFIGS, MERGE_CONFIGS
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_merge_compiles(architecture):
+def test_merge_and_grad_compile(architecture):
     """Each configuration, in float32 and in bfloat16, becomes a binary of its own kind."""
-    variants = [v for d in ("fp32", "bf16") for v in aot.merge_variants(dtypes=(d,))]
-    assert len(variants) == 2 * len(MERGE_CONFIGS)
+    makers = (aot.merge_variants, aot.grad_variants)
+    variants = [v for d in ("fp32", "bf16") for make in makers for v in make(dtypes=(d,))]
+    assert len(variants) == 2 * len(MERGE_CONFIGS) + 2 * 2
     for variant in variants:
         compiled = aot.compile_variant(variant, architecture)
         binary = compiled.asm["cubin" if architecture.startswith("sm_") else "hsaco"]
@@ -29,6 +29,7 @@ def test_bfloat16_is_rounded_by_the_hardware():
 
 def test_at_most_six_configurations():
     assert len(MERGE_CONFIGS) <= 6
+    assert len(GRAD_CONFIGS) <= 6
 
 
 def test_unknown_architecture_is_named():

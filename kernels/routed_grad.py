@@ -1,0 +1,258 @@
+"""The routed gradient: what a loss says about the routing weights, from the gradient of the merged weights.
+
+    dweights[g, e] = sum over t with tile_group[t // tile] = g of grad[t] * deltas[e, t]
+
+    grad [N]   deltas [E, N]   tile_group [ceil(N / tile)]   partials [ceil(N / block), E]   dweights [G, E]
+
+Two stages in a fixed order and without atomics, so the result is the same bits every time. Stage one reads
+each gradient and each delta once and leaves one number for each block and expert; it takes one launch for
+each bucket of gradients that becomes ready, which can be freed at once. Stage two adds the blocks of each
+group, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from paretofuse.kernels import checks
+from paretofuse.kernels.launch import GradConfig, grad_config
+from paretofuse.kernels.reference import block_products_reference
+from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
+from torch import Tensor
+
+MAX_BLOCK = 1024
+"""Elements per partial sum: enough that partials cost 0.2 % of the traffic, few enough to stay in registers."""
+
+SUM_BLOCKS, SUM_EXPERTS = 64, 8
+"""The piece of `partials` that stage two adds at a time."""
+
+
+@jit
+def partials_kernel(
+    grad: tl.tensor,
+    deltas: tl.tensor,
+    partials: tl.tensor,
+    n: tl.tensor,
+    experts: tl.tensor,
+    delta_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+    E_CHUNK: tl.constexpr,
+) -> None:
+    """Grid: (B,). The block's gradient stays in registers while the experts' deltas stream past."""
+    block = tl.program_id(0).to(tl.int64)
+    t = block * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    g = tl.load(grad + t, mask=t < n, other=0.0).to(tl.float32)
+    for first in range(0, experts, E_CHUNK):
+        e = first + tl.arange(0, E_CHUNK)  # [E_CHUNK]
+        delta = tl.load(
+            deltas + e[:, None].to(tl.int64) * delta_stride + t,
+            mask=(t < n) & (e[:, None] < experts),
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(tl.float32)  # [E_CHUNK, BLOCK]
+        tl.store(partials + block * experts + e, tl.sum(g * delta, 1), mask=e < experts)
+
+
+@jit
+def group_sums_kernel(
+    partials: tl.tensor,
+    order: tl.tensor,
+    starts: tl.tensor,
+    out: tl.tensor,
+    experts: tl.tensor,
+    BLOCKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+) -> None:
+    """Grid: (G, ceil(experts / EXPERTS)). One group, `BLOCKS` rows of its partials at a time."""
+    group = tl.program_id(0)
+    e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)  # [EXPERTS]
+    end = tl.load(starts + group + 1)
+    total = tl.zeros((BLOCKS, EXPERTS), tl.float64)
+    for first in range(tl.load(starts + group), end, BLOCKS):
+        i = first + tl.arange(0, BLOCKS)  # [BLOCKS]
+        row = tl.load(order + i, mask=i < end, other=0).to(tl.int64)
+        inside = (i < end)[:, None] & (e < experts)[None, :]
+        piece = tl.load(partials + row[:, None] * experts + e[None, :], mask=inside, other=0.0)
+        total += piece.to(tl.float64)
+    tl.store(out + group.to(tl.int64) * experts + e, tl.sum(total, 0).to(tl.float32), mask=e < experts)
+
+
+def _launch_partials(grad: Tensor, deltas: Tensor, block: int, config: GradConfig) -> Tensor:
+    """Stage one; all arguments already checked."""
+    n, experts = grad.numel(), deltas.shape[0]
+    partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
+    if n:
+        partials_kernel[(len(partials),)](
+            grad, deltas, partials, n, experts, deltas.stride(0),
+            BLOCK=block, E_CHUNK=config.e_chunk, num_warps=config.warps,
+        )  # fmt: skip
+    return partials
+
+
+def _launch_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Stage two; all arguments already checked."""
+    groups, experts = len(starts) - 1, partials.shape[1]
+    out = partials.new_empty((groups, experts))
+    if groups:
+        group_sums_kernel[(groups, -(-experts // SUM_EXPERTS))](
+            partials, order, starts, out, experts, BLOCKS=SUM_BLOCKS, EXPERTS=SUM_EXPERTS, num_warps=4
+        )
+    return out
+
+
+@torch.library.custom_op("paretofuse::grad_partials", mutates_args=(), device_types="cuda")
+def _grad_partials(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
+    return _launch_partials(grad, deltas, block, grad_config(deltas.element_size()))
+
+
+@_grad_partials.register_kernel("cpu")
+def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
+    if interpreted(partials_kernel):
+        return _launch_partials(grad, deltas, block, grad_config(deltas.element_size()))
+    return block_products_reference(grad, deltas, block).float()
+
+
+@_grad_partials.register_fake
+def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
+    return grad.new_empty(((grad.numel() + block - 1) // block, deltas.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("paretofuse::group_sums", mutates_args=(), device_types="cuda")
+def _group_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return _launch_sums(partials, order, starts)
+
+
+@_group_sums.register_kernel("cpu")
+def _(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    if interpreted(group_sums_kernel):
+        return _launch_sums(partials, order, starts)
+    groups = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    sums = torch.zeros((len(starts) - 1, partials.shape[1]), dtype=torch.float64)
+    return sums.index_add_(0, groups, partials.double()[order.long()]).float()
+
+
+@_group_sums.register_fake
+def _(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return partials.new_empty((starts.shape[0] - 1, partials.shape[1]))
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Which blocks belong to which group; made once for a layout.
+
+    Attributes:
+        order: [B] int32, the blocks sorted by group.
+        starts: [G + 1] int32, where each group begins in `order`.
+        block: elements per block.
+    """
+
+    order: Tensor
+    starts: Tensor
+    block: int
+
+
+def plan_groups(tile_group: Tensor, groups: int, tile: int = 1024) -> GroupPlan:
+    """Sort a layout's blocks by group, for `group_sums`.
+
+    Args:
+        tile_group: [T] integers in [0, groups); not checked.
+        groups: G.
+        tile: elements per tile, a power of two from 16 on.
+
+    Raises:
+        ValueError: the tile cannot be launched.
+    """
+    checks.check_tile(tile)
+    block = min(tile, MAX_BLOCK)
+    block_group = tile_group.repeat_interleave(tile // block).to(torch.int64)
+    counts = torch.zeros(groups + 1, dtype=torch.int64, device=tile_group.device)
+    counts.index_add_(0, block_group + 1, torch.ones_like(block_group))
+    order = torch.argsort(block_group, stable=True)
+    return GroupPlan(order.int(), counts.cumsum(0).int(), block)
+
+
+def grad_partials(grad: Tensor, deltas: Tensor, *, block: int = MAX_BLOCK) -> Tensor:
+    """Stage one for one bucket: the products of each block of a gradient with each expert's delta, in one
+    launch.
+
+    Args:
+        grad: [N] float32, bfloat16 or float16, contiguous: a bucket, or one tensor's gradient flattened.
+            Padding between its tensors must be finite, and zero there or in the deltas.
+        deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do); E to
+            64.
+        block: elements per partial sum, a power of two from 16 to 1024.
+
+    Returns:
+        [ceil(N / block), E] float32. Concatenate buckets in layout order and pass them to `group_sums`.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device does not fit.
+    """
+    checks.check_tile(block)
+    if block > MAX_BLOCK:
+        raise ValueError(f"block: got {block}, expected at most {MAX_BLOCK}; use min(tile, {MAX_BLOCK})")
+    if deltas.ndim != 2:
+        raise ValueError(
+            f"deltas: got shape {tuple(deltas.shape)}, expected [E, N]; stack the experts' planes"
+        )
+    checks.check_experts("deltas", deltas.shape[0])
+    checks.check_tensor("grad", grad, checks.FLOATS, (grad.numel(),), grad.device)
+    checks.check_tensor("deltas", deltas, checks.FLOATS, (deltas.shape[0], grad.numel()), grad.device)
+    checks.check_rows("grad", grad)
+    checks.check_rows("deltas", deltas)
+    _require_device(partials_kernel, grad)
+    partials: Tensor = torch.ops.paretofuse.grad_partials(grad, deltas, block)
+    return partials
+
+
+def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
+    """Stage two: add the partial sums of each group, in float64 and in the plan's order.
+
+    Args:
+        partials: [B, E] float32, contiguous: the outputs of `grad_partials` of all buckets, concatenated.
+        plan: of the same layout.
+
+    Returns:
+        [G, E] float32, the gradient of the routing weights.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device does not fit.
+    """
+    checks.check_tensor(
+        "partials", partials, (torch.float32,), (len(plan.order), partials.shape[-1]), plan.order.device
+    )
+    checks.check_contiguous("partials", partials)
+    _require_device(group_sums_kernel, partials)
+    sums: Tensor = torch.ops.paretofuse.group_sums(partials, plan.order, plan.starts)
+    return sums
+
+
+def routed_grad(grad: Tensor, deltas: Tensor, tile_group: Tensor, groups: int, *, tile: int = 1024) -> Tensor:
+    """The gradient of the routing weights from the whole flat gradient: both stages.
+
+    Args:
+        grad: as for `grad_partials`; [N].
+        deltas: as for `grad_partials`; [E, N].
+        tile_group: [ceil(N / tile)] int32 in [0, groups), the group of each tile.
+        groups: G.
+        tile: elements per tile, a power of two from 16 on.
+
+    Returns:
+        [G, E] float32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device does not fit.
+    """
+    checks.check_tile(tile)
+    checks.check_tensor("tile_group", tile_group, (torch.int32,), (-(-grad.numel() // tile),), grad.device)
+    plan = plan_groups(tile_group, groups, tile)
+    partials = grad_partials(grad, deltas, block=plan.block)
+    missing = len(plan.order) - len(partials)  # the last tile's blocks that begin behind the gradient's end
+    return group_sums(torch.nn.functional.pad(partials, (0, 0, 0, missing)), plan)
+
+
+def _require_device(kernel: object, tensor: Tensor) -> None:
+    """Raise unless the operator has an implementation for the device: the kernel, or on the CPU the reference."""
+    if tensor.device.type != "cpu":
+        require(kernel, tensor.device.type, "paretofuse.kernels.reference.routed_grad_reference")

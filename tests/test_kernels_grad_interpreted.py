@@ -1,0 +1,149 @@
+"""The routed gradient in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+
+import pytest
+import torch
+from paretofuse.kernels.launch import GRAD_CONFIGS
+from paretofuse.kernels.reference import (
+    block_products_reference,
+    routed_grad_reference,
+    routed_merge_reference,
+)
+from paretofuse.kernels.routed_grad import (
+    _launch_partials,
+    grad_partials,
+    group_sums,
+    plan_groups,
+    routed_grad,
+)
+from paretofuse.kernels.routed_merge import routed_merge
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(seed, *, n, experts, grad=torch.float32, delta=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g).to(grad), torch.randn(experts, n, generator=g).to(delta)
+
+
+def check(found, truth, grad, deltas):
+    """Float32 sums: the error is small against the sum of the products' sizes."""
+    assert found.shape == truth.shape
+    scale = (grad.double().abs() * deltas.double().abs()).sum(1).max()
+    assert (found - truth).abs().max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize(("grad", "delta"), list(itertools.product(FLOATS, repeat=2)))
+@pytest.mark.parametrize("n", [1, 127, 128, 1000])
+def test_partials(grad, delta, n):
+    inputs = make(n, n=n, experts=3, grad=grad, delta=delta)
+    check(grad_partials(*inputs, block=128), block_products_reference(*inputs, 128), *inputs)
+
+
+@pytest.mark.parametrize("use", GRAD_CONFIGS)
+@pytest.mark.parametrize("experts", [1, 2, 7, 64])
+def test_every_configuration(use, experts):
+    inputs = make(experts, n=2500, experts=experts)
+    check(
+        _launch_partials(*inputs, 1024, GRAD_CONFIGS[use]), block_products_reference(*inputs, 1024), *inputs
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_both_stages_on_random_shapes(seed):
+    pick = random.Random(seed)
+    tile, groups = 2 ** pick.randint(4, 11), pick.randint(1, 5)
+    tiles = pick.randint(1, 7)
+    inputs = make(
+        seed, n=tiles * tile, experts=pick.randint(1, 20), grad=pick.choice(FLOATS), delta=pick.choice(FLOATS)
+    )
+    tile_group = torch.randint(
+        groups, (tiles,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed)
+    )
+    found = routed_grad(*inputs, tile_group, groups, tile=tile)
+    check(found, routed_grad_reference(*inputs, tile_group, groups, tile=tile), *inputs)
+    assert torch.equal(found, routed_grad(*inputs, tile_group, groups, tile=tile))
+
+
+def test_ragged_end_reads_nothing_beyond():
+    """A gradient may end inside a tile, of which whole blocks may be missing."""
+    grad, deltas = make(1, n=2100, experts=3)
+    tile_group = torch.tensor([1, 0], dtype=torch.int32)
+    found = routed_grad(grad, deltas, tile_group, 2, tile=2048)
+    truth = torch.stack(
+        [deltas[:, 2048:].double() @ grad[2048:].double(), deltas[:, :2048].double() @ grad[:2048].double()]
+    )
+    check(found, truth, grad, deltas)
+
+
+def test_buckets_give_the_same_bits_as_the_whole():
+    grad, deltas = make(2, n=320, experts=5)
+    plan = plan_groups(torch.tensor([0, 1, 0, 2, 1], dtype=torch.int32), 3, tile=64)
+    whole = group_sums(grad_partials(grad, deltas, block=64), plan)
+    parts = [
+        grad_partials(grad[a:b], deltas[:, a:b], block=64) for a, b in ((0, 128), (128, 192), (192, 320))
+    ]
+    assert torch.equal(group_sums(torch.cat(parts), plan), whole)
+
+
+def test_group_sums_over_many_blocks_and_an_empty_group():
+    partials = torch.randn(300, 11, generator=torch.Generator().manual_seed(3))
+    group = torch.arange(300) % 3
+    group[group == 1] = 3
+    plan = plan_groups(group, 4, tile=32)
+    truth = torch.zeros(4, 11, dtype=torch.float64).index_add_(0, group, partials.double())
+    torch.testing.assert_close(group_sums(partials, plan), truth.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_merge_is_differentiable(k):
+    g = torch.Generator().manual_seed(4)
+    base, deltas = make(4, n=96, experts=3)
+    tile_group = torch.tensor([1, 0, 1], dtype=torch.int32)
+    weights = torch.randn(k, 2, 3, generator=g)
+    seed = torch.randn(k, 96, generator=g)
+    ours = [base.clone().requires_grad_(), weights.clone().requires_grad_()]
+    routed_merge(ours[0], deltas, tile_group, ours[1], tile=32).backward(seed)
+    truth = [base.double().requires_grad_(), weights.double().requires_grad_()]
+    merged = routed_merge_reference(
+        truth[0], deltas.double(), tile_group, truth[1], tile=32, accumulate=torch.float64
+    )
+    merged.backward(seed.double())
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine.grad, true.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_merge_refuses_gradients_that_do_not_exist():
+    base, deltas = make(5, n=32, experts=2)
+    tile_group, weights = torch.zeros(1, dtype=torch.int32), torch.ones(1, 2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"deltas: got requires_grad=True.*detach"):
+        routed_merge(base, deltas.requires_grad_(), tile_group, weights, tile=32)
+    with pytest.raises(ValueError, match="weights: got requires_grad=True"):
+        routed_merge(base, deltas.detach(), tile_group, weights, out=torch.empty(32), tile=32)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck's own copies
+def test_operators_are_sound():
+    grad, deltas = make(6, n=96, experts=3)
+    tile_group = torch.tensor([1, 0, 1], dtype=torch.int32)
+    plan = plan_groups(tile_group, 2, tile=32)
+    torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
+    torch.library.opcheck(
+        torch.ops.paretofuse.group_sums.default,
+        (grad_partials(grad, deltas, block=32), plan.order, plan.starts),
+    )
+    weights = torch.randn(2, 2, 3, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.paretofuse.routed_merge.default,
+        (grad.clone().requires_grad_(), deltas, tile_group, weights, 32),
+    )
