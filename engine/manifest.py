@@ -47,6 +47,7 @@ class Manifest:
         model_files: names below model/.
         head_files: names below heads/<stem>/ by objective, where there are any.
         files: every file but the manifest.
+        created_by: the program and version that wrote it, for people; this one unless read from a file.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class Manifest:
     model_files: tuple[str, ...]
     head_files: dict[str, tuple[str, ...]]
     files: dict[str, FileRecord]
+    created_by: str = ""
 
     def model_path(self, name: str, head: str | None = None) -> str:
         """Path of a model file, or of a head's own one, relative to the store."""
@@ -71,7 +73,7 @@ class Manifest:
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "created_by": f"paretofuse {_own_version()}",
+            "created_by": self.created_by or f"paretofuse {_own_version()}",
             "objectives": self.layout.objectives,
             "static_weight": self.layout.static_weight,
             "routers": {"init": self.init, "file": self.routers},
@@ -187,6 +189,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         model_files=_strings(model, "files"),
         head_files={name: _strings(head_names, name) for name in head_names},
         files={path: _record(path, entry) for path, entry in _get(document, "files", dict).items()},
+        created_by=str(document.get("created_by")),
     )
     for name in (*manifest.model_files, *(name for names in manifest.head_files.values() for name in names)):
         if not is_model_file(name):

@@ -175,12 +175,13 @@ def _check_directory(target: Path, names: set[str]) -> None:
         raise ValueError(
             f"got {target}, which is a file, expected a directory or a name ending in .safetensors"
         )
-    there = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    if there - names:
-        raise ValueError(
-            f"got {target}, which holds other files ({', '.join(sorted(there - names)[:3])}); choose another "
-            "place or remove it"
-        )
+    for directory, _, files in os.walk(target):
+        for file in files:
+            name = Path(directory, file).relative_to(target).as_posix()
+            if name not in names:
+                raise ValueError(
+                    f"got {target}, which holds another file ({name}); choose another place or remove it"
+                )
 
 
 def _write_weights(
