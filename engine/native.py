@@ -2,8 +2,8 @@
 
 Everything goes by address, so that mapped files, NumPy arrays and tensors of any framework merge alike. The
 caller keeps the memory alive, outputs apart from inputs and from each other, and the lengths right: addresses
-cannot be checked. All calls release the GIL and use `threads` threads (as many as this process may use, unless
-told).
+cannot be checked. All calls release the GIL. They use `threads` threads; unless told, as many as this process
+may use.
 
 `isa` forces an instruction set ("avx512", "avx2", "neon", "scalar"); without it the environment variable
 PARETOFUSE_ISA, read at each call, decides, and without that the best one of this machine. Results are the

@@ -41,13 +41,13 @@ const char* inner(const void* grad, DType grad_dtype, const void* const* deltas,
   std::vector<double> sums(static_cast<std::size_t>(blocks * experts));
   parallel_for(threads, ceil_div(blocks, kBlocksPerTask), [&](int, std::int64_t task) {
     const std::int64_t last = std::min(blocks, (task + 1) * kBlocksPerTask);
-    for (std::int64_t b = task * kBlocksPerTask; b < last; ++b) {
-      const std::int64_t begin = b * kBlock;
-      const std::int64_t count = std::min(kBlock, length - begin);
-      for (std::int64_t e = 0; e < experts; ++e) {
-        if (deltas[e] == nullptr) continue;
-        const auto* delta = static_cast<const std::byte*>(deltas[e]);
-        sums[static_cast<std::size_t>(b * experts + e)] = dot(a, delta, begin, count);
+    for (std::int64_t e = 0; e < experts; ++e) {
+      if (deltas[e] == nullptr) continue;
+      const auto* delta = static_cast<const std::byte*>(deltas[e]);
+      for (std::int64_t b = task * kBlocksPerTask; b < last; ++b) {
+        const std::int64_t begin = b * kBlock;
+        sums[static_cast<std::size_t>(b * experts + e)] =
+            dot(a, delta, begin, std::min(kBlock, length - begin));
       }
     }
   });
