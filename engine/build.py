@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.routes import Route, assign_groups
 from paretofuse.engine.sources import Source, TensorInfo, dtype_name
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Plan:
         base: the base's source.
         experts: each objective's source.
         heads: for each objective, the names of its own tensors.
+        dtype: safetensors dtype that everything is converted to, or None.
         notes: what a user should know (mixed dtypes and the like), a sentence each.
     """
 
@@ -36,6 +36,7 @@ class Plan:
     base: Source
     experts: Mapping[str, Source]
     heads: Mapping[str, tuple[str, ...]]
+    dtype: str | None
     notes: tuple[str, ...]
 
 
@@ -112,7 +113,7 @@ def plan(
         role: Role = (
             "constant" if name not in merged_dtype else "static" if groups[name] is None else "routed"
         )
-        stored = merged_dtype.get(name) or dtype_name(info, base.label, name)
+        stored = merged_dtype.get(name) or _constant_dtype(info, base.label, name, dtype)
         specs.append(
             TensorSpec(
                 name=name,
@@ -125,7 +126,7 @@ def plan(
             )
         )
     layout = Layout(tuple(experts), tuple(specs), float(static_weight))
-    return Plan(layout, base, dict(experts), own, _notes(layout, base, experts))
+    return Plan(layout, base, dict(experts), own, dtype, _notes(layout, base, experts))
 
 
 def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
@@ -161,16 +162,33 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
     )
 
 
-def head_blocks(expert: Source, name: str) -> Iterator[Tensor]:
-    """The flat blocks of one of an objective's own tensors, as they are.
+def head_infos(plan: Plan, objective: str) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of an objective's own tensors, as they are stored.
+
+    Floats take the dtype that was asked for, else that of the base's tensor of the same name, else their own.
+    """
+    infos = {}
+    for name in plan.heads[objective]:
+        info = plan.experts[objective].infos[name]
+        if info.dtype.is_floating_point:
+            base = plan.layout.by_name.get(name)
+            wanted = plan.dtype or (base.dtype if base is not None else None)
+            info = TensorInfo(info.shape, TO_TORCH[wanted] if wanted else info.dtype)
+        infos[name] = info
+    return infos
+
+
+def head_blocks(plan: Plan, objective: str, name: str) -> Iterator[Tensor]:
+    """The flat blocks of one of an objective's own tensors.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    for block in expert.blocks(name):
+    dtype = head_infos(plan, objective)[name].dtype
+    for block in plan.experts[objective].blocks(name):
         if block.is_floating_point():
-            _check_finite(block, expert.label, name)
-        yield block
+            _check_finite(block, plan.experts[objective].label, name)
+        yield block.to(dtype)
 
 
 def build(plan: Plan, device: torch.device) -> Stack:
@@ -189,18 +207,18 @@ def build(plan: Plan, device: torch.device) -> Stack:
         deltas.append(own)
     heads = {
         objective: {
-            name: _gather(
-                head_blocks(plan.experts[objective], name),
-                plan.experts[objective].infos[name].shape,
-                plan.experts[objective].infos[name].dtype,
-                device,
-            )
-            for name in names
+            name: _gather(head_blocks(plan, objective, name), info.shape, info.dtype, device)
+            for name, info in head_infos(plan, objective).items()
         }
         for objective, names in plan.heads.items()
         if names
     }
     return Stack(plan.layout, base, tuple(deltas), heads)
+
+
+def _constant_dtype(info: TensorInfo, label: str, name: str, dtype: str | None) -> str:
+    """The dtype of a tensor that is not merged: converted with the rest of the model if it is a float."""
+    return dtype if dtype is not None and info.dtype.is_floating_point else dtype_name(info, label, name)
 
 
 def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Iterator[Tensor]:

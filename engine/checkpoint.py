@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paretofuse.engine.errors import StoreError
+from paretofuse.engine.routers import Routers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-
-from paretofuse.engine.errors import StoreError
-from paretofuse.engine.routers import Routers
 
 FORMAT = "paretofuse-checkpoint-1"
 
@@ -82,8 +81,8 @@ def read_checkpoint(path: Path, routers: Routers, optimizer: torch.optim.Optimiz
             slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random.cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"random.cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"random.cuda.{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{device}"], device)
     state: dict[str, Any] = json.loads(metadata["state"])
     return state

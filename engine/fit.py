@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from paretofuse.engine.checkpoint import read_checkpoint, write_checkpoint
 from paretofuse.engine.data import Batches, Objective
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.log import open_log
 from paretofuse.engine.solvers import Solver, get_solver
+from torch import Tensor
+from tqdm import tqdm
 
 Record = dict[str, float]
 """One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>"."""
@@ -151,17 +150,16 @@ def _step(
     weights = engine.train_at(torch.from_numpy(preference))
     losses, rows = [], []
     for objective, stream in zip(objectives, streams, strict=True):
-        total, row = 0.0, None
+        total, row = 0.0, torch.zeros(())
         for _ in range(accumulate):
             loss = objective.loss(engine.module, stream.take())
             _check_loss(loss, objective.name)
-            part = engine.jacobian([loss / accumulate])[0]
-            row = part if row is None else row + part
+            row = row + engine.jacobian([loss / accumulate])[0].cpu()
             total += loss.item() / accumulate
         losses.append(total)
         rows.append(row)
     direction = solver(
-        torch.tensor(losses, dtype=torch.float64), torch.stack(rows).cpu(), torch.from_numpy(preference)
+        torch.tensor(losses, dtype=torch.float64), torch.stack(rows), torch.from_numpy(preference)
     )
     optimizer.zero_grad()
     weights.backward(direction.to(device=weights.device, dtype=weights.dtype))

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-
 from paretofuse.engine import native
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.kernels.reference import inner_reference
+from torch import Tensor, nn
 
 
 class GradientCollector:
@@ -86,7 +85,7 @@ class GradientCollector:
             if self._routing_weights is not None and not self._scheduled:
                 # Runs once autograd has finished this pass: the routers see the sum over all parameters.
                 self._scheduled = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self._flush)
 
         return reduce
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from paretofuse.engine import build
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
@@ -18,6 +16,7 @@ from paretofuse.engine.routers import Routers
 from paretofuse.engine.safetensors_file import TensorData, TensorView
 from paretofuse.engine.sources import BLOCK, ModelCard
 from paretofuse.engine.store import Store, StoreWriter
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Parts:
 
     base: Callable[[TensorSpec], Iterable[Tensor]]
     deltas: list[Callable[[TensorSpec], Iterable[Tensor] | None]]
-    heads: Mapping[str, list[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]]
+    heads: Mapping[str, Sequence[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,12 @@ def streamed(plan: build.Plan, progress: Callable[[int], None] | None = None) ->
 
     heads = {
         objective: [
-            (name, plan.experts[objective].infos[name].dtype, plan.experts[objective].infos[name].shape,
-             build.head_blocks(plan.experts[objective], name))
-            for name in names
+            (name, info.dtype, info.shape, build.head_blocks(plan, objective, name))
+            for name, info in build.head_infos(plan, objective).items()
         ]
         for objective, names in plan.heads.items()
         if names
-    }  # fmt: skip
+    }
     return Parts(
         lambda spec: counted(build.base_blocks(plan, spec)), [of(e) for e in plan.experts.values()], heads
     )

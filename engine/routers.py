@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from paretofuse.engine.preference import as_preference
+from torch import Tensor, nn
 
 INITS = ("identity", "sqrt", "constant")
 
@@ -31,7 +30,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., G or 1, in] -> [..., G, out], computed in the dtype of x."""
-        return (self.weight.to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1) + self.bias.to(x.dtype)
+        product: Tensor = self.weight.to(x.dtype) @ x.unsqueeze(-1)
+        return product.squeeze(-1) + self.bias.to(x.dtype)
 
 
 class Routers(nn.Module):
@@ -102,7 +102,7 @@ class Routers(nn.Module):
         else:
             rows = as_preference(preference, self.objectives)
         r = torch.from_numpy(rows).to(self.output.bias.device).unsqueeze(-2)
-        weights = self.output(torch.relu(self.hidden(r)))
+        weights: Tensor = self.output(torch.relu(self.hidden(r)))
         if self.init == "identity":
             weights = weights + r
         elif self.init == "sqrt":

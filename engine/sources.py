@@ -10,15 +10,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.engine.safetensors_file import SafetensorsFile
 from paretofuse.engine.skeleton import make_skeleton
+from torch import Tensor, nn
 
 BLOCK = 1 << 20
 """Elements read at a time."""
@@ -118,7 +118,7 @@ def from_module(module: nn.Module, label: str) -> Source:
         raise CheckpointError(f"{label}: tensor {on_meta[0]!r} is on the meta device; load its weights first")
     plain = from_state_dict(state, label)
     skeleton = make_skeleton(module)
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     files: dict[str, bytes] = {}
     if hasattr(config, "to_json_string"):
         files["config.json"] = config.to_json_string(use_diff=False).encode()

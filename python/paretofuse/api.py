@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torch import nn
 from paretofuse.adapters import hf, openclip
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine import build, persist
-from paretofuse.engine.dtypes import merged_dtype_name
+from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Cards, Engine
 from paretofuse.engine.routers import INITS, Routers
 from paretofuse.engine.routes import Route
@@ -156,7 +160,22 @@ def _plan(
 
 
 def _cards(plan: build.Plan) -> Cards:
-    return Cards(plan.base.card, {o: plan.experts[o].card for o, names in plan.heads.items() if names})
+    dtype = TO_TORCH[plan.dtype] if plan.dtype else None
+    heads = {o: plan.experts[o].card for o, names in plan.heads.items() if names}
+    return Cards(_converted(plan.base.card, dtype), {o: _converted(card, dtype) for o, card in heads.items()})
+
+
+def _converted(card: ModelCard, dtype: torch.dtype | None) -> ModelCard:
+    """A card whose module and configuration have the dtype; what is not stored (rotary tables) follows too."""
+    if dtype is None:
+        return card
+    original, files = card.skeleton, dict(card.files)
+    if hf.CONFIG in files:
+        config = json.loads(files[hf.CONFIG])
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        files[hf.CONFIG] = json.dumps(config, indent=2).encode()
+    skeleton = cache(lambda: copy.deepcopy(original()).to(dtype)) if original is not None else None
+    return replace(card, skeleton=skeleton, files=files)
 
 
 def _card_of(files: Mapping[str, bytes], model_class: str | None) -> ModelCard:

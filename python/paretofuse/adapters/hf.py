@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,13 +64,7 @@ def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
         return ModelCard(files=dict(files), model_class=f"transformers.{name}")
     if not hasattr(transformers, name):
         return ModelCard(files=dict(files), model_class=name)
-    made: list[nn.Module] = []
-
-    def skeleton() -> nn.Module:
-        if not made:
-            made.append(_skeleton(getattr(transformers, name), config))
-        return made[0]
-
+    skeleton = cache(lambda: _skeleton(getattr(transformers, name), config))
     return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"transformers.{name}")
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from paretofuse.adapters.hf import companion_files
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.skeleton import make_skeleton
 from paretofuse.engine.sources import ModelCard, Source, from_safetensors
-
-if TYPE_CHECKING:
-    from torch import nn
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -46,11 +43,5 @@ def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
         if settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
         else CLIP
     )
-    made: list[nn.Module] = []
-
-    def skeleton() -> nn.Module:
-        if not made:
-            made.append(make_skeleton(cls(**settings)).eval())
-        return made[0]
-
+    skeleton = cache(lambda: make_skeleton(cls(**settings)).eval())
     return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{cls.__name__}")
