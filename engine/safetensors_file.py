@@ -320,9 +320,11 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._file.closed:
-            self.close()
-        self._file.close()
+        try:
+            if kind is None and not self._file.closed:
+                self.close()
+        finally:
+            self._file.close()
 
 
 def _round_up(offset: int) -> int:

@@ -123,8 +123,9 @@ def _merge(options: argparse.Namespace) -> _Result:
 def _sweep(options: argparse.Namespace) -> _Result:
     if options.plot and find_spec("matplotlib") is None:  # before the long work, not after it
         raise ImportError("--plot needs matplotlib; pip install 'paretofuse[plot]'")
-    evaluate = _entry_point(options.evaluate)
-    engine = paretofuse.load(options.store, device=options.device)
+    evaluate = _entry_point("--evaluate", options.evaluate)
+    module = _entry_point("--module", options.module)() if options.module else None
+    engine = paretofuse.load(options.store, device=options.device, module=module)
     grid = paretofuse.simplex_grid(len(engine.objectives), options.points)
     front = paretofuse.sweep(
         engine, evaluate, grid, maximize=not options.minimize, progress=_shows_progress(options)
@@ -197,17 +198,17 @@ def _describe(path: str) -> tuple[str, dict[str, Any]]:
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items()), document
 
 
-def _entry_point(text: str) -> Callable[..., Any]:
+def _entry_point(option: str, text: str) -> Callable[..., Any]:
     module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` does
         sys.path.insert(0, os.getcwd())
     function: Any = import_module(module)
     for part in name.split("."):
         if not hasattr(function, part):
-            raise ValueError(f"got --evaluate {text}, but {module} has no {name!r}; check the spelling")
+            raise ValueError(f"got {option} {text}, but {module} has no {name!r}; check the spelling")
         function = getattr(function, part)
     if not callable(function):
-        raise ValueError(f"got --evaluate {text}, which is a {type(function).__name__}, expected a function")
+        raise ValueError(f"got {option} {text}, which is a {type(function).__name__}, expected a function")
     return function  # type: ignore[no-any-return]
 
 

@@ -162,6 +162,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--evaluate", type=_entry, required=True, metavar="MODULE:FUNCTION",
         help="called with the live module in eval mode; returns a dict of numbers by name",
     )  # fmt: skip
+    sweep.add_argument(
+        "--module", type=_entry, metavar="MODULE:FUNCTION",
+        help="builds the model, where the store has no configuration that tells how",
+    )  # fmt: skip
     sweep.add_argument("-o", "--output", required=True, metavar="CSV", help="table to write")
     sweep.add_argument(
         "--points", type=_count, default=11, help="points along an edge, ends included (default: 11)"
