@@ -281,6 +281,10 @@ class SafetensorsWriter:
             self.write(chunk)
         self.end()
 
+    def sync(self) -> None:
+        """Wait until what was written so far is on the disk, but for the last few kilobytes; for a thread beside."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Write the header and close the file."""
         if self._open_tensor is not None:

@@ -49,6 +49,7 @@ Progress = Callable[[int, int], None]
 
 _BLOCK = 1 << 20
 _METADATA = {"format": "pt"}
+_ATTEMPTS = 5  # a store may be replaced while it is opened; parts of two must not mix
 
 
 class Store:
@@ -95,7 +96,17 @@ class Store:
                 manifest; says which file and what to do.
         """
         root = Path(path)
-        return cls(root, read_manifest(root))
+        for _ in range(_ATTEMPTS):
+            directory = _identity(root)
+            try:
+                store = cls(root, read_manifest(root))
+            except StoreError:
+                if _identity(root) == directory:
+                    raise
+            else:
+                if _identity(root) == directory:
+                    return store
+        raise StoreError(f"{root}: is being replaced again and again; try once more when that is over")
 
     def model_files(self, head: str | None = None) -> dict[str, bytes]:
         """The model's own files (config.json and the like) by name, with those of a head in their place."""
@@ -174,6 +185,14 @@ class Store:
 
 
 _AGAIN = "create the store again"
+
+
+def _identity(root: Path) -> tuple[int, int] | None:
+    try:
+        found = root.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _check_file(root: Path, path: str, record: FileRecord) -> None:

@@ -193,26 +193,37 @@ def _write_weights(
     isa: str,
     progress: Progress | None,
 ) -> int:
-    """Write all tensors and return their bytes. One thread writes a batch while the next is merged."""
+    """Write all tensors and return their bytes.
+
+    While a batch is merged, one thread writes the one before, and another pushes what is written to the disk, so
+    that little is left for the sync at the end.
+    """
     total, done = sum(source.view.nbytes for source in sources), 0
     buffers = [_aligned(BATCH_BYTES), _aligned(BATCH_BYTES)]
-    pending: Future[None] | None = None
+    writing: Future[None] | None = None
+    syncing: Future[None] | None = None
     with (
         SafetensorsWriter(path, metadata={"format": "pt"}, reserve=1024 + 256 * len(sources)) as writer,
-        ThreadPoolExecutor(1, thread_name_prefix="paretofuse-merge") as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="paretofuse-sync") as syncer,
+        ThreadPoolExecutor(1, thread_name_prefix="paretofuse-write") as pen,
     ):
         for number, batch in enumerate(_batches(sources)):
             buffer = buffers[number % 2]
             _merge_batch(batch, table, buffer, threads, isa)
             _release(store, batch)
-            if pending is not None:
-                pending.result()
-            pending = pool.submit(_write_batch, writer, batch, buffer)
+            if writing is not None:
+                writing.result()
+            writing = pen.submit(_write_batch, writer, batch, buffer)
+            if syncing is None or syncing.done():
+                if syncing is not None:
+                    syncing.result()  # an error of the disk is told only once
+                syncing = syncer.submit(writer.sync)
             done += sum(_nbytes(piece) for piece in batch)
             if progress is not None:
                 progress(done, total)
-        if pending is not None:
-            pending.result()
+        for last in (writing, syncing):
+            if last is not None:
+                last.result()
     return total
 
 

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paretofuse.engine import atomic
+from paretofuse.engine import store as store_module
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
@@ -510,6 +511,27 @@ def test_replacing_a_store(tmp_path: Path) -> None:
     assert not np.array_equal(new.base["a.weight"].data, kept)
     np.testing.assert_array_equal(old.base["a.weight"].data, kept)  # whoever has it open keeps the old one
     assert leftovers(tmp_path) == []
+
+
+def test_a_store_replaced_while_it_is_opened_is_opened_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The worst moment: the manifest is read, and then all files are those of another store of the same sizes.
+    read, calls = store_module.read_manifest, []
+
+    def slow(root: Path) -> Any:
+        manifest = read(root)
+        calls.append(root)
+        if len(calls) == 1:
+            monkeypatch.setattr(store_module, "read_manifest", read)
+            calls.append(write_store(store, seed=77))
+        return manifest
+
+    monkeypatch.setattr(store_module, "read_manifest", slow)
+    opened = Store.open(store)
+    opened.verify()
+    np.testing.assert_array_equal(opened.base["a.weight"].data, calls[1]["base"]["a.weight"])
+    np.testing.assert_array_equal(opened.routers["output.bias"], calls[1]["routers"]["output.bias"])
 
 
 def test_replacing_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
