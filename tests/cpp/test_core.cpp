@@ -145,6 +145,41 @@ void test_merge(const std::string& isa, DType base_type, DType delta_type, DType
   }
 }
 
+std::vector<unsigned char> converted(const std::string& isa, DType from, DType to,
+                                     std::vector<unsigned char>& values) {
+  const std::int64_t n = static_cast<std::int64_t>(values.size()) / item_size(from);
+  std::vector<unsigned char> result(static_cast<std::size_t>(n * item_size(to)));
+  const paretofuse::MergePlan plan({{values.data(), n, 0, from, from, to}}, {nullptr}, 1, 1);
+  const float weight = 1.0f;
+  void* out = result.data();
+  plan.run(&weight, 1, &out, 1, isa);
+  return result;
+}
+
+// The scalar conversions are checked against PyTorch in tests/test_native.py; here all others against the
+// scalar ones: every 16-bit pattern, and random float32 patterns, NaN and subnormals included.
+void test_conversions(const std::string& isa) {
+  std::vector<unsigned char> halves;
+  for (int pattern = 0; pattern < 65536; ++pattern) {
+    halves.push_back(static_cast<unsigned char>(pattern & 0xff));
+    halves.push_back(static_cast<unsigned char>(pattern >> 8));
+  }
+  std::mt19937 random(99);
+  std::vector<unsigned char> floats;
+  for (int i = 0; i < 4 * 300000; ++i) floats.push_back(static_cast<unsigned char>(random() >> 24));
+  // Exponents where float16 is subnormal, rounds, and overflows.
+  for (std::uint32_t bits = 0x33000000u; bits < 0x48000000u; bits += 0x3ffu) {
+    for (int byte = 0; byte < 4; ++byte) floats.push_back(static_cast<unsigned char>(bits >> (8 * byte)));
+  }
+  for (const DType from : kAll) {
+    std::vector<unsigned char>& values = from == DType::F32 ? floats : halves;
+    for (const DType to : kAll) {
+      require(converted(isa, from, to, values) == converted("scalar", from, to, values),
+              "conversions, " + isa);
+    }
+  }
+}
+
 void test_inner(const std::string& isa, DType grad_type, DType delta_type) {
   std::mt19937 random(54321);
   for (const std::int64_t n : {0, 1, 33, 4096, 200003}) {
@@ -234,6 +269,7 @@ int main() {
         test_inner(isa, base, delta);
       }
     }
+    test_conversions(isa);
     test_copy(isa);
     std::printf("%s: ok\n", set.name);
   }
