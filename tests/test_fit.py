@@ -70,7 +70,7 @@ class Point(nn.Module):
 
     def __init__(self, x: float, y: float) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.tensor([x, y]))
+        self.w = nn.Parameter(torch.tensor([x, y], dtype=torch.float32))
 
     def forward(self, target: Tensor) -> Tensor:
         return (self.w - target).square().sum()
@@ -83,7 +83,7 @@ def test_it_finds_a_known_pareto_set() -> None:
     objectives = {name: ([optimum], lambda module, batch: module(batch)) for name, optimum in optima.items()}
     records = pf.fit(engine, objectives, steps=400, lr=2e-2, lr_end=0.01, progress=False)
     for r in pf.simplex_grid(2, 6):
-        torch.testing.assert_close(engine.routers(r)[0].double(), torch.from_numpy(r / 2), rtol=0, atol=0.03)
+        torch.testing.assert_close(engine.routers(r)[0].double(), torch.from_numpy(r / 2), rtol=0, atol=0.06)
     assert [r["step"] for r in records] == list(range(1, 401))
     assert records[0]["lr"] == pytest.approx(2e-2)
     assert records[-1]["lr"] == pytest.approx(2e-4, rel=0.01)
@@ -210,9 +210,9 @@ def test_wrong_input() -> None:
         pf.fit(engine, {n: ([], loss) for n in engine.objectives}, steps=3, progress=False)
     with pytest.raises(ValueError, match="expected a scalar"):
         pf.fit(engine, {n: ([batch], lambda m, b: m(b[0])) for n in engine.objectives}, progress=False)
+    broken = {n: ([batch], lambda m, b: m(b[0]).mean() * float("nan")) for n in engine.objectives}
     with pytest.raises(ValueError, match="is nan"):
-        nan = lambda m, b: m(b[0]).mean() * float("nan")  # noqa: E731
-        pf.fit(engine, {n: ([batch], nan) for n in engine.objectives}, progress=False)
+        pf.fit(engine, broken, progress=False)
 
 
 def test_checkpoint_has_no_pickle(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paretofuse.api import load, stack
+    from paretofuse.engine.data import Objective
     from paretofuse.engine.engine import Engine
     from paretofuse.engine.errors import CheckpointError, StoreError
-    from paretofuse.engine.data import Objective
     from paretofuse.engine.fit import fit
     from paretofuse.engine.preference import simplex_grid
     from paretofuse.front import Front, sweep

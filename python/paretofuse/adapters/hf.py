@@ -74,7 +74,8 @@ def _skeleton(cls: type, config: dict[str, object]) -> nn.Module:
 
     settings = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
     with no_init_weights():
-        model: nn.Module = cls(settings)
+        model = cls(settings)
+    model.tie_weights()  # left out together with the initial values
     return make_skeleton(model).eval()
 
 

@@ -1,0 +1,195 @@
+"""PEFT LoRA, open_clip and Hugging Face directories, against the libraries' own results."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import paretofuse as pf
+from tests.models import perturbed, same, tiny_gpt2
+
+peft = pytest.importorskip("peft")
+open_clip = pytest.importorskip("open_clip")
+
+
+def lora(base: nn.Module, path: Path, seed: int, **settings: object) -> nn.Module:
+    """Train nothing, but fill a LoRA with random factors, save it, and return PEFT's own merged model."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 7, "init_lora_weights": False, **settings})
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(0.1 * torch.randn(p.shape) + (p if "lora_" not in name else 0))
+    model.save_pretrained(path, safe_serialization=True)
+    return model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_rslora": True},
+        {
+            "target_modules": ["c_fc", "c_attn"],
+            "fan_in_fan_out": True,
+            "rank_pattern": {"c_fc": 2},
+            "alpha_pattern": {"h.0.mlp.c_fc": 3},
+        },
+        {"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
+    ],
+)  # fmt: skip
+def test_lora_experts_equal_pefts_own_merge(settings: dict[str, object], tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    full = perturbed(base, 5)
+    merged = lora(base, tmp_path / "lora", 1, **settings)
+    base.save_pretrained(tmp_path / "base")
+    for start in (base, tmp_path / "base"):
+        engine = pf.stack(start, {"lora": tmp_path / "lora", "full": full})
+        ours = engine.merge({"lora": 1.0}).state_dict()
+        for name, theirs in merged.state_dict().items():
+            torch.testing.assert_close(ours[name], theirs, rtol=1e-5, atol=1e-6, msg=name)
+    engine.save(tmp_path / "store")
+    kept = pf.load(tmp_path / "store")
+    assert same(kept.merge([0.5, 0.5]), engine.merge([0.5, 0.5]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_linear_and_convolution(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3)
+            self.linear = nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    base = Small()
+    merged = lora(base, tmp_path / "lora", 2, target_modules=["conv", "linear"])
+    ours = pf.stack(base, {"lora": tmp_path / "lora"}).merge([1.0])
+    for name, theirs in merged.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_errors(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    lora(base, tmp_path / "dora", 1, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
+    with pytest.raises(pf.CheckpointError, match=r"DoRA.*merge_and_unload"):
+        pf.stack(base, {"x": tmp_path / "dora"})
+    lora(base, tmp_path / "lora", 1, target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(pf.CheckpointError, match="belongs to no tensor"):
+        pf.stack(nn.Linear(3, 3), {"x": tmp_path / "lora"})
+    with pytest.raises(pf.CheckpointError, match="can be an expert only"):
+        pf.stack(tmp_path / "lora", {"x": tmp_path / "lora"})
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
+    with pytest.raises(pf.CheckpointError, match=r"makes a delta of shape \[96, 32\]"):
+        pf.stack(base, {"x": tmp_path / "lora"})
+
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_in_memory_and_on_disk(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**CLIP).eval()
+    experts = {"a": perturbed(base, 1, 0.02), "b": perturbed(base, 2, 0.02)}
+    engine = pf.stack(base, experts)
+    for bare in (
+        "visual.class_embedding",
+        "visual.positional_embedding",
+        "visual.proj",
+        "positional_embedding",
+    ):
+        assert bare in engine.tensor_groups
+    assert engine.tensor_groups["visual.class_embedding"] == "visual"
+    partial = pf.stack(base, experts, route="mlp")
+    assert set(partial.groups) == {
+        f"{tower}transformer.resblocks.{i}.mlp" for tower in ("visual.", "") for i in range(2)
+    }
+    images = torch.randn(2, 3, 16, 16)
+    model = engine.merge({"a": 1.0})
+    torch.testing.assert_close(
+        model.encode_image(images), experts["a"].encode_image(images), rtol=1e-4, atol=1e-5
+    )
+    for name, part in {"base": base, **experts}.items():
+        (tmp_path / name).mkdir()
+        save_file(part.state_dict(), tmp_path / name / "open_clip_model.safetensors")
+        (tmp_path / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP}))
+    on_disk = pf.stack(tmp_path / "base", {name: tmp_path / name for name in experts})
+    assert same(on_disk.merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
+    on_disk.save(tmp_path / "store")
+    assert same(pf.load(tmp_path / "store").merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**CLIP)
+    engine = pf.stack(base, {"a": perturbed(base, 1, 0.02), "b": perturbed(base, 2, 0.02)})
+    engine.train_at([0.5, 0.5])
+    jacobian = engine.jacobian([engine.module.encode_image(torch.randn(2, 3, 16, 16)).square().mean()])[0]
+    visual = [i for i, group in enumerate(engine.groups) if group.startswith("visual")]
+    assert (jacobian[visual].abs().sum(1) > 0).all()
+
+
+def test_an_hf_model_with_heads(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def bert(labels: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=20, num_labels=labels,
+        )  # fmt: skip
+        return BertForSequenceClassification(config).eval()
+
+    base, experts = bert(2, 0), {"cola": bert(2, 1), "mnli": bert(3, 2)}
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(tmp_path / name)
+    engine = pf.stack(
+        tmp_path / "base",
+        {n: tmp_path / n for n in experts},
+        route="mlp",
+        heads=["classifier"],
+        static_weight=1.0,
+    )
+    assert engine.groups == ("bert.encoder.layer.0.mlp", "bert.encoder.layer.1.mlp")
+    engine.save(tmp_path / "store")
+    ids = torch.randint(0, 60, (2, 7))
+    for one in (engine, pf.load(tmp_path / "store")):
+        merged = one.merge({"mnli": 1.0}, head="mnli")
+        assert merged.config.num_labels == 3
+        assert merged(ids).logits.shape == (2, 3)
+        assert torch.equal(merged.classifier.weight, experts["mnli"].classifier.weight)
+    solo = pf.stack(base, {"mnli": experts["mnli"]}, heads=["classifier"])
+    torch.testing.assert_close(solo.merge([1.0], head="mnli")(ids).logits, experts["mnli"](ids).logits)
+
+
+def test_half_precision_directories_say_so(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    engine = pf.stack(tmp_path / "base", {"a": perturbed(base, 1)}, dtype=torch.bfloat16)
+    engine.save(tmp_path / "store")
+    assert json.loads((tmp_path / "store" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    merged = pf.load(tmp_path / "store").merge([1.0])
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert engine.merge([1.0]).lm_head.weight.dtype == torch.bfloat16

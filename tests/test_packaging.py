@@ -1,0 +1,89 @@
+"""Wheel, sdist and editable installs: each is built, installed into an empty environment, imported and used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+USE = """
+import paretofuse, paretofuse._C, paretofuse.engine.native, paretofuse.kernels, paretofuse.adapters
+import paretofuse.engine.solvers
+import torch, paretofuse as pf
+engine = pf.stack({"w": torch.zeros(3)}, {"a": {"w": torch.ones(3)}}, route="tensor")
+assert engine.merge_state_dict([1.0])["w"].tolist() == [1, 1, 1]
+print(paretofuse.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked and new files, so that nothing built in the checkout is used."""
+    copy = tmp_path_factory.mktemp("checkout")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\n")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """The python of a new environment that has our dependencies (by a link to ours), but not us."""
+    venv.create(tmp_path / "env", with_pip=False)
+    scheme = {"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")}
+    site = Path(
+        sysconfig.get_path("purelib", "venv" if "venv" in sysconfig.get_scheme_names() else None, scheme)
+    )
+    # A .pth inside a linked folder is not followed, so our own editable install stays out of sight.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "env" / "bin" / "python"
+
+
+def install(python: Path, *what: str | Path) -> None:
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation",
+        "--no-index", "--force-reinstall", "--quiet", *what,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel(checkout: Path, empty: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout)
+    (sdist,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "LICENSE", "csrc/CMakeLists.txt", "csrc/bindings/module.cpp"} <= names
+    assert any(name.startswith("csrc/include/paretofuse/") and name.endswith(".h") for name in names)
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+    assert {"paretofuse/py.typed", "paretofuse/_C.pyi", "paretofuse/engine/store.py"} <= files
+    assert any(name.startswith("paretofuse/_C") and name.endswith(".so") for name in files)
+    assert not any(name.startswith(("engine/", "kernels/", "tests/", "benchmarks/")) for name in files)
+    install(empty, wheel)
+    assert str(empty.parents[1]) in run(empty, "-c", USE, cwd=tmp_path)
+    assert "usage: paretofuse" in run(empty.parent / "paretofuse", "--help", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_editable(checkout: Path, empty: Path, tmp_path: Path, mode: str) -> None:
+    install(empty, f"--config-settings=editable_mode={mode}", "--editable", checkout)
+    found = run(empty, "-c", USE, cwd=tmp_path).strip()
+    assert os.path.realpath(found) == os.path.realpath(checkout / "python" / "paretofuse" / "__init__.py")
