@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import moocore
 import numpy as np
 
+from paretofuse.engine import measures
 from paretofuse.engine.preference import as_preference, simplex_grid
 
 if TYPE_CHECKING:
@@ -95,10 +96,55 @@ class Front:
                 for all. Points that do not beat it in every metric add nothing.
 
         Raises:
-            ValueError: the reference point does not fit the metrics or is not finite.
+            ValueError: the reference point does not fit the metrics or is not finite; or there are too many points
+                in too many metrics, as for a hundred points in 9 of them.
         """
-        point = self._reference(ref)
-        return float(moocore.hypervolume(self.values, ref=point, maximise=list(self.directions)))
+        return measures.exact_hypervolume(self.values, self._reference(ref), self.directions)
+
+    def hypervolume_estimate(
+        self, ref: Mapping[str, float] | Sequence[float] | float, *, samples: int = 100_000, seed: int = 0
+    ) -> tuple[float, float]:
+        """The hypervolume by Monte Carlo and its standard error, for fronts of many metrics.
+
+        Args:
+            ref: the reference point, as for `hypervolume`.
+            samples: how many; the error falls with their root.
+            seed: of the samples; the same seed gives the same estimate.
+        """
+        return measures.estimate_hypervolume(
+            self.values, self._reference(ref), self.directions, samples, seed
+        )
+
+    def spacing(self) -> float:
+        """How unevenly the points lie (Schott, 1995), in the metrics' units; 0 is even."""
+        return measures.spacing(self.values)
+
+    def spread(self, span: Sequence[float] | None = None) -> float:
+        """How far the points reach, as a share of `span` [M] (1 if None); 0 where all preferences give one model."""
+        return measures.spread(self.values, span)
+
+    def rank_correlation(self) -> dict[str, float]:
+        """For each objective, Spearman's correlation of its preference with its metric, signed so that 1 is best.
+
+        Metrics are matched with objectives by name, or in order where the names differ.
+
+        Raises:
+            ValueError: there is not one metric for each objective.
+        """
+        if len(self.metrics) != len(self.objectives):
+            raise ValueError(
+                f"got metrics {list(self.metrics)} for objectives {list(self.objectives)}, expected one for each; "
+                "make a Front of the metrics that belong to them"
+            )
+        named = set(self.metrics) == set(self.objectives)
+        columns = [self.metrics.index(name) if named else i for i, name in enumerate(self.objectives)]
+        signs = [self.directions[column] for column in columns]
+        found = measures.rank_correlation(self.preferences, self.values[:, columns], signs)
+        return dict(zip(self.objectives, found.tolist(), strict=True))
+
+    def share_non_dominated(self, *, repeats: bool = False) -> float:
+        """The share of preferences that no other dominates; points equal to an earlier one count only if `repeats`."""
+        return measures.share_non_dominated(self.values, self.directions, repeats)
 
     def non_dominated(self) -> np.ndarray:
         """[P] booleans: no other point is as good everywhere and better somewhere; all of a tie count."""
