@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+
+def warps(threads: int) -> int:
+    """The warps that hold so many threads on this machine: 64 threads each on ROCm, else 32."""
+    return max(1, threads // (64 if torch.version.hip else 32))
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -17,21 +24,21 @@ class MergeConfig:
         k_block: preferences per program, a power of two.
         block: elements per program, a power of two that divides the tile.
         e_chunk: experts whose loads are in flight together; more experts loop.
-        warps: warps per program.
+        threads: per program; 8 elements each fill a 128-bit load of half floats.
     """
 
     k_block: int
     block: int
     e_chunk: int
-    warps: int
+    threads: int
 
 
 MERGE_CONFIGS = {
-    "one": MergeConfig(k_block=1, block=1024, e_chunk=8, warps=4),
-    "one, few experts": MergeConfig(k_block=1, block=1024, e_chunk=4, warps=4),
-    "one, small model": MergeConfig(k_block=1, block=256, e_chunk=8, warps=1),
-    "few": MergeConfig(k_block=4, block=1024, e_chunk=4, warps=4),
-    "many": MergeConfig(k_block=8, block=1024, e_chunk=4, warps=4),
+    "one": MergeConfig(k_block=1, block=1024, e_chunk=8, threads=128),
+    "one, few experts": MergeConfig(k_block=1, block=1024, e_chunk=4, threads=128),
+    "one, small model": MergeConfig(k_block=1, block=512, e_chunk=8, threads=64),
+    "few": MergeConfig(k_block=4, block=1024, e_chunk=4, threads=128),
+    "many": MergeConfig(k_block=8, block=1024, e_chunk=2, threads=128),
 }
 """Every configuration of the merge kernel, by the preferences and the size it is for."""
 
@@ -42,16 +49,16 @@ class GradConfig:
 
     Attributes:
         e_chunk: experts whose loads are in flight together, a power of two; more experts loop.
-        warps: warps per program; with one, sums need no shared memory and no barrier.
+        threads: per program; within one warp, sums need no shared memory and no barrier.
     """
 
     e_chunk: int
-    warps: int
+    threads: int
 
 
 GRAD_CONFIGS = {
-    "wide deltas": GradConfig(e_chunk=2, warps=1),
-    "narrow deltas": GradConfig(e_chunk=4, warps=1),
+    "wide deltas": GradConfig(e_chunk=2, threads=32),
+    "narrow deltas": GradConfig(e_chunk=4, threads=32),
 }
 """Every configuration of the gradient, by the size of a delta: each has 16 wide loads in flight per thread."""
 
@@ -59,6 +66,72 @@ GRAD_CONFIGS = {
 def grad_config(itemsize: int) -> GradConfig:
     """The gradient's configuration for deltas of `itemsize` bytes."""
     return GRAD_CONFIGS["wide deltas" if itemsize >= 4 else "narrow deltas"]
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """One compiled form of the routed linear kernel.
+
+    Attributes:
+        rows, outs, ins: the tile of x's rows, of outputs, and the step through the inputs; powers of two from 16.
+        e_chunk: experts whose loads are pipelined together; more experts loop.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    rows: int
+    outs: int
+    ins: int
+    e_chunk: int
+    warps: int
+    stages: int
+
+
+LINEAR_CONFIGS = {
+    "few rows, few experts": LinearConfig(rows=16, outs=64, ins=64, e_chunk=2, warps=4, stages=3),
+    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, warps=4, stages=2),
+    "many rows, few experts": LinearConfig(rows=128, outs=64, ins=64, e_chunk=2, warps=4, stages=3),
+    "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, warps=4, stages=2),
+    "float32": LinearConfig(rows=32, outs=64, ins=32, e_chunk=4, warps=8, stages=2),
+}
+"""Every configuration of the routed linear kernel, by the shape it is for."""
+
+
+def linear_config(rows: int, experts: int, itemsize: int) -> LinearConfig:
+    """The routed linear's configuration for `rows` rows of x in elements of `itemsize` bytes."""
+    if itemsize == 4:
+        return LINEAR_CONFIGS["float32"]
+    few = ", few experts" if experts <= 2 else ""
+    return LINEAR_CONFIGS[("few rows" if rows <= 32 else "many rows") + few]
+
+
+@dataclass(frozen=True)
+class WeightsGradConfig:
+    """One compiled form of the routed linear's gradient of the weights.
+
+    Attributes:
+        rows, outs, ins: the step through x's rows and the tile of the weight; powers of two from 16.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    rows: int
+    outs: int
+    ins: int
+    warps: int
+    stages: int
+
+
+WEIGHTS_GRAD_CONFIGS = {
+    "half": WeightsGradConfig(rows=64, outs=128, ins=64, warps=4, stages=3),
+    "float32": WeightsGradConfig(rows=32, outs=64, ins=32, warps=4, stages=2),
+}
+"""Every configuration of the weights' gradient, by the dtype of x."""
+
+
+def weights_grad_config(itemsize: int) -> WeightsGradConfig:
+    """The weights' gradient's configuration for x in elements of `itemsize` bytes."""
+    return WEIGHTS_GRAD_CONFIGS["float32" if itemsize == 4 else "half"]
 
 
 SMALL_MODEL = 1 << 20

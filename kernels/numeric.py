@@ -17,3 +17,14 @@ def round_to(x: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl
         quiet = (bits >> 16) | 0x40
         return tl.where(x == x, rounded, quiet).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@jit
+def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """total + a @ b with float32 sums; float32 inputs are multiplied exactly, not as TF32.
+
+    The interpreter's own product misreads bfloat16, so there both sides are widened first, which is exact.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="ieee")

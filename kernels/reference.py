@@ -121,3 +121,33 @@ def inner_reference(grad: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:
         for delta in deltas
     ]
     return torch.stack(products)
+
+
+def routed_linear_reference(
+    x: Tensor,
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: torch.dtype = torch.float32,
+) -> Tensor:
+    """A linear layer with the mixed weight base + sum_e weights[e] * deltas[e], rounded once to x's dtype.
+
+    Args:
+        x: [..., I].
+        base: [O, I].
+        deltas: [E, O, I].
+        weights: [E].
+        bias: [O] or None.
+        accumulate: of the mixing; float64, with x in float64, for a truth to test against.
+
+    Returns:
+        [..., O] in x's dtype.
+    """
+    mixed = base.to(accumulate)
+    for weight, delta in zip(
+        weights.to(accumulate), deltas, strict=True
+    ):  # no matmul: autocast would round it
+        mixed = mixed + weight * delta.to(accumulate)
+    return torch.nn.functional.linear(x, mixed.to(x.dtype), None if bias is None else bias.to(x.dtype))

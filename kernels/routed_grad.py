@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import GradConfig, grad_config
+from paretofuse.kernels.launch import GradConfig, grad_config, warps
 from paretofuse.kernels.reference import block_products_reference
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
 from torch import Tensor
@@ -24,8 +24,8 @@ from torch import Tensor
 MAX_BLOCK = 1024
 """Elements per partial sum: enough that partials cost 0.2 % of the traffic, few enough to stay in registers."""
 
-SUM_BLOCKS, SUM_EXPERTS = 64, 8
-"""The piece of `partials` that stage two adds at a time."""
+SUM_BLOCKS, SUM_EXPERTS, SUM_THREADS = 64, 8, 128
+"""The piece of `partials` that stage two adds at a time, and the threads that do so."""
 
 
 @jit
@@ -85,7 +85,7 @@ def _launch_partials(grad: Tensor, deltas: Tensor, block: int, config: GradConfi
     if n:
         partials_kernel[(len(partials),)](
             grad, deltas, partials, n, experts, deltas.stride(0),
-            BLOCK=block, E_CHUNK=config.e_chunk, num_warps=config.warps,
+            BLOCK=block, E_CHUNK=config.e_chunk, num_warps=warps(config.threads),
         )  # fmt: skip
     return partials
 
@@ -96,7 +96,14 @@ def _launch_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     out = partials.new_empty((groups, experts))
     if groups:
         group_sums_kernel[(groups, -(-experts // SUM_EXPERTS))](
-            partials, order, starts, out, experts, BLOCKS=SUM_BLOCKS, EXPERTS=SUM_EXPERTS, num_warps=4
+            partials,
+            order,
+            starts,
+            out,
+            experts,
+            BLOCKS=SUM_BLOCKS,
+            EXPERTS=SUM_EXPERTS,
+            num_warps=warps(SUM_THREADS),
         )
     return out
 

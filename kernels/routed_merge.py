@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import MergeConfig, merge_config
+from paretofuse.kernels.launch import MergeConfig, merge_config, warps
 from paretofuse.kernels.numeric import round_to
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
@@ -85,7 +85,7 @@ def _launch(
         merge_kernel[grid](
             base, deltas, tile_group, weights, out, n, experts, groups, k, deltas.stride(0), out.stride(0),
             TILE=tile, K_BLOCK=config.k_block, BLOCK=block, E_CHUNK=config.e_chunk,
-            INTERPRETED=interpreted(merge_kernel), num_warps=config.warps,
+            INTERPRETED=interpreted(merge_kernel), num_warps=warps(config.threads),
         )  # fmt: skip
 
 

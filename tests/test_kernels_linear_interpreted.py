@@ -1,0 +1,135 @@
+"""The routed linear layer in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from paretofuse.kernels.launch import LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS
+from paretofuse.kernels.reference import inner_reference, routed_linear_reference
+from paretofuse.kernels.routed_linear import _launch_linear, _launch_weights_grad, routed_linear
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(
+    seed,
+    *,
+    rows,
+    outs,
+    ins,
+    experts,
+    x=torch.float32,
+    weight=torch.float32,
+    delta=torch.float32,
+    conv1d=False,
+):
+    """x, base, deltas, weights, bias, all from one seed; deltas are planes of a wider buffer, as in a flat model."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (ins, outs) if conv1d else (outs, ins)
+    base = torch.randn(shape, generator=g).to(weight)
+    planes = torch.full((experts, ins * outs + 13), float("nan"), dtype=delta)
+    deltas = planes[:, : ins * outs].unflatten(1, shape)
+    deltas.copy_(torch.randn(experts, *shape, generator=g))
+    if conv1d:
+        base, deltas = base.T, deltas.mT
+    weights = torch.randn(experts, generator=g) / experts**0.5
+    return (
+        torch.randn(rows, ins, generator=g).to(x),
+        base,
+        deltas,
+        weights,
+        torch.randn(outs, generator=g).to(weight),
+    )
+
+
+def truth_and_plain(x, base, deltas, weights, bias):
+    exact = routed_linear_reference(
+        *(t.double() for t in (x, base, deltas, weights, bias)), accumulate=torch.float64
+    )
+    return exact, routed_linear_reference(x, base, deltas, weights, bias)
+
+
+def close(found, exact, plain):
+    """At most twice the error of PyTorch's own result in the same dtype, and of float32 sums."""
+    assert not found.isnan().any()
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("use", LINEAR_CONFIGS)
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("experts", [1, 9])
+def test_every_configuration(use, conv1d, experts):
+    """Each does any shape and dtype, also those that the size rule would give to another."""
+    dtype = torch.float32 if use == "float32" else torch.bfloat16
+    inputs = make(
+        1, rows=33, outs=70, ins=81, experts=experts, x=dtype, weight=dtype, delta=dtype, conv1d=conv1d
+    )
+    close(_launch_linear(*inputs, LINEAR_CONFIGS[use]), *truth_and_plain(*inputs))
+
+
+@pytest.mark.parametrize("use", WEIGHTS_GRAD_CONFIGS)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_every_configuration_of_the_gradient(use, conv1d):
+    x, _, deltas, _, _ = make(2, rows=70, outs=130, ins=67, experts=3, conv1d=conv1d)
+    grad = torch.randn(70, 130, generator=torch.Generator().manual_seed(3))
+    found = _launch_weights_grad(grad, x, deltas, WEIGHTS_GRAD_CONFIGS[use])
+    torch.testing.assert_close(
+        found.double(), inner_reference(grad.T @ x, list(deltas)), rtol=1e-4, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes_forward_and_backward(seed):
+    pick = random.Random(seed)
+    dtype = pick.choice(FLOATS)
+    inputs = make(
+        seed, rows=pick.randint(1, 150), outs=pick.randint(1, 100), ins=pick.randint(1, 100),
+        experts=pick.choice((1, 2, 3, 7, 12, 64)), x=dtype, weight=pick.choice(FLOATS), delta=pick.choice(FLOATS),
+        conv1d=pick.random() < 0.5,
+    )  # fmt: skip
+    x, base, deltas, weights, bias = inputs
+    upstream = torch.randn(len(x), len(bias), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def run(function, cast):
+        leaves = [cast(t).clone().requires_grad_() for t in (x, weights, bias)]
+        y = function(leaves[0], cast(base), cast(deltas), leaves[1], leaves[2])
+        y.backward(cast(upstream))
+        return y.detach(), *(leaf.grad for leaf in leaves)
+
+    ours = run(routed_linear, lambda t: t)
+    plain = run(routed_linear_reference, lambda t: t)
+    exact = run(lambda *t: routed_linear_reference(*t, accumulate=torch.float64), lambda t: t.double())
+    for mine, theirs, true in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        close(mine, true, theirs)
+
+
+def test_no_bias_and_no_rows():
+    x, base, deltas, weights, _ = make(4, rows=3, outs=5, ins=6, experts=2)
+    close(
+        routed_linear(x, base, deltas, weights),
+        routed_linear_reference(*(t.double() for t in (x, base, deltas, weights)), accumulate=torch.float64),
+        routed_linear_reference(x, base, deltas, weights),
+    )
+    weights.requires_grad_()
+    empty = routed_linear(x[:0], base, deltas, weights)
+    assert empty.shape == (0, 5)
+    empty.sum().backward()
+    assert (weights.grad == 0).all()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck's own copies
+def test_operator_is_sound():
+    x, base, deltas, weights, bias = make(5, rows=3, outs=5, ins=6, experts=2)
+    leaves = [t.requires_grad_() for t in (x, weights, bias)]
+    torch.library.opcheck(
+        torch.ops.paretofuse.routed_linear.default, (leaves[0], base, deltas, leaves[1], leaves[2])
+    )
