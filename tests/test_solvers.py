@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import moocore
 import numpy as np
@@ -519,6 +520,29 @@ def test_torchjd_aggregators_by_name_and_by_object() -> None:
     torch.testing.assert_close(factory(losses, jacobian, preference), truth)
     with pytest.raises(ValueError, match="expected one of torchjd's"):
         TorchJD("Meaan")
+    with pytest.raises(ValueError, match="which needs arguments"):
+        TorchJD("CAGrad")
+
+
+@pytest.mark.parametrize(
+    "name", ["AlignedMTL", "ConFIG", "GradDrop", "GradVac", "IMTLG", "MGDA", "PCGrad", "Random"]
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_torchjd_aggregators_run(name: str, count: int) -> None:
+    pytest.importorskip("torchjd.aggregation")
+    losses, jacobian, preference = random_inputs(count, seed=4)
+    direction = get_solver("torchjd", {"aggregator": name})(losses, jacobian, preference)
+    assert direction.shape == jacobian.shape[1:]
+    assert torch.isfinite(direction).all()
+
+
+def test_torchjd_projections_descend_every_loss() -> None:
+    pytest.importorskip("torchjd.aggregation")
+    pytest.importorskip("quadprog")
+    losses, jacobian, preference = random_inputs(4, seed=4)
+    for solver in (TorchJD("UPGrad"), TorchJD("UPGrad", preference="vector"), TorchJD("DualProj")):
+        change = torch.einsum("mge,ge->m", jacobian, solver(losses, jacobian, preference))
+        assert (change >= -0.01 * change.max()).all()  # their projections are regularized
 
 
 def test_torchjd_mgda_agrees_with_ours() -> None:
@@ -616,3 +640,11 @@ def test_a_user_can_write_a_solver() -> None:
     losses, jacobian, preference = random_inputs(3, seed=0)
     solver = get_solver(Worst())
     torch.testing.assert_close(solver(losses, jacobian, preference), jacobian[int(losses.argmax())])
+
+
+def test_the_guide_names_every_solver_and_its_example_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "solvers.md").read_text(encoding="utf-8")
+    headings = [line[3:].split(":")[0] for line in text.splitlines() if line.startswith("## ")]
+    assert sorted(headings) == sorted([*SOLVERS, "Your own"])
+    example = text.split("```python\n")[1].split("```")[0]
+    exec(compile(example, "docs/solvers.md", "exec"), {"__name__": "guide"})

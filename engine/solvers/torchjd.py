@@ -71,9 +71,16 @@ def _named(name: str, with_preference: bool) -> Callable[[Tensor], Any]:
         raise ImportError(
             f"aggregator {name!r} needs torchjd, which is not installed; pip install 'paretofuse[torchjd]'"
         ) from error
-    if name not in library.__all__:
-        raise ValueError(f"got aggregator {name!r}, expected one of torchjd's {sorted(library.__all__)}")
+    known = [kind for kind in library.__all__ if issubclass(getattr(library, kind), library.Aggregator)]
+    if name not in known:
+        raise ValueError(f"got aggregator {name!r}, expected one of torchjd's {sorted(known)}")
     kind = getattr(library, name)
     if with_preference:
         return lambda share: kind(pref_vector=share)
-    return kind()  # type: ignore[no-any-return]
+    try:
+        return kind()  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ValueError(
+            f"got aggregator {name!r}, which needs arguments ({error}); give the object instead, as in "
+            f"TorchJD(torchjd.aggregation.{name}(...))"
+        ) from error
