@@ -50,13 +50,14 @@ def label_directly(
                 for dx, dy in _offsets(reach, box.width / pixel, box.height / pixel):
                     low = at + np.array([dx, dy]) * pixel
                     spot = Bbox.from_bounds(low[0], low[1], box.width, box.height)
-                    spots.append((room.cost(spot, at) + 0.15 * reach, len(spots), anchor, at, (dx, dy), spot))
+                    spots.append((room.cost(spot, at) + 0.3 * reach, len(spots), anchor, at, (dx, dy), spot))
         _, _, anchor, at, offset, spot = min(spots)
         text.xy = tuple(anchor)
         text.set_position(offset)
         room.taken.append(spot)
         near = np.clip(at, spot.min, spot.max)
-        if np.hypot(*(near - at)) > 12 * pixel:
+        if np.hypot(*(near - at)) > 7 * pixel:  # not beside its point: a thin line leads there
+            room.lines = np.vstack([room.lines, np.linspace(at, near, 12)])
             ends = ax.transData.inverted().transform([at, near])
             ax.plot(*ends.T, color=colour, lw=0.6, zorder=7, scalex=False, scaley=False)
 
@@ -80,9 +81,21 @@ class _Room:
         hidden = (gaps < 7).sum()  # a mark, its own point's too, reaches about 6 pixels
         claimed = (foreign & (gaps < own + 4)).sum()
         overlaps = sum(wide.overlaps(other) for other in self.taken)
+        way = np.linspace(at, np.clip(at, spot.min, spot.max), 12)
+        crossed = sum(((way >= other.min) & (way <= other.max)).all(axis=1).any() for other in self.taken)
+        leader = way[np.linalg.norm(way - at, axis=1) > 14]  # beyond the mark itself
+        struck = (np.abs(leader[:, None] - self.lines).max(axis=2) < 5).any(axis=1).sum()
         low, high = np.subtract(self.inside.min, spot.min), np.subtract(spot.max, self.inside.max)
         outside = np.maximum(low, 0).sum() + np.maximum(high, 0).sum()
-        return float(2 * covered + 20 * hidden + 12 * claimed + 100 * overlaps + 5 * outside)
+        return float(
+            2 * covered
+            + 20 * hidden
+            + 12 * claimed
+            + 100 * overlaps
+            + 50 * crossed
+            + 6 * struck
+            + 5 * outside
+        )
 
 
 def _dense(curve: np.ndarray, between: int = 8) -> np.ndarray:
