@@ -36,13 +36,13 @@ class Merged:
         path: the model directory or the file.
         tensors: how many tensors.
         nbytes: bytes of their data.
-        isa: the instruction set that merged them.
+        isa: the instruction set that merged them; None if the store merges nothing but constants.
     """
 
     path: Path
     tensors: int
     nbytes: int
-    isa: str
+    isa: str | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def merge_store(
     store = Store.open(store.path if isinstance(store, Store) else store)
     table = _weight_rows(store, preference, weights)
     sources = _sources(store, head)
-    isa = native.chosen_isa(isa)
+    native.chosen_isa(isa)  # refuses before anything is written
     target = Path(os.path.abspath(out))
     files = store.model_files(head)
     is_file = target.suffix == ".safetensors"
@@ -111,12 +111,12 @@ def merge_store(
     new = beside(target)
     try:
         if is_file:
-            nbytes = _write_weights(store, sources, table, new, threads, isa, progress)
+            ran = _write_weights(store, sources, table, new, threads, isa, progress)
             sync(new)
             place_file(new, target)
         else:
             new.mkdir()
-            nbytes = _write_weights(store, sources, table, new / WEIGHTS_FILE, threads, isa, progress)
+            ran = _write_weights(store, sources, table, new / WEIGHTS_FILE, threads, isa, progress)
             for name, content in files.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content)
@@ -127,7 +127,7 @@ def merge_store(
             shutil.rmtree(new, ignore_errors=True)
         else:
             new.unlink(missing_ok=True)
-    return Merged(target, len(sources), nbytes, isa)
+    return Merged(target, len(sources), sum(source.view.nbytes for source in sources), ran)
 
 
 def _weight_rows(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
@@ -190,10 +190,10 @@ def _write_weights(
     table: np.ndarray,
     path: Path,
     threads: int | None,
-    isa: str,
+    isa: str | None,
     progress: Progress | None,
-) -> int:
-    """Write all tensors and return their bytes.
+) -> str | None:
+    """Write all tensors and return the instruction set that merged them, if any were merged.
 
     While a batch is merged, one thread writes the one before, and another pushes what is written to the disk, so
     that little is left for the sync at the end.
@@ -202,6 +202,7 @@ def _write_weights(
     buffers = [_aligned(BATCH_BYTES), _aligned(BATCH_BYTES)]
     writing: Future[None] | None = None
     syncing: Future[None] | None = None
+    ran: str | None = None
     with (
         SafetensorsWriter(path, metadata={"format": "pt"}, reserve=1024 + 256 * len(sources)) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="paretofuse-sync") as syncer,
@@ -209,7 +210,7 @@ def _write_weights(
     ):
         for number, batch in enumerate(_batches(sources)):
             buffer = buffers[number % 2]
-            _merge_batch(batch, table, buffer, threads, isa)
+            ran = _merge_batch(batch, table, buffer, threads, isa) or ran
             _release(store, batch)
             if writing is not None:
                 writing.result()
@@ -224,7 +225,7 @@ def _write_weights(
         for last in (writing, syncing):
             if last is not None:
                 last.result()
-    return total
+    return ran
 
 
 def _batches(sources: Sequence[_Source]) -> Iterator[list[_Piece]]:
@@ -250,8 +251,10 @@ def _batches(sources: Sequence[_Source]) -> Iterator[list[_Piece]]:
 
 
 def _merge_batch(
-    batch: Sequence[_Piece], table: np.ndarray, buffer: np.ndarray, threads: int | None, isa: str
-) -> None:
+    batch: Sequence[_Piece], table: np.ndarray, buffer: np.ndarray, threads: int | None, isa: str | None
+) -> str | None:
+    """Fill the buffer; returns the instruction set that merged, if anything was merged."""
+    ran: str | None = None
     copies: list[np.ndarray] = []  # keeps what `_address` had to copy
     merged = [piece for piece in batch if piece.source.row is not None and piece.stop > piece.start]
     start = int(buffer.__array_interface__["data"][0])
@@ -270,10 +273,11 @@ def _merge_batch(
             experts=table.shape[2],
             row_count=table.shape[1],
         )
-        plan.run(table, [[start + piece.position for piece in merged]], threads=threads, isa=isa)
+        ran = plan.run(table, [[start + piece.position for piece in merged]], threads=threads, isa=isa)
     for piece in batch:
         if piece.source.row is None:
             buffer[piece.position : piece.position + _nbytes(piece)] = _bytes(piece.source.view, piece)
+    return ran
 
 
 def _write_batch(writer: SafetensorsWriter, batch: Sequence[_Piece], buffer: np.ndarray) -> None:

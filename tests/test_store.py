@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -235,6 +236,12 @@ def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4), **more: 
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
+def check_message(error: StoreError, path: Path, words: str) -> None:
+    """The message names the path, and says the words elsewhere (the path holds the test's own name)."""
+    assert str(path) in str(error)
+    assert re.search(words, str(error).replace(str(path), ""))
+
+
 FOUR = b"1234"
 ATTACKS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "0 bytes"),
@@ -297,9 +304,9 @@ def test_attack_files(tmp_path: Path, name: str) -> None:
     content, words = ATTACKS[name]
     path = tmp_path / "attack.safetensors"
     path.write_bytes(content)
-    with pytest.raises(StoreError, match=words) as caught:
+    with pytest.raises(StoreError) as caught:
         SafetensorsFile(path)
-    assert str(path) in str(caught.value)
+    check_message(caught.value, path, words)
 
 
 @given(data=st.data())
@@ -454,9 +461,9 @@ MANIFEST_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_manifest_attacks(store: Path, name: str) -> None:
     change, words = MANIFEST_ATTACKS[name]
     edit_manifest(store, change)
-    with pytest.raises(StoreError, match=words) as caught:
+    with pytest.raises(StoreError) as caught:
         Store.open(store)
-    assert str(store) in str(caught.value)
+    check_message(caught.value, store, words)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"paretofuse"', "null", "[" * 300_000, '{"format": "\\udc'])
