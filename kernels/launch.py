@@ -134,6 +134,38 @@ def weights_grad_config(itemsize: int) -> WeightsGradConfig:
     return WEIGHTS_GRAD_CONFIGS["float32" if itemsize == 4 else "half"]
 
 
+@dataclass(frozen=True)
+class RowsConfig:
+    """One compiled form of the kernels with a preference for each row.
+
+    Attributes:
+        rows, outs, ins: the tile of x's rows, of outputs, and the step through the inputs; powers of two from 16.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    rows: int
+    outs: int
+    ins: int
+    warps: int
+    stages: int
+
+
+ROWS_CONFIGS = {
+    "few rows": RowsConfig(rows=16, outs=64, ins=128, warps=4, stages=3),
+    "many rows": RowsConfig(rows=64, outs=128, ins=64, warps=8, stages=3),
+    "float32": RowsConfig(rows=32, outs=32, ins=32, warps=4, stages=2),
+}
+"""Every configuration of the kernels with a preference for each row, by the shape it is for."""
+
+
+def rows_config(rows: int, itemsize: int) -> RowsConfig:
+    """The configuration for `rows` rows of x in elements of `itemsize` bytes."""
+    if itemsize == 4:
+        return ROWS_CONFIGS["float32"]
+    return ROWS_CONFIGS["few rows" if rows <= 32 else "many rows"]
+
+
 SMALL_MODEL = 1 << 20
 """Elements under which blocks of 1024 would leave a large GPU's multiprocessors without work."""
 

@@ -151,3 +151,36 @@ def routed_linear_reference(
     ):  # no matmul: autocast would round it
         mixed = mixed + weight * delta.to(accumulate)
     return torch.nn.functional.linear(x, mixed.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def routed_rows_reference(
+    x: Tensor,
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulate: torch.dtype = torch.float32,
+) -> Tensor:
+    """A linear layer with its own mixed weight for each batch row: y[b] = x[b] (base + sum_e weights[b, e]
+    deltas[e])^T.
+
+    The products with base and with each delta are computed in x's dtype and mixed in `accumulate`.
+
+    Args:
+        x: [B, P, I].
+        base: [O, I].
+        deltas: [E, O, I].
+        weights: [B, E].
+        bias: [B, O] or None.
+        accumulate: of the mixing; float64, with x in float64, for a truth to test against.
+
+    Returns:
+        [B, P, O] in x's dtype.
+    """
+    y = (x @ base.to(x.dtype).T).to(accumulate)
+    for e, delta in enumerate(deltas):
+        y = y + weights[:, e, None, None].to(accumulate) * (x @ delta.to(x.dtype).T).to(accumulate)
+    if bias is not None:
+        y = y + bias[:, None, :].to(accumulate)
+    return y.to(x.dtype)

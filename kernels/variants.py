@@ -15,6 +15,7 @@ from paretofuse.kernels.launch import (
     GRAD_CONFIGS,
     LINEAR_CONFIGS,
     MERGE_CONFIGS,
+    ROWS_CONFIGS,
     WEIGHTS_GRAD_CONFIGS,
     grad_config,
 )
@@ -28,6 +29,7 @@ from paretofuse.kernels.routed_grad import (
 )
 from paretofuse.kernels.routed_linear import linear_kernel, weights_grad_kernel
 from paretofuse.kernels.routed_merge import merge_kernel
+from paretofuse.kernels.routed_rows import rows_kernel, rows_weights_grad_kernel
 
 FLOATS = ("fp32", "bf16", "fp16")
 
@@ -169,4 +171,43 @@ def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]
             wide_warps=config.warps,
             stages=config.stages,
             grid="ceil(outs / BO) * ceil(ins / BI), 1, 1",
+        )  # fmt: skip
+
+
+def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """Every configuration of the kernels with a preference for each row, in both weight layouts."""
+    for dtype, layout, (use, config) in product(dtypes, LAYOUTS, ROWS_CONFIGS.items()):
+        if (use == "float32") != (dtype == "fp32"):
+            continue
+        one, other = LAYOUTS[layout]
+        tiles = {one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins, "INTERPRETED": False}
+        floats, sizes = f"*{dtype}", ("rows", "outs", "ins", "experts")
+        yield Variant(
+            name=_name("rows", use, layout, dtype),
+            kernel=rows_kernel,
+            arguments={
+                "x": floats, "base": floats, "deltas": floats, "weights": "*fp32", "bias": floats, "y": floats,
+                **dict.fromkeys(sizes, "i32"), "per": "i32", other: "i32", "delta_stride": "i64",
+                "bias_stride": "i64",
+            },
+            constants={**tiles, "HAS_BIAS": True},
+            aligned=("x", "base", "deltas", "bias", "y", "outs", "ins", other, "delta_stride", "bias_stride"),
+            warps=config.warps,
+            wide_warps=config.warps,
+            stages=config.stages,
+            grid="ceil(rows / BM) * ceil(outs / BO), 1, 1",
+        )  # fmt: skip
+        yield Variant(
+            name=_name("rows_weights_grad", use, layout, dtype),
+            kernel=rows_weights_grad_kernel,
+            arguments={
+                "grad": floats, "x": floats, "deltas": floats, "partials": "*fp32",
+                **dict.fromkeys(sizes, "i32"), other: "i32", "delta_stride": "i64",
+            },
+            constants=tiles,
+            aligned=("grad", "x", "deltas", "partials", "outs", "ins", other, "delta_stride"),
+            warps=config.warps,
+            wide_warps=config.warps,
+            stages=config.stages,
+            grid="ceil(rows / BM) * ceil(outs / BO), 1, 1",
         )  # fmt: skip

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 from paretofuse.kernels import aot, variants
-from paretofuse.kernels.launch import GRAD_CONFIGS, LINEAR_CONFIGS, MERGE_CONFIGS, WEIGHTS_GRAD_CONFIGS
+from paretofuse.kernels.launch import (
+    GRAD_CONFIGS,
+    LINEAR_CONFIGS,
+    MERGE_CONFIGS,
+    ROWS_CONFIGS,
+    WEIGHTS_GRAD_CONFIGS,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,10 +27,13 @@ def test_merge_and_grad_compile(architecture):
         assert binary.startswith(b"\x7fELF"), variant.name
 
 
+LINEAR = (variants.linear_variants, variants.weights_grad_variants, variants.rows_variants)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_linear_compiles(architecture):
-    for variant in (*variants.linear_variants(("bf16",)), *variants.weights_grad_variants(("bf16",))):
+    for variant in (v for make in LINEAR for v in make(("bf16",))):
         compiled = aot.compile_variant(variant, architecture)
         limit = {"sm_80": 163, "gfx942": 64}.get(architecture, 227) * 1024
         assert compiled.metadata.shared <= limit, variant.name
@@ -37,7 +46,9 @@ def test_bfloat16_is_rounded_by_the_hardware():
 
 
 def test_at_most_six_configurations():
-    assert max(map(len, (MERGE_CONFIGS, GRAD_CONFIGS, LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS))) <= 6
+    assert (
+        max(map(len, (MERGE_CONFIGS, GRAD_CONFIGS, LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS, ROWS_CONFIGS))) <= 6
+    )
 
 
 def test_unknown_architecture_is_named():

@@ -1,0 +1,281 @@
+"""The routed linear layer with a preference for each row: many users' trade-offs in one batch.
+
+    y[b] = x[b] base^T + sum_e weights[b, e] * (x[b] deltas[e]^T) + bias[b]
+
+    x [B, P, I]   base [O, I]   deltas [E, O, I]   weights [B, E]   bias [B, O]   y [B, P, O]
+
+P is whatever stands between, e.g. the positions of a sequence; M = B P rows in all. Each plane is read once for a
+tile of rows, whatever the rows' preferences: a batch of B different preferences costs E + 1 dense products, not B
+merges. Products are summed in float32 and rounded once. Backward, with g = dLoss/dy:
+
+    dx[b] = g[b] base + sum_e weights[b, e] * (g[b] deltas[e])       the same kernel, read transposed
+    dweights[b, e] = <g[b], x[b] deltas[e]^T>                        the products again, reduced on the spot
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from paretofuse.kernels import checks
+from paretofuse.kernels.launch import RowsConfig, rows_config
+from paretofuse.kernels.numeric import dot, round_to
+from paretofuse.kernels.reference import routed_rows_reference
+from paretofuse.kernels.routed_linear import check_linear
+from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
+from torch import Tensor
+
+INSTEAD = "paretofuse.kernels.reference.routed_rows_reference"
+
+
+@jit
+def product(
+    x: tl.tensor,
+    plane: tl.tensor,
+    m: tl.tensor,
+    o: tl.tensor,
+    rows: tl.tensor,
+    outs: tl.tensor,
+    ins: tl.tensor,
+    stride_o: tl.tensor,
+    stride_i: tl.tensor,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tl.tensor:
+    """The tile [BO, BM] of plane x^T, for rows m of x and outputs o; the plane is rounded to x's dtype."""
+    total = tl.zeros((BO, BM), tl.float32)
+    for start in range(0, ins, BI):
+        i = start + tl.arange(0, BI)  # [BI]
+        at = o[:, None].to(tl.int64) * stride_o + i[None, :].to(tl.int64) * stride_i  # [BO, BI]
+        w = tl.load(plane + at, mask=(o < outs)[:, None] & (i < ins)[None, :], other=0.0)
+        if plane.dtype.element_ty != x.dtype.element_ty:
+            w = round_to(w.to(tl.float32), x.dtype.element_ty, INTERPRETED)
+        xt = tl.load(
+            x + m[None, :].to(tl.int64) * ins + i[:, None],
+            mask=(m < rows)[None, :] & (i < ins)[:, None],
+            other=0.0,
+        )  # [BI, BM]
+        total = dot(w, xt, total, INTERPRETED)
+    return total
+
+
+@jit
+def rows_kernel(
+    x: tl.tensor,
+    base: tl.tensor,
+    deltas: tl.tensor,
+    weights: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    outs: tl.tensor,
+    ins: tl.tensor,
+    experts: tl.tensor,
+    per: tl.tensor,
+    stride_o: tl.tensor,
+    stride_i: tl.tensor,
+    delta_stride: tl.tensor,
+    bias_stride: tl.tensor,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """Grid: (ceil(rows / BM) * ceil(outs / BO),). Row m of x has the preference m // per."""
+    row_tiles = tl.cdiv(rows, BM)
+    m = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)  # [BM]
+    o = (tl.program_id(0) // row_tiles) * BO + tl.arange(0, BO)  # [BO]
+    b = (m // per).to(tl.int64)
+    total = product(x, base, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+    for e in range(0, experts):
+        plane = deltas + tl.cast(e, tl.int64) * delta_stride
+        part = product(x, plane, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+        total += part * tl.load(weights + b * experts + e, mask=m < rows, other=0.0)[None, :]
+    y_t = tl.trans(total)  # [BM, BO]
+    inside = (m < rows)[:, None] & (o < outs)[None, :]
+    if HAS_BIAS:
+        y_t += tl.load(bias + b[:, None] * bias_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    y_at = y + m[:, None].to(tl.int64) * outs + o[None, :]
+    tl.store(y_at, round_to(y_t, y.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+@jit
+def rows_weights_grad_kernel(
+    grad: tl.tensor,
+    x: tl.tensor,
+    deltas: tl.tensor,
+    partials: tl.tensor,
+    rows: tl.tensor,
+    outs: tl.tensor,
+    ins: tl.tensor,
+    experts: tl.tensor,
+    stride_o: tl.tensor,
+    stride_i: tl.tensor,
+    delta_stride: tl.tensor,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """Grid: (ceil(rows / BM) * ceil(outs / BO),). Leaves partials[output tile, e, m] of <grad[m], x[m] deltas[e]^T>."""
+    row_tiles = tl.cdiv(rows, BM)
+    m = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)  # [BM]
+    out_tile = tl.program_id(0) // row_tiles
+    o = out_tile * BO + tl.arange(0, BO)  # [BO]
+    g = tl.load(
+        grad + m[None, :].to(tl.int64) * outs + o[:, None],
+        mask=(m < rows)[None, :] & (o < outs)[:, None],
+        other=0.0,
+    ).to(tl.float32)  # [BO, BM]
+    for e in range(0, experts):
+        plane = deltas + tl.cast(e, tl.int64) * delta_stride
+        part = product(x, plane, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+        row = (out_tile.to(tl.int64) * experts + e) * rows
+        tl.store(partials + row + m, tl.sum(g * part, 0), mask=m < rows)
+
+
+def _launch_rows(
+    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: RowsConfig
+) -> Tensor:
+    """Launch the forward kernel; all arguments already checked, x [B, P, I] contiguous."""
+    (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
+    y = x.new_empty((batch, per, outs))
+    grid = (-(-batch * per // config.rows) * -(-outs // config.outs),)
+    if y.numel():
+        rows_kernel[grid](
+            x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
+            base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
+            BM=config.rows, BO=config.outs, BI=config.ins, HAS_BIAS=bias is not None,
+            INTERPRETED=interpreted(rows_kernel), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y
+
+
+def _launch_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> Tensor:
+    """Launch the weights' gradient and add its pieces in float64; grad [B, P, O] and x [B, P, I] contiguous."""
+    (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
+    rows, out_tiles = batch * per, -(-outs // config.outs)
+    partials = x.new_empty((out_tiles, experts, rows), dtype=torch.float32)
+    if partials.numel():
+        rows_weights_grad_kernel[(-(-rows // config.rows) * out_tiles,)](
+            grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
+            deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
+            INTERPRETED=interpreted(rows_weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return (
+        partials.view(out_tiles, experts, batch, per).sum((0, 3), dtype=torch.float64).float().T.contiguous()
+    )
+
+
+@torch.library.custom_op("paretofuse::routed_rows", mutates_args=(), device_types="cuda")
+def _routed_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    config = rows_config(x.shape[0] * x.shape[1], x.element_size())
+    return _launch_rows(x.contiguous(), base, deltas, weights, bias, config)
+
+
+@_routed_rows.register_kernel("cpu")
+def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    if interpreted(rows_kernel):
+        config = rows_config(x.shape[0] * x.shape[1], x.element_size())
+        return _launch_rows(x.contiguous(), base, deltas, weights, bias, config)
+    with torch.autocast("cpu", enabled=False):
+        return routed_rows_reference(x, base, deltas, weights, bias)
+
+
+@_routed_rows.register_fake
+def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], base.shape[0]))
+
+
+@torch.library.custom_op("paretofuse::routed_rows_weights_grad", mutates_args=(), device_types="cuda")
+def _weights_grad(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
+    config = rows_config(x.shape[0] * x.shape[1], x.element_size())
+    return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+
+
+@_weights_grad.register_kernel("cpu")
+def _(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
+    if interpreted(rows_weights_grad_kernel):
+        config = rows_config(x.shape[0] * x.shape[1], x.element_size())
+        return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+    with torch.autocast("cpu", enabled=False):
+        parts = [(grad.float() * (x @ delta.to(x.dtype).T).float()).sum((1, 2)) for delta in deltas]
+    return torch.stack(parts, dim=1)
+
+
+@_weights_grad.register_fake
+def _(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], deltas.shape[0]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, base, deltas, weights, bias = inputs
+    ctx.save_for_backward(x, base, deltas, weights)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Base and deltas are frozen; the public function refuses them when they want a gradient."""
+    x, base, deltas, weights = ctx.saved_tensors
+    need_x, _, _, need_weights, need_bias = ctx.needs_input_grad
+    ops = torch.ops.paretofuse
+    return (
+        ops.routed_rows(grad, base.T, deltas.mT, weights, None) if need_x else None,
+        None,
+        None,
+        ops.routed_rows_weights_grad(grad, x, deltas) if need_weights else None,
+        grad.sum(1, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
+    )
+
+
+_routed_rows.register_autograd(_backward, setup_context=_save)
+
+
+def routed_rows(
+    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """A linear layer that gives each row of a batch its own mixed weight; differentiable in x, weights and bias.
+
+    On CUDA and ROCm devices this is a Triton kernel; the operator's CPU implementation is the PyTorch reference.
+    Under autocast, x is converted as `F.linear` would.
+
+    Args:
+        x: [B, ..., I] float32, bfloat16 or float16.
+        base: [O, I] of one of those dtypes, either dimension contiguous. Frozen, and rounded to x's dtype.
+        deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions; E from 1 to
+            64. Frozen, and rounded to x's dtype.
+        weights: [B, E] float32, contiguous; one row for each preference in the batch.
+        bias: [O], or [B, O] when it is mixed too, of one of those dtypes; or None.
+
+    Returns:
+        [B, ..., O] in x's dtype (in autocast's, under autocast).
+
+    Raises:
+        ImportError: the tensors are on a GPU and Triton is not installed.
+        TypeError, ValueError: a dtype, shape, stride or device does not fit, or base or deltas want a gradient.
+    """
+    if x.ndim < 2:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected [B, ..., I]; use x[None] for a batch of one"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None and bias.ndim == 1:
+        bias = bias.expand(x.shape[0], -1)
+    check_linear(x, base, deltas, None)
+    batch, outs, ins = x.shape[0], *base.shape
+    checks.check_tensor("weights", weights, (torch.float32,), (batch, deltas.shape[0]), x.device)
+    checks.check_contiguous("weights", weights)
+    if bias is not None:
+        checks.check_tensor("bias", bias, checks.FLOATS, (batch, outs), x.device)
+        checks.check_rows("bias", bias)
+    if x.device.type != "cpu":
+        require(rows_kernel, x.device.type, INSTEAD)
+    between = x.shape[1:-1]
+    y: Tensor = torch.ops.paretofuse.routed_rows(
+        x.reshape(batch, between.numel(), ins), base, deltas, weights, bias
+    )
+    return y.view(batch, *between, outs)

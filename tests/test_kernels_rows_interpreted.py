@@ -1,0 +1,92 @@
+"""The preference-per-row kernels in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from paretofuse.kernels.launch import ROWS_CONFIGS
+from paretofuse.kernels.reference import routed_rows_reference
+from paretofuse.kernels.routed_rows import _launch_rows, _launch_weights_grad, routed_rows
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(seed, *, batch, per, outs, ins, experts, x=torch.float32, weight=torch.float32, conv1d=False):
+    """x, base, deltas, weights, bias, all from one seed."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (ins, outs) if conv1d else (outs, ins)
+    base, deltas = torch.randn(shape, generator=g), torch.randn(experts, *shape, generator=g)
+    if conv1d:
+        base, deltas = base.T, deltas.mT
+    weights = torch.randn(batch, experts, generator=g) / experts**0.5
+    activations, bias = torch.randn(batch, per, ins, generator=g).to(x), torch.randn(batch, outs, generator=g)
+    return activations, base.to(weight), deltas.to(weight), weights, bias.to(weight)
+
+
+def close(found, exact, plain, eps=1e-5):
+    """At most twice the error of PyTorch's own result in the same dtype, and `eps` of the largest value."""
+    assert not found.isnan().any()
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("use", ROWS_CONFIGS)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_every_configuration(use, conv1d):
+    """Each does any shape and dtype, also those that the size rule would give to another."""
+    dtype = torch.float32 if use == "float32" else torch.bfloat16
+    inputs = make(1, batch=5, per=14, outs=70, ins=81, experts=2, x=dtype, weight=dtype, conv1d=conv1d)
+    exact = [t.double() for t in inputs]
+    close(
+        _launch_rows(*inputs, ROWS_CONFIGS[use]),
+        routed_rows_reference(*exact, accumulate=torch.float64),
+        routed_rows_reference(*inputs),
+    )
+    grad = torch.randn(5, 14, 70, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = _launch_weights_grad(grad, inputs[0], inputs[2], ROWS_CONFIGS[use])
+    truth = torch.einsum("bpo,bpi,eoi->be", grad.double(), exact[0], exact[2])
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_shapes_forward_and_backward(seed):
+    pick = random.Random(seed)
+    dtype = pick.choice(FLOATS)
+    inputs = make(
+        seed, batch=pick.randint(1, 9), per=pick.choice((1, 1, 2, 7)), outs=pick.randint(1, 90),
+        ins=pick.randint(1, 90), experts=pick.choice((1, 2, 5)), x=dtype,
+        weight=dtype if dtype == torch.float32 else pick.choice(FLOATS), conv1d=pick.random() < 0.5,
+    )  # fmt: skip
+    x, base, deltas, weights, bias = inputs
+    upstream = torch.randn(*x.shape[:2], bias.shape[1], generator=torch.Generator().manual_seed(seed)).to(
+        dtype
+    )
+
+    def run(function, cast):
+        leaves = [cast(t).clone().requires_grad_() for t in (x, weights, bias)]
+        y = function(leaves[0], cast(base), cast(deltas), leaves[1], leaves[2])
+        y.backward(cast(upstream))
+        return y.detach(), *(leaf.grad for leaf in leaves)
+
+    ours = run(routed_rows, lambda t: t)
+    plain = run(routed_rows_reference, lambda t: t)
+    exact = run(lambda *t: routed_rows_reference(*t, accumulate=torch.float64), lambda t: t.double())
+    for mine, theirs, true in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        close(mine, true, theirs, eps=max(1e-5, torch.finfo(dtype).eps))  # deltas are rounded to x's dtype
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck's own copies
+def test_operator_is_sound():
+    x, base, deltas, weights, bias = make(3, batch=3, per=2, outs=5, ins=6, experts=2)
+    leaves = [t.requires_grad_() for t in (x, weights, bias)]
+    torch.library.opcheck(
+        torch.ops.paretofuse.routed_rows.default, (leaves[0], base, deltas, leaves[1], leaves[2])
+    )
