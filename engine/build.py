@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.routes import Route, assign_groups
 from paretofuse.engine.sources import Source, TensorInfo, dtype_name
-from torch import Tensor
 
 
 @dataclass(frozen=True)

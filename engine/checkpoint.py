@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paretofuse.engine.errors import StoreError
-from paretofuse.engine.routers import Routers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from paretofuse.engine.errors import StoreError
+from paretofuse.engine.routers import Routers
 
 FORMAT = "paretofuse-checkpoint-1"
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from paretofuse.engine import persist
 from paretofuse.engine.build import Stack
 from paretofuse.engine.flat import FlatInputs, FlatOutputs, flatten
@@ -24,7 +26,6 @@ from paretofuse.engine.merge import (
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.skeleton import materialize, stored_tensors
 from paretofuse.engine.sources import ModelCard
-from torch import Tensor, nn
 
 Preference = Tensor | Sequence[float] | Mapping[str, float]
 

@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from paretofuse.engine.checkpoint import read_checkpoint, write_checkpoint
 from paretofuse.engine.data import Batches, Objective
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.log import open_log
-from paretofuse.engine.solvers import Solver, get_solver
-from torch import Tensor
-from tqdm import tqdm
+from paretofuse.engine.sampling import SamplerName, make_sampler
+from paretofuse.engine.solvers import Solver, get_solver, solve_each
 
 Record = dict[str, float]
-"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>"."""
+"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences)."""
 
 
 def fit(
@@ -34,7 +36,11 @@ def fit(
     steps: int = 400,
     lr: float = 1e-2,
     lr_end: float = 0.1,
+    options: Mapping[str, Any] | None = None,
+    sampler: SamplerName = "dirichlet",
     alpha: float = 1.0,
+    corner_every: int = 0,
+    preferences_per_step: int = 1,
     accumulate: int = 1,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -45,10 +51,10 @@ def fit(
 ) -> list[Record]:
     """Train an engine's routers; with the same seed, data and machine, bit for bit the same each time.
 
-    Each step draws a preference r ~ Dirichlet(alpha), merges the live module at it, computes each objective's loss and
-    its gradient with respect to the routing weights, and steps Adam along the solver's direction; the learning rate
-    falls from `lr` to `lr * lr_end` on a cosine. The module keeps the training mode that it has: call
-    `engine.module.train()` first for dropout.
+    Each step draws a preference (or several), merges the live module at it, computes each objective's loss and its
+    gradient with respect to the routing weights, and steps Adam along the solver's direction; the learning rate falls
+    from `lr` to `lr * lr_end` on a cosine. The module keeps the training mode that it has: call `engine.module.train()`
+    first for dropout.
 
     Args:
         engine: the engine; only its routers change.
@@ -57,8 +63,12 @@ def fit(
         steps: optimizer steps in all, those before a resumed checkpoint included.
         lr: Adam's learning rate at the start.
         lr_end: its share left at the end, 0 to 1.
-        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex.
-        accumulate: batches of each objective in one step.
+        options: the solver's own options, such as {"mu": 0.05}; only with a name.
+        sampler: how preferences are drawn: "dirichlet", "antithetic", "stratified" or "low_discrepancy".
+        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners.
+        corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
+        preferences_per_step: preferences in one step; each costs as much as a step with one.
+        accumulate: batches of each objective for each preference.
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
         checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps and at the end.
         checkpoint_every: steps between checkpoints.
@@ -78,20 +88,28 @@ def fit(
     _check_positive(steps=steps, lr=lr, alpha=alpha, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not 0 <= lr_end <= 1:
         raise ValueError(f"got lr_end={lr_end}, expected a share of lr from 0 to 1")
-    solver = get_solver(method) if isinstance(method, str) else method
+    solver = get_solver(method, options)
+    if preferences_per_step < 1 or accumulate < 1:
+        raise ValueError(
+            f"got preferences_per_step={preferences_per_step} and accumulate={accumulate}, expected at least 1"
+        )
+    draws = make_sampler(sampler, len(ordered), seed, alpha=alpha, corner_every=corner_every)
     settings = {
         "objectives": list(engine.objectives),
         "method": method if isinstance(method, str) else type(method).__qualname__,
         "steps": steps,
         "lr": lr,
         "lr_end": lr_end,
+        "options": dict(options or {}),
+        "sampler": sampler,
         "alpha": alpha,
+        "corner_every": corner_every,
+        "preferences_per_step": preferences_per_step,
         "accumulate": accumulate,
         "seed": seed,
     }
     path = Path(checkpoint) if checkpoint is not None else None
     optimizer = torch.optim.Adam(engine.routers.parameters(), lr=lr)
-    preferences = np.random.default_rng(seed)
     streams = [Batches(o.data, o.name, seed, index) for index, o in enumerate(ordered)]
     records: list[Record] = []
     with torch.random.fork_rng(enabled=True):
@@ -101,7 +119,7 @@ def fit(
             state = read_checkpoint(path, engine.routers, optimizer)
             _check_settings(path, state["settings"], settings)
             start = int(state["step"])
-            preferences.bit_generator.state = state["preferences"]
+            draws.restore(state["preferences"])
             for stream, (epoch, taken) in zip(streams, state["streams"], strict=True):
                 stream.seek(epoch, taken)
         writer = open_log(log, start) if log is not None else None
@@ -109,12 +127,12 @@ def fit(
         try:
             for step in range(start, steps):
                 rate = lr * (lr_end + (1 - lr_end) * (1 + math.cos(math.pi * step / steps)) / 2)
-                r = preferences.dirichlet([alpha] * len(ordered))
-                losses = _step(engine, ordered, streams, solver, optimizer, r, rate, accumulate)
-                record = _record(step + 1, rate, engine.objectives, r, losses)
+                preferences = draws.draw(preferences_per_step)
+                losses = _step(engine, ordered, streams, solver, optimizer, preferences, rate, accumulate)
+                record = _record(step + 1, rate, engine.objectives, preferences, losses)
                 records.append(record)
                 bar.update()
-                bar.set_postfix({o: f"{loss:.3f}" for o, loss in zip(engine.objectives, losses, strict=True)})
+                bar.set_postfix({o: f"{record[f'loss/{o}']:.3f}" for o in engine.objectives})
                 if writer is not None:
                     writer.write(record)
                 stop = callback is not None and bool(callback(record))
@@ -122,7 +140,7 @@ def fit(
                     state = {
                         "settings": settings,
                         "step": step + 1,
-                        "preferences": preferences.bit_generator.state,
+                        "preferences": draws.state(),
                         "streams": [(stream.epoch, stream.taken) for stream in streams],
                     }
                     write_checkpoint(path, engine.routers, optimizer, state)
@@ -142,31 +160,38 @@ def _step(
     streams: Sequence[Batches],
     solver: Solver,
     optimizer: torch.optim.Optimizer,
-    preference: np.ndarray,
+    preferences: np.ndarray,
     rate: float,
     accumulate: int,
-) -> list[float]:
-    """One optimizer step; returns the losses."""
-    weights = engine.train_at(torch.from_numpy(preference))
-    losses, rows = [], []
-    for objective, stream in zip(objectives, streams, strict=True):
-        total, row = 0.0, torch.zeros(())
-        for _ in range(accumulate):
-            loss = objective.loss(engine.module, stream.take())
-            _check_loss(loss, objective.name)
-            row = row + engine.jacobian([loss / accumulate])[0].cpu()
-            total += loss.item() / accumulate
-        losses.append(total)
-        rows.append(row)
-    direction = solver(
-        torch.tensor(losses, dtype=torch.float64), torch.stack(rows), torch.from_numpy(preference)
-    )
+) -> Tensor:
+    """One optimizer step at K preferences [K, E]; returns the losses [K, M]."""
+    rays = torch.from_numpy(preferences)
+    measured = [_measure(engine, objectives, streams, ray, accumulate) for ray in rays]
+    losses = torch.stack([losses for losses, _ in measured])
+    directions = solve_each(solver, losses, torch.stack([jacobian for _, jacobian in measured]), rays)
     optimizer.zero_grad()
-    weights.backward(direction.to(device=weights.device, dtype=weights.dtype))
+    weights = engine.routers(rays)
+    weights.backward((directions / len(rays)).to(device=weights.device, dtype=weights.dtype))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return losses
+
+
+def _measure(
+    engine: Engine, objectives: Sequence[Objective], streams: Sequence[Batches], ray: Tensor, accumulate: int
+) -> tuple[Tensor, Tensor]:
+    """Losses [M] and Jacobian [M, G, E] at one preference, means over `accumulate` batches; float64 on the CPU."""
+    engine.train_at(ray)
+    losses = torch.zeros(len(objectives), dtype=torch.float64)
+    jacobian = torch.zeros(len(objectives), len(engine.groups), len(engine.objectives), dtype=torch.float64)
+    for m, (objective, stream) in enumerate(zip(objectives, streams, strict=True)):
+        for _ in range(accumulate):
+            loss = objective.loss(engine.module, stream.take())
+            _check_loss(loss, objective.name)
+            jacobian[m] += engine.jacobian([loss / accumulate])[0].cpu()
+            losses[m] += loss.item() / accumulate
+    return losses, jacobian
 
 
 def _match(
@@ -212,9 +237,7 @@ def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, An
         )
 
 
-def _record(
-    step: int, rate: float, names: Sequence[str], preference: np.ndarray, losses: Sequence[float]
-) -> Record:
+def _record(step: int, rate: float, names: Sequence[str], preferences: np.ndarray, losses: Tensor) -> Record:
     record: Record = {"step": step, "lr": rate}
-    record |= {f"preference/{name}": float(share) for name, share in zip(names, preference, strict=True)}
-    return record | {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
+    record |= {f"preference/{n}": float(r) for n, r in zip(names, preferences.mean(0), strict=True)}
+    return record | {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}

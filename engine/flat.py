@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from paretofuse.engine.build import Stack
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from paretofuse.engine import native
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.kernels.reference import inner_reference
-from torch import Tensor, nn
 
 
 class GradientCollector:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
+from torch import Tensor, nn
+
 from paretofuse.engine.gradient import GradientCollector
 from paretofuse.engine.merge import Merger
 from paretofuse.engine.skeleton import stored_tensors
-from torch import Tensor, nn
 
 
 class LiveModule:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, MERGED_DTYPES, Layout, Role, TensorSpec
@@ -228,7 +228,9 @@ def _spec(entry: Any) -> TensorSpec:
         raise ValueError(
             f"tensor {name!r} has dtypes {dtype} and {delta_dtype}, expected any of {', '.join(allowed)}"
         )
-    return TensorSpec(name, tuple(shape), dtype, role, group, delta_dtype, _strings(entry, "aliases"))
+    return TensorSpec(
+        name, tuple(shape), dtype, cast(Role, role), group, delta_dtype, _strings(entry, "aliases")
+    )
 
 
 def _record(path: str, entry: Any) -> FileRecord:

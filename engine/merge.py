@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from paretofuse.engine.build import Stack
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.flat import FlatInputs, FlatOutputs
@@ -20,7 +22,6 @@ from paretofuse.engine.layout import TILE, TensorSpec
 from paretofuse.engine.native import MergePlan
 from paretofuse.kernels.reference import merge_tensor_reference
 from paretofuse.kernels.routed_merge import routed_merge
-from torch import Tensor
 
 Merger = Callable[[Tensor], None]
 """Takes weights float32 [K, rows, E] on the merger's device and rewrites its outputs."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from paretofuse.engine import build
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
@@ -16,7 +18,6 @@ from paretofuse.engine.routers import Routers
 from paretofuse.engine.safetensors_file import TensorData, TensorView
 from paretofuse.engine.sources import BLOCK, ModelCard
 from paretofuse.engine.store import Store, StoreWriter
-from torch import Tensor
 
 
 @dataclass(frozen=True)

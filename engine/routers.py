@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from paretofuse.engine.preference import as_preference
 from torch import Tensor, nn
+
+from paretofuse.engine.preference import as_preference
 
 INITS = ("identity", "sqrt", "constant")
 

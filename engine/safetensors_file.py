@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 import numpy as np
+
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE
 

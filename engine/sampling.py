@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
 from paretofuse.engine.preference import simplex_grid
 
 SamplerName = Literal["dirichlet", "antithetic", "stratified", "low_discrepancy"]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.engine.safetensors_file import SafetensorsFile
 from paretofuse.engine.skeleton import make_skeleton
-from torch import Tensor, nn
 
 BLOCK = 1 << 20
 """Elements read at a time."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+
 from paretofuse.engine.atomic import beside, place_directory, sync, sync_tree
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout

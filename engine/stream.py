@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from paretofuse.engine import native
 from paretofuse.engine.atomic import beside, place_directory, place_file, sync, sync_tree
 from paretofuse.engine.layout import ITEM_SIZE, TensorSpec
@@ -21,8 +22,11 @@ from paretofuse.engine.routing import routing_weights
 from paretofuse.engine.safetensors_file import SafetensorsWriter, TensorView
 from paretofuse.engine.store import Progress, Store
 
-WEIGHTS_FILE = "model.safetensors"
-"""Name of the weights in a merged model directory, as Hugging Face's from_pretrained expects it."""
+WEIGHTS_FILES = {"open_clip_config.json": "open_clip_model.safetensors"}
+"""Names of the weights in a merged model directory, by the configuration file of the library that expects them."""
+
+HUGGING_FACE_WEIGHTS = "model.safetensors"
+"""Their name in all other directories, as Hugging Face's from_pretrained expects it."""
 
 BATCH_BYTES = 8 << 20
 """Output bytes merged at once."""
@@ -84,7 +88,7 @@ def merge_store(
     Args:
         store: the store, or its directory.
         preference: the preference, if no weights are given.
-        out: a directory (model.safetensors and the model's own files), or a path that ends in .safetensors.
+        out: a directory (the weights and the model's own files), or a path that ends in .safetensors.
             An earlier merge there is replaced.
         weights: routing weights [G, E] instead of a preference.
         head: the objective whose head to use; none keeps the base's.
@@ -103,9 +107,10 @@ def merge_store(
     native.chosen_isa(isa)  # refuses before anything is written
     target = Path(os.path.abspath(out))
     files = store.model_files(head)
+    weights_file = next((WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS)
     is_file = target.suffix == ".safetensors"
     if not is_file:
-        _check_directory(target, {WEIGHTS_FILE, *files})
+        _check_directory(target, {weights_file, *files})
     elif target.is_dir():
         raise ValueError(f"got {target}, which is a directory, expected a file; choose another name")
     new = beside(target)
@@ -116,7 +121,7 @@ def merge_store(
             place_file(new, target)
         else:
             new.mkdir()
-            ran = _write_weights(store, sources, table, new / WEIGHTS_FILE, threads, isa, progress)
+            ran = _write_weights(store, sources, table, new / weights_file, threads, isa, progress)
             for name, content in files.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.engine.stream import merge_store
 from tests.models import perturbed, same, tiny_gpt2
 
 peft = pytest.importorskip("peft")
@@ -138,6 +139,8 @@ def test_open_clip_in_memory_and_on_disk(tmp_path: Path) -> None:
     assert same(on_disk.merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
     on_disk.save(tmp_path / "store")
     assert same(pf.load(tmp_path / "store").merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
+    merge_store(tmp_path / "store", [0.4, 0.6], tmp_path / "merged")
+    assert same(pf.stack(tmp_path / "merged", {"same": tmp_path / "merged"}).merge([1.0]), engine.merge([0.4, 0.6]))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from paretofuse.engine import native
 
 import paretofuse
 from paretofuse.cli import main
+from paretofuse.engine import native
 
 EXPERTS = ("cola", "sst2")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from paretofuse.engine.engine import Engine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import paretofuse as pf
+from paretofuse.engine.engine import Engine
 
 
 class Noisy(nn.Module):
@@ -91,17 +91,25 @@ def test_it_finds_a_known_pareto_set() -> None:
         assert r["preference/x"] + r["preference/y"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("method", ["ls", "epo"])
-def test_same_seed_same_bits(method: str) -> None:
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ls": {},
+    "epo": {"method": "epo"},
+    "antithetic pairs": {"sampler": "antithetic", "preferences_per_step": 2},
+    "hypervolume": {"method": "hypervolume", "preferences_per_step": 3},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_same_seed_same_bits(settings: dict[str, Any]) -> None:
     results = []
     for _ in range(2):
         engine, objectives = problem()
         torch.manual_seed(int(torch.seed() % 1000))  # what went on before must not matter
-        pf.fit(engine, objectives, method, steps=15, seed=7, progress=False)
+        pf.fit(engine, objectives, steps=15, seed=7, progress=False, **settings)
         results.append(state(engine))
     assert equal(*results)
     engine, objectives = problem()
-    pf.fit(engine, objectives, method, steps=15, seed=8, progress=False)
+    pf.fit(engine, objectives, steps=15, seed=8, progress=False, **settings)
     assert not equal(results[0], state(engine))
 
 
@@ -118,20 +126,24 @@ class StopError(Exception):
     """Stands for a crash."""
 
 
-def test_resume_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sampling", [{}, {"sampler": "antithetic", "preferences_per_step": 3, "corner_every": 4}]
+)
+def test_resume_is_exact(tmp_path: Path, sampling: dict[str, Any]) -> None:
     engine, objectives = problem()
-    pf.fit(engine, objectives, steps=23, seed=1, log=tmp_path / "whole.csv", progress=False)
+    pf.fit(engine, objectives, steps=23, seed=1, **sampling, log=tmp_path / "whole.csv", progress=False)
     whole = state(engine)
 
     def crash(record: dict[str, float]) -> None:
         if record["step"] == 17:
             raise StopError
 
-    settings: dict[str, Any] = {
+    settings = {
         "steps": 23,
         "seed": 1,
         "checkpoint": tmp_path / "run.ckpt",
         "checkpoint_every": 5,
+        **sampling,
     }
     engine, objectives = problem()
     with pytest.raises(StopError):

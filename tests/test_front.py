@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paretofuse.engine.preference import simplex_grid
 
+from paretofuse.engine.preference import simplex_grid
 from paretofuse.front import Front, default_preferences, sweep
 
 NAMES = ("cola", "sst2", "mnli", "qqp", "rte")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paretofuse.engine.engine import Engine
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import paretofuse as pf
+from paretofuse.engine.engine import Engine
 from tests.models import Net, net_and_experts, perturbed, tiny_gpt2
 
 R = [0.2, 0.3, 0.5]

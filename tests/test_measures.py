@@ -5,9 +5,9 @@ from __future__ import annotations
 import moocore
 import numpy as np
 import pytest
+
 from paretofuse.engine import measures
 from paretofuse.engine.preference import simplex_grid
-
 from paretofuse.front import Front
 
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from paretofuse.engine.preference import simplex_grid
 
+from paretofuse.engine.preference import simplex_grid
 from paretofuse.front import Front
 
 NAMES = tuple("abcdefghijklmnop")

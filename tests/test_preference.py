@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paretofuse.engine.preference import as_preference, simplex_grid
 
 NAMES = ("cola", "sst2", "mrpc")

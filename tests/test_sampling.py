@@ -7,6 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
+
 from paretofuse.engine.preference import simplex_grid
 from paretofuse.engine.sampling import layered_grid, make_sampler, to_simplex
 

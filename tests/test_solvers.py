@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from paretofuse.engine.solvers import (
     COSMOS,
     EPO,
@@ -36,7 +38,6 @@ from paretofuse.engine.solvers import (
 from paretofuse.engine.solvers.epo import imbalance_of
 from paretofuse.engine.solvers.hypervolume import hypervolume_faces
 from paretofuse.engine.solvers.small import maximize_on_simplex, shortest_in_hull
-from torch import Tensor
 
 Problem = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 SIZES = [1, 2, 3, 8, 16]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from paretofuse.engine import build
-from paretofuse.engine.routes import assign_groups
-from paretofuse.engine.sources import from_module, from_safetensors, from_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paretofuse as pf
 from paretofuse.api import stack_to_store
+from paretofuse.engine import build
+from paretofuse.engine.routes import assign_groups
+from paretofuse.engine.sources import from_module, from_safetensors, from_state_dict
 from tests.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 

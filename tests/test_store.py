@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from paretofuse.engine import atomic
 from paretofuse.engine import store as store_module
 from paretofuse.engine.dtypes import TO_TORCH

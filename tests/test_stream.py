@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+
 from paretofuse.engine import native, stream
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import StoreError

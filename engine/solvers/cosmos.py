@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
 from paretofuse.engine.solvers.common import WeightedSolver
 
 Align = Literal["inverse", "preference"]

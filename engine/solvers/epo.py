@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from paretofuse.engine.solvers.common import WeightedSolver
 from paretofuse.engine.solvers.small import maximize_on_simplex, shortest_in_hull
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import moocore
 import numpy as np
 import torch
+from torch import Tensor
+
 from paretofuse.engine.solvers.common import as_numpy, check_inputs
 from paretofuse.engine.solvers.cosmos import Align, check_alignment, cosine_gradient
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
 from paretofuse.engine.solvers.common import WeightedSolver
 from paretofuse.engine.solvers.small import shortest_in_hull
 

@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from paretofuse.engine.solvers.common import check_inputs
 from torch import Tensor
+
+from paretofuse.engine.solvers.common import check_inputs
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def _describe(path: str) -> tuple[str, dict[str, Any]]:
     parameters = {
         role: sum(spec.numel for spec in layout.with_role(role)) for role in ("routed", "static", "constant")
     }
-    document = {
+    document: dict[str, Any] = {
         "path": path,
         "objectives": list(layout.objectives),
         "groups": len(layout.groups),
