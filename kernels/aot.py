@@ -11,6 +11,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200, MI300X."""
 
 
+def supports(variant: Variant, architecture: str) -> bool:
+    """Whether an architecture has the instructions for a variant: only NVIDIA's from sm_89 on convert float8 e4m3."""
+    return "*fp8e4nv" not in variant.arguments.values() or architecture in ("sm_90", "sm_100")
+
+
 def compile_variant(variant: Variant, architecture: str) -> Any:
     """Compile for one of `ARCHITECTURES`; needs no GPU.
 

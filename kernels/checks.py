@@ -8,6 +8,9 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What models, deltas and results may be stored in, in any mix."""
 
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+"""What deltas may be stored in besides, with one float32 scale for each tile of each plane."""
+
 MAX_EXPERTS = 64
 
 
@@ -40,6 +43,32 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless a tensor is contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous; call .contiguous()")
+
+
+def check_deltas(
+    deltas: Tensor, scales: Tensor | None, shape: tuple[int, int], tiles: int, device: torch.device
+) -> None:
+    """Raise TypeError or ValueError unless flat deltas, and their scales where they need some, fit together.
+
+    Args:
+        deltas: shall be [E, N] of a float dtype without scales, or of a quantized one with them.
+        scales: shall be [E, T] float32, or None.
+        shape: (E, N).
+        tiles: T.
+        device: of both.
+    """
+    check_experts("deltas", shape[0])
+    if scales is None and deltas.dtype in QUANTIZED:
+        raise ValueError(
+            f"scales: got None with deltas of {deltas.dtype}, expected [E, T] float32; pass their scales"
+        )
+    check_tensor("deltas", deltas, FLOATS if scales is None else QUANTIZED, shape, device)
+    check_rows("deltas", deltas)
+    check_frozen("deltas", deltas)
+    if scales is not None:
+        check_tensor("scales", scales, (torch.float32,), (shape[0], tiles), device)
+        check_contiguous("scales", scales)
+        check_frozen("scales", scales)
 
 
 def check_frozen(name: str, tensor: Tensor) -> None:

@@ -24,7 +24,7 @@ class MergeConfig:
         k_block: preferences per program, a power of two.
         block: elements per program, a power of two that divides the tile.
         e_chunk: experts whose loads are in flight together; more experts loop.
-        threads: per program; 8 elements each fill a 128-bit load of half floats.
+        threads: per program, such that each has 16 bytes of deltas or more: a full 128-bit load.
     """
 
     k_block: int
@@ -36,11 +36,21 @@ class MergeConfig:
 MERGE_CONFIGS = {
     "one": MergeConfig(k_block=1, block=1024, e_chunk=8, threads=128),
     "one, few experts": MergeConfig(k_block=1, block=1024, e_chunk=4, threads=128),
-    "one, small model": MergeConfig(k_block=1, block=512, e_chunk=8, threads=64),
+    "one, byte deltas": MergeConfig(k_block=1, block=1024, e_chunk=8, threads=64),
     "few": MergeConfig(k_block=4, block=1024, e_chunk=4, threads=128),
+    "few, byte deltas": MergeConfig(k_block=4, block=1024, e_chunk=4, threads=64),
     "many": MergeConfig(k_block=8, block=1024, e_chunk=2, threads=128),
 }
-"""Every configuration of the merge kernel, by the preferences and the size it is for."""
+"""Every configuration of the merge kernel, by the preferences and deltas it is for."""
+
+
+def merge_config(k: int, experts: int, itemsize: int) -> MergeConfig:
+    """The merge's configuration for `k` preferences and `experts` experts with deltas of `itemsize` bytes."""
+    if itemsize == 1:
+        return MERGE_CONFIGS["one, byte deltas" if k == 1 else "few, byte deltas"]
+    if k > 1:
+        return MERGE_CONFIGS["few" if k <= 4 else "many"]
+    return MERGE_CONFIGS["one, few experts" if experts <= 4 else "one"]
 
 
 @dataclass(frozen=True)
@@ -164,18 +174,3 @@ def rows_config(rows: int, itemsize: int) -> RowsConfig:
     if itemsize == 4:
         return ROWS_CONFIGS["float32"]
     return ROWS_CONFIGS["few rows" if rows <= 32 else "many rows"]
-
-
-SMALL_MODEL = 1 << 20
-"""Elements under which blocks of 1024 would leave a large GPU's multiprocessors without work."""
-
-
-def merge_config(n: int, k: int, experts: int) -> MergeConfig:
-    """The merge's configuration for `n` elements, `k` preferences and `experts` experts."""
-    if k > 4:
-        return MERGE_CONFIGS["many"]
-    if k > 1:
-        return MERGE_CONFIGS["few"]
-    if n < SMALL_MODEL:
-        return MERGE_CONFIGS["one, small model"]
-    return MERGE_CONFIGS["one, few experts" if experts <= 4 else "one"]

@@ -74,6 +74,7 @@ def routed_grad_reference(
     *,
     tile: int,
     accumulate: torch.dtype = torch.float64,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The routing weights' gradient: dweights[g, e] = sum over t with group(t) = g of grad[t] * deltas[e, t].
 
@@ -84,11 +85,14 @@ def routed_grad_reference(
         groups: G.
         tile: elements per tile.
         accumulate: dtype of products, sums and result; float64 unless told.
+        scales: [E, N / tile], multiplies each tile of `deltas`; None means 1.
 
     Returns:
         [G, E] of dtype `accumulate`.
     """
-    tiles = block_products_reference(grad, deltas, tile, accumulate=accumulate)
+    tiles = block_products_reference(grad, deltas, tile, accumulate=accumulate)  # [T, E]
+    if scales is not None:
+        tiles = tiles * scales.to(accumulate).T
     return tiles.new_zeros(groups, len(deltas)).index_add_(0, tile_group.long(), tiles)
 
 

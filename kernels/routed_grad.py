@@ -15,11 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import GradConfig, grad_config, warps
+from paretofuse.kernels.numeric import widen
 from paretofuse.kernels.reference import block_products_reference
-from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
-from torch import Tensor
+from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
 
 MAX_BLOCK = 1024
 """Elements per partial sum: enough that partials cost 0.2 % of the traffic, few enough to stay in registers."""
@@ -50,8 +52,8 @@ def partials_kernel(
             mask=(t < n) & (e[:, None] < experts),
             other=0.0,
             eviction_policy="evict_first",
-        ).to(tl.float32)  # [E_CHUNK, BLOCK]
-        tl.store(partials + block * experts + e, tl.sum(g * delta, 1), mask=e < experts)
+        )  # [E_CHUNK, BLOCK]
+        tl.store(partials + block * experts + e, tl.sum(g * widen(delta), 1), mask=e < experts)
 
 
 @jit
@@ -80,6 +82,7 @@ def group_sums_kernel(
 
 def _launch_partials(grad: Tensor, deltas: Tensor, block: int, config: GradConfig) -> Tensor:
     """Stage one; all arguments already checked."""
+    deltas = float8_as_bits(deltas)
     n, experts = grad.numel(), deltas.shape[0]
     partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
     if n:
@@ -179,7 +182,7 @@ def plan_groups(tile_group: Tensor, groups: int, tile: int = 1024) -> GroupPlan:
     return GroupPlan(order.int(), counts.cumsum(0).int(), block)
 
 
-def grad_partials(grad: Tensor, deltas: Tensor, *, block: int = MAX_BLOCK) -> Tensor:
+def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None, tile: int = 1024) -> Tensor:
     """Stage one for one bucket: the products of each block of a gradient with each expert's delta, in one
     launch.
 
@@ -188,28 +191,32 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, block: int = MAX_BLOCK) -> Te
             Padding between its tensors must be finite, and zero there or in the deltas.
         deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do); E to
             64.
-        block: elements per partial sum, a power of two from 16 to 1024.
+            Or int8 or float8_e4m3fn, with scales.
+        scales: [E, ceil(N / tile)] float32, contiguous: what each tile of int8 or float8 deltas is multiplied by.
+        tile: elements per tile, a power of two from 16 on; a bucket begins on a tile boundary.
 
     Returns:
-        [ceil(N / block), E] float32. Concatenate buckets in layout order and pass them to `group_sums`.
+        [ceil(N / block), E] float32, with block = min(tile, 1024). Concatenate the
+            buckets in layout order for `group_sums`.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device does not fit.
     """
-    checks.check_tile(block)
-    if block > MAX_BLOCK:
-        raise ValueError(f"block: got {block}, expected at most {MAX_BLOCK}; use min(tile, {MAX_BLOCK})")
+    checks.check_tile(tile)
     if deltas.ndim != 2:
         raise ValueError(
             f"deltas: got shape {tuple(deltas.shape)}, expected [E, N]; stack the experts' planes"
         )
-    checks.check_experts("deltas", deltas.shape[0])
-    checks.check_tensor("grad", grad, checks.FLOATS, (grad.numel(),), grad.device)
-    checks.check_tensor("deltas", deltas, checks.FLOATS, (deltas.shape[0], grad.numel()), grad.device)
+    n, block = grad.numel(), min(tile, MAX_BLOCK)
+    checks.check_tensor("grad", grad, checks.FLOATS, (n,), grad.device)
     checks.check_rows("grad", grad)
-    checks.check_rows("deltas", deltas)
+    checks.check_deltas(deltas, scales, (deltas.shape[0], n), -(-n // tile), grad.device)
     _require_device(partials_kernel, grad)
     partials: Tensor = torch.ops.paretofuse.grad_partials(grad, deltas, block)
+    if (
+        scales is not None
+    ):  # one number for each block and expert: too little to be worth a place in the kernel
+        partials = partials * scales.T.repeat_interleave(tile // block, dim=0)[: len(partials)]
     return partials
 
 
@@ -235,7 +242,15 @@ def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
     return sums
 
 
-def routed_grad(grad: Tensor, deltas: Tensor, tile_group: Tensor, groups: int, *, tile: int = 1024) -> Tensor:
+def routed_grad(
+    grad: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    groups: int,
+    *,
+    scales: Tensor | None = None,
+    tile: int = 1024,
+) -> Tensor:
     """The gradient of the routing weights from the whole flat gradient: both stages.
 
     Args:
@@ -243,6 +258,7 @@ def routed_grad(grad: Tensor, deltas: Tensor, tile_group: Tensor, groups: int, *
         deltas: as for `grad_partials`; [E, N].
         tile_group: [ceil(N / tile)] int32 in [0, groups), the group of each tile.
         groups: G.
+        scales: as for `grad_partials`.
         tile: elements per tile, a power of two from 16 on.
 
     Returns:
@@ -254,7 +270,7 @@ def routed_grad(grad: Tensor, deltas: Tensor, tile_group: Tensor, groups: int, *
     checks.check_tile(tile)
     checks.check_tensor("tile_group", tile_group, (torch.int32,), (-(-grad.numel() // tile),), grad.device)
     plan = plan_groups(tile_group, groups, tile)
-    partials = grad_partials(grad, deltas, block=plan.block)
+    partials = grad_partials(grad, deltas, scales=scales, tile=tile)
     missing = len(plan.order) - len(partials)  # the last tile's blocks that begin behind the gradient's end
     return group_sums(torch.nn.functional.pad(partials, (0, 0, 0, missing)), plan)
 

@@ -19,12 +19,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import LinearConfig, WeightsGradConfig, linear_config, weights_grad_config
 from paretofuse.kernels.numeric import dot, round_to
 from paretofuse.kernels.reference import inner_reference, routed_linear_reference
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
-from torch import Tensor
 
 INSTEAD = "paretofuse.kernels.reference.routed_linear_reference"
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import MergeConfig, merge_config, warps
-from paretofuse.kernels.numeric import round_to
+from paretofuse.kernels.numeric import round_to, widen
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
-from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
-from torch import Tensor
+from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
 
 INSTEAD = "paretofuse.kernels.reference.routed_merge_reference"
 
@@ -29,6 +30,7 @@ def merge_kernel(
     deltas: tl.tensor,
     tile_group: tl.tensor,
     weights: tl.tensor,
+    scales: tl.tensor,
     out: tl.tensor,
     n: tl.tensor,
     experts: tl.tensor,
@@ -40,6 +42,7 @@ def merge_kernel(
     K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     E_CHUNK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Grid: (ceil(preferences / K_BLOCK) * n / BLOCK,); neighbours share a block, so L2 serves its deltas."""
@@ -61,9 +64,13 @@ def merge_kernel(
                 mask=inside & (e < experts),
                 other=0.0,
                 eviction_policy="evict_first",
-            ).to(tl.float32)
+            )
             weight = tl.load(row + e, mask=(k < preferences) & (e < experts), other=0.0)
-            merged += weight * delta
+            if HAS_SCALES:
+                weight *= tl.load(
+                    scales + e.to(tl.int64) * (n // TILE) + start // TILE, mask=e < experts, other=0.0
+                )
+            merged += weight * widen(delta)
     rounded = round_to(merged, out.dtype.element_ty, INTERPRETED)
     tl.store(out + k * out_stride + t, rounded, mask=inside & (k < preferences))
 
@@ -73,17 +80,20 @@ def _launch(
     deltas: Tensor,
     tile_group: Tensor,
     weights: Tensor,
+    scales: Tensor | None,
     out: Tensor,
     tile: int,
     config: MergeConfig,
 ) -> None:
     """Launch once on `out` [K, N]; all arguments already checked."""
+    deltas = float8_as_bits(deltas)
     n, (k, groups, experts) = base.numel(), weights.shape
     block = min(config.block, tile)
     grid = (-(-k // config.k_block) * (n // block),)
     if n and k:
         merge_kernel[grid](
-            base, deltas, tile_group, weights, out, n, experts, groups, k, deltas.stride(0), out.stride(0),
+            base, deltas, tile_group, weights, weights if scales is None else scales, out, n, experts, groups, k,
+            deltas.stride(0), out.stride(0), HAS_SCALES=scales is not None,
             TILE=tile, K_BLOCK=config.k_block, BLOCK=block, E_CHUNK=config.e_chunk,
             INTERPRETED=interpreted(merge_kernel), num_warps=warps(config.threads),
         )  # fmt: skip
@@ -91,46 +101,64 @@ def _launch(
 
 @torch.library.custom_op("paretofuse::routed_merge_out", mutates_args=("out",))
 def _routed_merge_out(
-    base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, out: Tensor, tile: int
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    out: Tensor,
+    tile: int,
 ) -> None:
     require(merge_kernel, base.device.type, INSTEAD)
-    config = merge_config(base.numel(), weights.shape[0], weights.shape[2])
-    _launch(base, deltas, tile_group, weights, out, tile, config)
+    config = merge_config(weights.shape[0], weights.shape[2], deltas.element_size())
+    _launch(base, deltas, tile_group, weights, scales, out, tile, config)
 
 
 @_routed_merge_out.register_fake
-def _(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, out: Tensor, tile: int) -> None:
+def _(
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    out: Tensor,
+    tile: int,
+) -> None:
     return None
 
 
 @torch.library.custom_op("paretofuse::routed_merge", mutates_args=())
-def _routed_merge(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> Tensor:
+def _routed_merge(
+    base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, scales: Tensor | None, tile: int
+) -> Tensor:
     out = base.new_empty((weights.shape[0], base.shape[0]))
-    _routed_merge_out(base, deltas, tile_group, weights, out, tile)
+    _routed_merge_out(base, deltas, tile_group, weights, scales, out, tile)
     return out
 
 
 @_routed_merge.register_fake
-def _(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> Tensor:
+def _(
+    base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, scales: Tensor | None, tile: int
+) -> Tensor:
     return base.new_empty((weights.shape[0], base.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, deltas, tile_group, weights, ctx.tile = inputs
-    ctx.save_for_backward(deltas, tile_group)
+    _, deltas, tile_group, weights, scales, ctx.tile = inputs
+    ctx.save_for_backward(deltas, tile_group, scales)
     ctx.groups = weights.shape[1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The base takes the sum of the K gradients; the weights take the routed gradient of each; deltas are frozen."""
-    deltas, tile_group = ctx.saved_tensors
+    deltas, tile_group, scales = ctx.saved_tensors
     for_base = grad.float().sum(0).to(grad.dtype) if ctx.needs_input_grad[0] else None
     for_weights = None
     if ctx.needs_input_grad[3]:
         plan = plan_groups(tile_group, ctx.groups, ctx.tile)
-        rows = [group_sums(grad_partials(g.contiguous(), deltas, block=plan.block), plan) for g in grad]
-        for_weights = torch.stack(rows)
-    return for_base, None, None, for_weights, None
+        rows = [grad_partials(g.contiguous(), deltas, scales=scales, tile=ctx.tile) for g in grad]
+        for_weights = torch.stack([group_sums(row, plan) for row in rows])
+    return for_base, None, None, for_weights, None, None
 
 
 _routed_merge.register_autograd(_backward, setup_context=_save)
@@ -142,6 +170,7 @@ def routed_merge(
     tile_group: Tensor,
     weights: Tensor,
     *,
+    scales: Tensor | None = None,
     out: Tensor | None = None,
     tile: int = 1024,
 ) -> Tensor:
@@ -151,10 +180,12 @@ def routed_merge(
 
     Args:
         base: [N] float32, bfloat16 or float16, contiguous; N a multiple of `tile`.
-        deltas: [E, N] of one of those dtypes, planes contiguous; E from 1 to 64. Frozen.
+        deltas: [E, N] of one of those dtypes, planes contiguous; E from 1 to 64. Frozen. Or int8 or float8_e4m3fn,
+            with scales.
         tile_group: [N / tile] int32, the row of the weights for each tile. Values must be in [0, G): they are
             read on the device only, and not checked.
         weights: [K, G, E] float32, contiguous; or [G, E] for one preference.
+        scales: [E, N / tile] float32, contiguous: what each tile of int8 or float8 deltas is multiplied by.
         out: [K, N] (or [N], when the weights are [G, E]) of one of those dtypes, rows contiguous; it must
             overlap no input. Made in the base's dtype unless given.
         tile: elements per tile, a power of two from 16 on.
@@ -170,36 +201,38 @@ def routed_merge(
     """
     single = weights.ndim == 2
     many = weights[None] if single else weights
-    _check(base, deltas, tile_group, many, tile)
+    _check(base, deltas, tile_group, many, scales, tile)
     require(merge_kernel, base.device.type, INSTEAD)
     if out is None:
-        merged: Tensor = torch.ops.paretofuse.routed_merge(base, deltas, tile_group, many, tile)
+        merged: Tensor = torch.ops.paretofuse.routed_merge(base, deltas, tile_group, many, scales, tile)
         return merged[0] if single else merged
     shape = (base.numel(),) if single else (many.shape[0], base.numel())
     checks.check_tensor("out", out, checks.FLOATS, shape, base.device)
     checks.check_rows("out", out)
     for name, tensor in (("base", base), ("weights", weights), ("out", out)):
         checks.check_frozen(name, tensor)
-    torch.ops.paretofuse.routed_merge_out(base, deltas, tile_group, many, out[None] if single else out, tile)
+    torch.ops.paretofuse.routed_merge_out(
+        base, deltas, tile_group, many, scales, out[None] if single else out, tile
+    )
     return out
 
 
-def _check(base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, tile: int) -> None:
+def _check(
+    base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, scales: Tensor | None, tile: int
+) -> None:
     """Raise TypeError or ValueError unless the inputs of a merge fit together."""
     checks.check_tile(tile)
     if weights.ndim != 3:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected [K, G, E] or [G, E]")
     n, experts = base.numel(), weights.shape[-1]
-    checks.check_experts("weights", experts)
     if n % tile:
         raise ValueError(
             f"base: got {n} elements, expected a multiple of tile = {tile}; pad tensors to whole tiles"
         )
     checks.check_tensor("base", base, checks.FLOATS, (n,), base.device)
-    checks.check_tensor("deltas", deltas, checks.FLOATS, (experts, n), base.device)
+    checks.check_deltas(deltas, scales, (experts, n), n // tile, base.device)
     checks.check_tensor("tile_group", tile_group, (torch.int32,), (n // tile,), base.device)
     checks.check_tensor("weights", weights, (torch.float32,), tuple(weights.shape), base.device)
-    for name, tensor in (("base", base), ("deltas", deltas), ("tile_group", tile_group)):
-        checks.check_rows(name, tensor)
+    checks.check_rows("base", base)
+    checks.check_rows("tile_group", tile_group)
     checks.check_contiguous("weights", weights)
-    checks.check_frozen("deltas", deltas)

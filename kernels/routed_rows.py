@@ -17,13 +17,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import RowsConfig, rows_config
 from paretofuse.kernels.numeric import dot, round_to
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_linear import check_linear
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
-from torch import Tensor
 
 INSTEAD = "paretofuse.kernels.reference.routed_rows_reference"
 

@@ -32,6 +32,11 @@ from paretofuse.kernels.routed_merge import merge_kernel
 from paretofuse.kernels.routed_rows import rows_kernel, rows_weights_grad_kernel
 
 FLOATS = ("fp32", "bf16", "fp16")
+BYTES = ("i8", "u8", "fp8e4nv")
+"""Deltas in one byte: int8; float8 e4m3 decoded by hand; float8 e4m3 converted by the GPU (NVIDIA from sm_89 on)."""
+
+TILE = 1024
+"""Elements per tile of the flat buffers that the ahead-of-time kernels are for."""
 
 LAYOUTS = {"linear": ("stride_i", "stride_o"), "conv1d": ("stride_o", "stride_i")}
 """Of a weight [O, I]: the stride that is 1, and the other."""
@@ -69,31 +74,36 @@ def _name(*parts: str) -> str:
     return "_".join(parts).replace(", ", "_").replace(" ", "_")
 
 
-def merge_variants(tile: int = 1024, dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the merge in every mix of base, delta and output dtypes."""
-    for (use, config), (base, delta, out) in product(MERGE_CONFIGS.items(), product(dtypes, repeat=3)):
+def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """The merge, for every mix of base, delta and output dtypes, in the configurations that its rule gives them."""
+    for (use, config), (base, delta, out) in product(
+        MERGE_CONFIGS.items(), product(dtypes, (*dtypes, *BYTES), dtypes)
+    ):
+        scaled = delta in BYTES
+        if scaled != ("byte" in use):
+            continue
         yield Variant(
             name=_name("merge", use, base, delta, out),
             kernel=merge_kernel,
             arguments={
                 "base": f"*{base}", "deltas": f"*{delta}", "tile_group": "*i32", "weights": "*fp32",
-                "out": f"*{out}", "n": "i64", "experts": "i32", "groups": "i32", "preferences": "i32",
-                "delta_stride": "i64", "out_stride": "i64",
+                "scales": "*fp32", "out": f"*{out}", "n": "i64", "experts": "i32", "groups": "i32",
+                "preferences": "i32", "delta_stride": "i64", "out_stride": "i64",
             },
             constants={
-                "TILE": tile, "K_BLOCK": config.k_block, "BLOCK": min(config.block, tile),
-                "E_CHUNK": config.e_chunk, "INTERPRETED": False,
+                "TILE": TILE, "K_BLOCK": config.k_block, "BLOCK": config.block, "E_CHUNK": config.e_chunk,
+                "HAS_SCALES": scaled, "INTERPRETED": False,
             },
-            aligned=("base", "deltas", "tile_group", "weights", "out", "n", "delta_stride", "out_stride"),
+            aligned=("base", "deltas", "tile_group", "weights", "scales", "out", "n", "delta_stride", "out_stride"),
             warps=max(1, config.threads // 32),
             wide_warps=max(1, config.threads // 64),
             grid="ceil(preferences / K_BLOCK) * n / BLOCK, 1, 1",
         )  # fmt: skip
 
 
-def grad_variants(tile: int = 1024, dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the gradient's first stage that its size rule gives to a dtype, and the second stage."""
-    for grad, delta in product(dtypes, repeat=2):
+def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second stage."""
+    for grad, delta in product(dtypes, (*dtypes, *BYTES)):
         config = grad_config(4 if delta == "fp32" else 2)
         use = next(use for use, other in GRAD_CONFIGS.items() if other is config)
         yield Variant(
@@ -103,7 +113,7 @@ def grad_variants(tile: int = 1024, dtypes: tuple[str, ...] = FLOATS) -> Iterato
                 "grad": f"*{grad}", "deltas": f"*{delta}", "partials": "*fp32", "n": "i64", "experts": "i32",
                 "delta_stride": "i64",
             },
-            constants={"BLOCK": min(tile, MAX_BLOCK), "E_CHUNK": config.e_chunk},
+            constants={"BLOCK": MAX_BLOCK, "E_CHUNK": config.e_chunk},
             aligned=("grad", "deltas", "partials", "n", "delta_stride"),
             warps=max(1, config.threads // 32),
             wide_warps=max(1, config.threads // 64),

@@ -3,52 +3,70 @@
 from __future__ import annotations
 
 import pytest
-from paretofuse.kernels import aot, variants
-from paretofuse.kernels.launch import (
-    GRAD_CONFIGS,
-    LINEAR_CONFIGS,
-    MERGE_CONFIGS,
-    ROWS_CONFIGS,
-    WEIGHTS_GRAD_CONFIGS,
-)
+
+from paretofuse.kernels import aot, launch, variants
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+STREAMING = (variants.merge_variants, variants.grad_variants)
+LINEAR = (variants.linear_variants, variants.weights_grad_variants, variants.rows_variants)
+
+
+def of(makers, dtype):
+    return [variant for make in makers for variant in make((dtype,))]
+
+
+def check(variant, architecture):
+    """The binary is of its own kind and fits the shared memory of a multiprocessor."""
+    compiled = aot.compile_variant(variant, architecture)
+    assert compiled.asm["cubin" if architecture.startswith("sm_") else "hsaco"].startswith(b"\x7fELF")
+    assert compiled.metadata.shared <= {"sm_80": 163, "gfx942": 64}.get(architecture, 227) * 1024
+
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_merge_and_grad_compile(architecture):
-    """Each configuration, in float32 and in bfloat16, becomes a binary of its own kind."""
-    makers = (variants.merge_variants, variants.grad_variants)
-    chosen = [v for d in ("fp32", "bf16") for make in makers for v in make(dtypes=(d,))]
-    assert len(chosen) == 2 * len(MERGE_CONFIGS) + 2 * 2
-    for variant in chosen:
-        compiled = aot.compile_variant(variant, architecture)
-        binary = compiled.asm["cubin" if architecture.startswith("sm_") else "hsaco"]
-        assert binary.startswith(b"\x7fELF"), variant.name
-
-
-LINEAR = (variants.linear_variants, variants.weights_grad_variants, variants.rows_variants)
+def test_streaming_kernels_compile(architecture):
+    """Each configuration in bfloat16, with deltas of one byte too where the architecture has them."""
+    for variant in of(STREAMING, "bf16"):
+        if aot.supports(variant, architecture):
+            check(variant, architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_linear_compiles(architecture):
-    for variant in (v for make in LINEAR for v in make(("bf16",))):
-        compiled = aot.compile_variant(variant, architecture)
-        limit = {"sm_80": 163, "gfx942": 64}.get(architecture, 227) * 1024
-        assert compiled.metadata.shared <= limit, variant.name
+@pytest.mark.parametrize("dtype", variants.FLOATS)
+def test_everything_compiles(architecture, dtype):
+    for variant in of(STREAMING + LINEAR, dtype):
+        if aot.supports(variant, architecture):
+            check(variant, architecture)
+
+
+def test_every_configuration_is_among_the_variants():
+    names = "\n".join(variant.name for dtype in ("fp32", "bf16") for variant in of(STREAMING + LINEAR, dtype))
+    for prefix, configs in (
+        ("merge", launch.MERGE_CONFIGS), ("grad", launch.GRAD_CONFIGS), ("linear", launch.LINEAR_CONFIGS),
+        ("weights_grad", launch.WEIGHTS_GRAD_CONFIGS), ("rows", launch.ROWS_CONFIGS),
+    ):  # fmt: skip
+        assert len(configs) <= 6
+        for use in configs:
+            assert f"{prefix}_{use.replace(', ', '_').replace(' ', '_')}" in names
+
+
+def test_names_are_unique():
+    names = [variant.name for make in STREAMING + LINEAR for variant in make()]
+    assert len(names) == len(set(names))
 
 
 def test_bfloat16_is_rounded_by_the_hardware():
     """The compiled kernel uses the conversion to nearest, not the integer form that the interpreter needs."""
-    variant = next(variants.merge_variants(dtypes=("bf16",)))
+    variant = next(variants.merge_variants(("bf16",)))
     assert "cvt.rn.bf16x2.f32" in aot.compile_variant(variant, "sm_90").asm["ptx"]
 
 
-def test_at_most_six_configurations():
-    assert (
-        max(map(len, (MERGE_CONFIGS, GRAD_CONFIGS, LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS, ROWS_CONFIGS))) <= 6
-    )
+def test_float8_is_decoded_by_the_hardware_where_it_can():
+    variant = next(v for v in variants.merge_variants(("bf16",)) if "fp8e4nv" in v.name)
+    assert "e4m3x2" in aot.compile_variant(variant, "sm_90").asm["ptx"]
+    assert not aot.supports(variant, "sm_80")
+    assert not aot.supports(variant, "gfx942")
 
 
 def test_unknown_architecture_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from paretofuse.kernels.reference import routed_grad_reference
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups, routed_grad
 
@@ -52,11 +53,6 @@ def test_bad_input_is_named(change, error, words):
         routed_grad(**{**arguments, "groups": 2, "tile": 32, **change})
 
 
-def test_too_large_a_block_is_named():
-    with pytest.raises(ValueError, match="2048, expected at most 1024"):
-        grad_partials(torch.zeros(4), torch.zeros(1, 4), block=2048)
-
-
 def test_group_sums_refuses_partials_of_another_layout():
     plan = plan_groups(torch.zeros(3, dtype=torch.int32), 1, tile=32)
     with pytest.raises(ValueError, match=r"partials: got shape \(4, 2\), expected \(3, 2\)"):
@@ -67,7 +63,7 @@ def test_operators_are_sound():
     grad, deltas, tile_group = case(2, n=100, tile=32, experts=3, groups=2)
     plan = plan_groups(tile_group, 2, tile=32)
     torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
-    partials = grad_partials(grad, deltas, block=32)
+    partials = grad_partials(grad, deltas, tile=32)
     torch.library.opcheck(torch.ops.paretofuse.group_sums.default, (partials, plan.order, plan.starts))
 
 

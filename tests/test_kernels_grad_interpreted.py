@@ -8,7 +8,9 @@ import random
 
 import pytest
 import torch
+
 from paretofuse.kernels.launch import GRAD_CONFIGS
+from paretofuse.kernels.quantize import quantize_tiles
 from paretofuse.kernels.reference import (
     block_products_reference,
     routed_grad_reference,
@@ -45,7 +47,7 @@ def check(found, truth, grad, deltas):
 @pytest.mark.parametrize("n", [1, 127, 128, 1000])
 def test_partials(grad, delta, n):
     inputs = make(n, n=n, experts=3, grad=grad, delta=delta)
-    check(grad_partials(*inputs, block=128), block_products_reference(*inputs, 128), *inputs)
+    check(grad_partials(*inputs, tile=128), block_products_reference(*inputs, 128), *inputs)
 
 
 @pytest.mark.parametrize("use", GRAD_CONFIGS)
@@ -87,10 +89,8 @@ def test_ragged_end_reads_nothing_beyond():
 def test_buckets_give_the_same_bits_as_the_whole():
     grad, deltas = make(2, n=320, experts=5)
     plan = plan_groups(torch.tensor([0, 1, 0, 2, 1], dtype=torch.int32), 3, tile=64)
-    whole = group_sums(grad_partials(grad, deltas, block=64), plan)
-    parts = [
-        grad_partials(grad[a:b], deltas[:, a:b], block=64) for a, b in ((0, 128), (128, 192), (192, 320))
-    ]
+    whole = group_sums(grad_partials(grad, deltas, tile=64), plan)
+    parts = [grad_partials(grad[a:b], deltas[:, a:b], tile=64) for a, b in ((0, 128), (128, 192), (192, 320))]
     assert torch.equal(group_sums(torch.cat(parts), plan), whole)
 
 
@@ -121,6 +121,19 @@ def test_merge_is_differentiable(k):
         torch.testing.assert_close(mine.grad, true.grad.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_byte_deltas(dtype):
+    """The gradient, and the merge's own backward, through deltas of one byte."""
+    grad, deltas = make(8, n=4096, experts=5)
+    quantized, scales = quantize_tiles(deltas, dtype, tile=2048)
+    tile_group = torch.tensor([1, 0], dtype=torch.int32)
+    truth = routed_grad_reference(grad, quantized, tile_group, 2, scales=scales, tile=2048)
+    check(routed_grad(grad, quantized, tile_group, 2, scales=scales, tile=2048), truth, grad, deltas)
+    weights = torch.zeros(2, 5, requires_grad=True)
+    routed_merge(grad, quantized, tile_group, weights, scales=scales, tile=2048).backward(grad)
+    check(weights.grad, truth, grad, deltas)
+
+
 def test_merge_refuses_gradients_that_do_not_exist():
     base, deltas = make(5, n=32, experts=2)
     tile_group, weights = torch.zeros(1, dtype=torch.int32), torch.ones(1, 2, requires_grad=True)
@@ -140,10 +153,10 @@ def test_operators_are_sound():
     torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
     torch.library.opcheck(
         torch.ops.paretofuse.group_sums.default,
-        (grad_partials(grad, deltas, block=32), plan.order, plan.starts),
+        (grad_partials(grad, deltas, tile=32), plan.order, plan.starts),
     )
     weights = torch.randn(2, 2, 3, requires_grad=True)
     torch.library.opcheck(
         torch.ops.paretofuse.routed_merge.default,
-        (grad.clone().requires_grad_(), deltas, tile_group, weights, 32),
+        (grad.clone().requires_grad_(), deltas, tile_group, weights, None, 32),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from paretofuse.kernels.reference import routed_linear_reference
 from paretofuse.kernels.routed_linear import routed_linear
 

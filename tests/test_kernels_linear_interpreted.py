@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from paretofuse.kernels.launch import LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS
 from paretofuse.kernels.reference import inner_reference, routed_linear_reference
 from paretofuse.kernels.routed_linear import _launch_linear, _launch_weights_grad, routed_linear

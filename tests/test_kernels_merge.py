@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from paretofuse.kernels import reference
 from paretofuse.kernels.routed_merge import routed_merge
 
@@ -80,6 +81,12 @@ def test_never_falls_back_on_the_cpu():
         (dict(weights=torch.zeros(3)), ValueError, r"weights: got shape \(3,\)"),
         (dict(weights=torch.zeros(1, 2, 65)), ValueError, "65 experts, expected 1 to 64"),
         (dict(weights=torch.zeros(2, 3, 2).mT), ValueError, "weights: got strides"),
+        (dict(deltas=torch.zeros(3, 96, dtype=torch.int8)), ValueError, "scales: got None with deltas of torch.int8"),
+        (dict(scales=torch.ones(3, 3)), TypeError, "deltas: got torch.float32, expected torch.int8 or"),
+        (
+            dict(deltas=torch.zeros(3, 96, dtype=torch.int8), scales=torch.ones(3, 2)),
+            ValueError, r"scales: got shape \(3, 2\), expected \(3, 3\)",
+        ),
         (dict(weights=torch.zeros(2, 2, 3, device="meta")), ValueError, "weights: got device meta"),
     ],
 )  # fmt: skip

@@ -8,7 +8,9 @@ import random
 
 import pytest
 import torch
+
 from paretofuse.kernels.launch import MERGE_CONFIGS
+from paretofuse.kernels.quantize import quantize_tiles
 from paretofuse.kernels.reference import routed_merge_reference
 from paretofuse.kernels.routed_merge import _launch, routed_merge
 
@@ -59,7 +61,7 @@ def test_every_configuration(use, dtype):
     """Each configuration does any K and E, also those that the size rule would give to another."""
     inputs = make(2, tiles=2, tile=1024, experts=5, k=3, base=dtype, delta=dtype)
     out = torch.full((3, 2048), float("nan"), dtype=dtype)
-    _launch(*inputs, out, 1024, MERGE_CONFIGS[use])
+    _launch(*inputs, None, out, 1024, MERGE_CONFIGS[use])
     check(out, inputs, 1024)
 
 
@@ -73,6 +75,39 @@ def test_random_shapes(seed):
     )  # fmt: skip
     out = torch.full((len(inputs[3]), len(inputs[0])), float("nan"), dtype=pick.choice(FLOATS))
     check(routed_merge(*inputs, out=out, tile=tile), inputs, tile)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_byte_deltas(dtype, k):
+    base, deltas, tile_group, weights = make(7, tiles=3, tile=64, experts=9, k=k, base=torch.bfloat16)
+    quantized, scales = quantize_tiles(deltas, dtype, tile=64)
+    for out_dtype in FLOATS:
+        out = torch.full((k, 192), float("nan"), dtype=out_dtype)
+        routed_merge(base, quantized, tile_group, weights, scales=scales, out=out, tile=64)
+        inputs = (base, quantized, tile_group, weights)
+        truth = routed_merge_reference(
+            *inputs, tile=64, scales=scales, dtype=torch.float64, accumulate=torch.float64
+        )
+        plain = routed_merge_reference(*inputs, tile=64, scales=scales, dtype=out_dtype)
+        assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+def test_every_float8_is_decoded_exactly():
+    """All 254 numbers, subnormals and both zeros included; the two codes for NaN are no numbers."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn)
+    out = routed_merge(
+        torch.zeros(256),
+        values[None],
+        torch.zeros(1, dtype=torch.int32),
+        torch.ones(1, 1),
+        scales=torch.ones(1, 1),
+        tile=256,
+    )
+    numbers = (codes & 0x7F) != 0x7F
+    assert numbers.sum() == 254
+    assert torch.equal(out[numbers], values.float()[numbers])
 
 
 def test_planes_and_rows_may_have_gaps():
@@ -114,4 +149,6 @@ def test_rounds_to_nearest_even_and_keeps_infinities():
 
 def test_operator_is_sound():
     inputs = make(6, tiles=2, tile=32, experts=2, k=2)
-    torch.library.opcheck(torch.ops.paretofuse.routed_merge_out.default, (*inputs, torch.zeros(2, 64), 32))
+    torch.library.opcheck(
+        torch.ops.paretofuse.routed_merge_out.default, (*inputs, None, torch.zeros(2, 64), 32)
+    )

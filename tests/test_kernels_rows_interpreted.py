@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from paretofuse.kernels.launch import ROWS_CONFIGS
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_rows import _launch_rows, _launch_weights_grad, routed_rows
