@@ -1,14 +1,26 @@
-"""Kernels compiled ahead of time, for GPUs that need not be present."""
+"""Kernels compiled ahead of time, for GPUs that need not be present.
+
+`python -m paretofuse.kernels.aot --arch sm_90 -o DIR` writes the merge and gradient kernels as binaries with a JSON
+manifest, for a program that loads them with the CUDA or HIP driver. The same Triton writes the same bytes each time.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from paretofuse.kernels.triton_or_none import interpreted, triton
-from paretofuse.kernels.variants import Variant
+from paretofuse.kernels.variants import FLOATS, Variant, grad_variants, merge_variants
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200, MI300X."""
+
+MISSING = "compiling kernels needs Triton 3.4 or newer, which is not installed; install it (pip install triton)"
 
 
 def supports(variant: Variant, architecture: str) -> bool:
@@ -27,8 +39,8 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         RuntimeError: the kernel's module was imported under TRITON_INTERPRET=1.
         ValueError: an unknown architecture.
     """
-    if triton is None:
-        raise ImportError("compiling kernels needs Triton, which is not installed; pip install triton")
+    if triton is None or not hasattr(triton, "knobs"):
+        raise ImportError(MISSING)
     if interpreted(variant.kernel):
         raise RuntimeError(
             "got kernels defined under TRITON_INTERPRET=1, expected compiled ones; unset it and restart"
@@ -48,3 +60,87 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     }
     source = ASTSource(variant.kernel, signature, dict(variant.constants), attributes)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": variant.stages})
+
+
+def describe(variant: Variant, architecture: str, compiled: Any, binary: bytes) -> dict[str, Any]:
+    """A variant's entry in the manifest: all that a driver needs to launch it."""
+    pointers = [{"name": name, "type": "*i8"} for name in ("global_scratch", "profile_scratch")]
+    threads_per_warp = compiled.metadata.target.warp_size
+    return {
+        "name": variant.name,
+        "file": f"{variant.name}.{_suffix(architecture)}",
+        "sha256": hashlib.sha256(binary).hexdigest(),
+        "symbol": compiled.metadata.name,
+        "arguments": [{"name": n, "type": t} for n, t in variant.arguments.items()] + pointers,
+        "null_arguments": [p["name"] for p in pointers],
+        "multiples_of_16": list(variant.aligned),
+        "constants": dict(variant.constants),
+        "grid": variant.grid,
+        "warps": compiled.metadata.num_warps,
+        "threads": compiled.metadata.num_warps * threads_per_warp,
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def export(architecture: str, directory: Path, dtypes: Iterable[str] = FLOATS) -> Path:
+    """Write the merge and gradient kernels for one architecture, with `manifest.json`.
+
+    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        directory: made if missing; files of the same names are replaced.
+        dtypes: "fp32", "bf16", "fp16".
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        ImportError, RuntimeError, ValueError: as `compile_variant`.
+    """
+    if triton is None or not hasattr(triton, "knobs"):
+        raise ImportError(MISSING)
+    directory.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        v.name: v for dtype in dtypes for make in (merge_variants, grad_variants) for v in make((dtype,))
+    }
+    entries = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # line tables hold this checkout's path
+        for variant in chosen.values():
+            if not supports(variant, architecture):
+                continue
+            compiled = compile_variant(variant, architecture)
+            binary: bytes = compiled.asm[_suffix(architecture)]
+            entry = describe(variant, architecture, compiled, binary)
+            (directory / entry["file"]).write_bytes(binary)
+            entries.append(entry)
+    manifest = {"format": 1, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _suffix(architecture: str) -> str:
+    """Triton's name for an architecture's binaries."""
+    return "cubin" if architecture.startswith("sm_") else "hsaco"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m paretofuse.kernels.aot", description=__doc__)
+    parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPU's architecture")
+    parser.add_argument("--dtype", action="append", choices=FLOATS, help="only this dtype; may be repeated")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write")
+    options = parser.parse_args(arguments)
+    try:
+        path = export(options.arch, options.output, options.dtype or FLOATS)
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Binaries for other programs: what the manifest says is what the binaries hold, and every run writes the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from paretofuse.kernels import aot
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SIZES = {"i32": 4, "i64": 8}
+PARAMETERS_START = 0x210
+"""Where kernel parameters begin in the constant bank on sm_90."""
+
+
+def sections(elf: bytes) -> dict[str, int]:
+    """The sections of a 64-bit ELF file by name, and their sizes in bytes."""
+    start, size, count, names = *struct.unpack_from("<Q", elf, 0x28), *struct.unpack_from("<3H", elf, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", elf, start + size * i) for i in range(count)]
+    text = headers[names][4]
+    return {elf[text + h[0] : elf.index(b"\0", text + h[0])].decode(): h[5] for h in headers}
+
+
+def parameter_bytes(arguments) -> int:
+    """The size of a parameter block in which each argument is aligned to its own size."""
+    end = 0
+    for argument in arguments:
+        size = 8 if argument["type"].startswith("*") else SIZES[argument["type"]]
+        end = -(-end // size) * size + size
+    return end
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels")
+    assert aot.main(["--arch", "sm_90", "--dtype", "bf16", "-o", str(path)]) == 0
+    return path
+
+
+def test_manifest_describes_the_binaries(exported):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["architecture"] == "sm_90"
+    assert {k["symbol"] for k in manifest["kernels"]} == {
+        "merge_kernel",
+        "partials_kernel",
+        "group_sums_kernel",
+    }
+    assert {k["file"] for k in manifest["kernels"]} == {p.name for p in exported.glob("*.cubin")}
+    for kernel in manifest["kernels"]:
+        binary = (exported / kernel["file"]).read_bytes()
+        assert hashlib.sha256(binary).hexdigest() == kernel["sha256"]
+        found = sections(binary)
+        assert f".text.{kernel['symbol']}" in found
+        block = found[f".nv.constant0.{kernel['symbol']}"] - PARAMETERS_START
+        assert block == parameter_bytes(kernel["arguments"])
+        assert kernel["threads"] == 32 * kernel["warps"]
+        known = {a["name"] for a in kernel["arguments"]} | {"G", "ceil"} | set(kernel["constants"])
+        assert {
+            word for word in "".join(c if c.isalpha() or c == "_" else " " for c in kernel["grid"]).split()
+        } <= known
+
+
+def test_two_runs_write_the_same_bytes(exported, tmp_path):
+    """The second in another process, with another working directory and an empty cache of compiled kernels."""
+    module, options = "paretofuse.kernels.aot", ["--arch", "sm_90", "--dtype", "bf16"]
+    subprocess.run(
+        [sys.executable, "-m", module, *options, "-o", tmp_path / "again"],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}, cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    first, second = ({p.name: p.read_bytes() for p in d.iterdir()} for d in (exported, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_no_path_of_the_checkout_is_in_the_binaries(exported):
+    assert not [p.name for p in exported.glob("*.cubin") if b"routed_" in p.read_bytes()]
+
+
+def test_interpreted_kernels_are_refused(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-m", "paretofuse.kernels.aot", "--arch", "sm_90", "-o", tmp_path],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 1
+    assert "TRITON_INTERPRET=1" in child.stderr
