@@ -6,26 +6,22 @@ that it returns goes on into the routers. Method: Tang et al., arXiv 2406.09770.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from paretofuse.engine.checkpoint import read_checkpoint, write_checkpoint
-from paretofuse.engine.data import Batches, Objective
+from paretofuse.engine.data import Objective
+from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.log import open_log
-from paretofuse.engine.sampling import SamplerName, make_sampler
-from paretofuse.engine.solvers import Solver, get_solver, solve_each
-
-Record = dict[str, float]
-"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences)."""
+from paretofuse.engine.sampling import SamplerName
+from paretofuse.engine.solvers import Solver, get_solver
+from paretofuse.engine.training import Record, Run, Settings
 
 
 def fit(
@@ -56,14 +52,17 @@ def fit(
     from `lr` to `lr * lr_end` on a cosine. The module keeps the training mode that it has: call `engine.module.train()`
     first for dropout.
 
+    Under torchrun (torch.distributed initialized, an engine in each process) the processes share out each step's
+    `accumulate` batches and sum the small Jacobian; the result does not depend on their number, but for dropout.
+
     Args:
         engine: the engine; only its routers change.
         objectives: one `Objective` for each expert, in any order, or {name: (data, loss)}.
-        method: a solver by name ("ls" is linear scalarization) or one of your own.
+        method: a solver by name ("ls" is linear scalarization; docs/solvers.md has all) or one of your own.
         steps: optimizer steps in all, those before a resumed checkpoint included.
         lr: Adam's learning rate at the start.
         lr_end: its share left at the end, 0 to 1.
-        options: the solver's own options, such as {"mu": 0.05}; only with a name.
+        options: the solver's own options, by name; only with a solver's name.
         sampler: how preferences are drawn: "dirichlet", "antithetic", "stratified" or "low_discrepancy".
         alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners.
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
@@ -83,53 +82,36 @@ def fit(
         ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar,
             or the checkpoint belongs to a run with other settings.
         StoreError: the checkpoint is damaged.
+        RuntimeError: another process of the run has ended.
     """
-    ordered = _match(objectives, engine.objectives)
-    _check_positive(steps=steps, lr=lr, alpha=alpha, accumulate=accumulate, checkpoint_every=checkpoint_every)
-    if not 0 <= lr_end <= 1:
-        raise ValueError(f"got lr_end={lr_end}, expected a share of lr from 0 to 1")
-    solver = get_solver(method, options)
-    if preferences_per_step < 1 or accumulate < 1:
-        raise ValueError(
-            f"got preferences_per_step={preferences_per_step} and accumulate={accumulate}, expected at least 1"
-        )
-    draws = make_sampler(sampler, len(ordered), seed, alpha=alpha, corner_every=corner_every)
-    settings = {
-        "objectives": list(engine.objectives),
-        "method": method if isinstance(method, str) else type(method).__qualname__,
-        "steps": steps,
-        "lr": lr,
-        "lr_end": lr_end,
-        "options": dict(options or {}),
-        "sampler": sampler,
-        "alpha": alpha,
-        "corner_every": corner_every,
-        "preferences_per_step": preferences_per_step,
-        "accumulate": accumulate,
-        "seed": seed,
-    }
+    settings = Settings(
+        method=method if isinstance(method, str) else type(method).__qualname__,
+        steps=steps,
+        lr=lr,
+        lr_end=lr_end,
+        sampler=sampler,
+        alpha=alpha,
+        corner_every=corner_every,
+        preferences_per_step=preferences_per_step,
+        accumulate=accumulate,
+        seed=seed,
+        options=dict(options or {}),
+    )
+    settings.check()
+    if checkpoint_every < 1:
+        raise ValueError(f"got checkpoint_every={checkpoint_every}, expected at least 1")
+    run = Run(engine, _match(objectives, engine.objectives), get_solver(method, options), settings)
     path = Path(checkpoint) if checkpoint is not None else None
-    optimizer = torch.optim.Adam(engine.routers.parameters(), lr=lr)
-    streams = [Batches(o.data, o.name, seed, index) for index, o in enumerate(ordered)]
+    first = rank_and_size()[0] == 0
     records: list[Record] = []
-    with torch.random.fork_rng(enabled=True):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        start = 0
-        if path is not None and path.exists():
-            state = read_checkpoint(path, engine.routers, optimizer)
-            _check_settings(path, state["settings"], settings)
-            start = int(state["step"])
-            draws.restore(state["preferences"])
-            for stream, (epoch, taken) in zip(streams, state["streams"], strict=True):
-                stream.seek(epoch, taken)
-        writer = open_log(log, start) if log is not None else None
-        bar = tqdm(total=steps, initial=start, disable=not progress, desc="fit", unit="step")
+        start = run.restore(path) if path is not None and path.exists() else 0
+        writer = open_log(log, start) if log is not None and first else None
+        bar = tqdm(total=steps, initial=start, disable=not (progress and first), desc="fit", unit="step")
         try:
             for step in range(start, steps):
-                rate = lr * (lr_end + (1 - lr_end) * (1 + math.cos(math.pi * step / steps)) / 2)
-                preferences = draws.draw(preferences_per_step)
-                losses = _step(engine, ordered, streams, solver, optimizer, preferences, rate, accumulate)
-                record = _record(step + 1, rate, engine.objectives, preferences, losses)
+                record = run.step(step)
                 records.append(record)
                 bar.update()
                 bar.set_postfix({o: f"{record[f'loss/{o}']:.3f}" for o in engine.objectives})
@@ -137,61 +119,15 @@ def fit(
                     writer.write(record)
                 stop = callback is not None and bool(callback(record))
                 if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps or stop):
-                    state = {
-                        "settings": settings,
-                        "step": step + 1,
-                        "preferences": draws.state(),
-                        "streams": [(stream.epoch, stream.taken) for stream in streams],
-                    }
-                    write_checkpoint(path, engine.routers, optimizer, state)
+                    run.save(path, step + 1)
                 if stop:
                     break
         finally:
             bar.close()
             if writer is not None:
                 writer.close()
-    engine.switch([1 / len(ordered)] * len(ordered))
+    engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
     return records
-
-
-def _step(
-    engine: Engine,
-    objectives: Sequence[Objective],
-    streams: Sequence[Batches],
-    solver: Solver,
-    optimizer: torch.optim.Optimizer,
-    preferences: np.ndarray,
-    rate: float,
-    accumulate: int,
-) -> Tensor:
-    """One optimizer step at K preferences [K, E]; returns the losses [K, M]."""
-    rays = torch.from_numpy(preferences)
-    measured = [_measure(engine, objectives, streams, ray, accumulate) for ray in rays]
-    losses = torch.stack([losses for losses, _ in measured])
-    directions = solve_each(solver, losses, torch.stack([jacobian for _, jacobian in measured]), rays)
-    optimizer.zero_grad()
-    weights = engine.routers(rays)
-    weights.backward((directions / len(rays)).to(device=weights.device, dtype=weights.dtype))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return losses
-
-
-def _measure(
-    engine: Engine, objectives: Sequence[Objective], streams: Sequence[Batches], ray: Tensor, accumulate: int
-) -> tuple[Tensor, Tensor]:
-    """Losses [M] and Jacobian [M, G, E] at one preference, means over `accumulate` batches; float64 on the CPU."""
-    engine.train_at(ray)
-    losses = torch.zeros(len(objectives), dtype=torch.float64)
-    jacobian = torch.zeros(len(objectives), len(engine.groups), len(engine.objectives), dtype=torch.float64)
-    for m, (objective, stream) in enumerate(zip(objectives, streams, strict=True)):
-        for _ in range(accumulate):
-            loss = objective.loss(engine.module, stream.take())
-            _check_loss(loss, objective.name)
-            jacobian[m] += engine.jacobian([loss / accumulate])[0].cpu()
-            losses[m] += loss.item() / accumulate
-    return losses, jacobian
 
 
 def _match(
@@ -206,38 +142,3 @@ def _match(
             f"got objectives {[o.name for o in objectives]}, expected one for each of {list(names)}"
         )
     return [given[name] for name in names]
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"got {name}={value}, expected a number above 0")
-
-
-def _check_loss(loss: Tensor, name: str) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the loss of objective {name!r} gave {got}, expected a scalar tensor")
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of objective {name!r} is {loss.item()}; lower lr, or check its data and the static weight"
-        )
-
-
-def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    different = [
-        f"{key}={theirs.get(key)!r} (now {value!r})"
-        for key, value in ours.items()
-        if theirs.get(key) != value
-    ]
-    if different:
-        raise ValueError(
-            f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or another "
-            "checkpoint file"
-        )
-
-
-def _record(step: int, rate: float, names: Sequence[str], preferences: np.ndarray, losses: Tensor) -> Record:
-    record: Record = {"step": step, "lr": rate}
-    record |= {f"preference/{n}": float(r) for n, r in zip(names, preferences.mean(0), strict=True)}
-    return record | {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}

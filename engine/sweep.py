@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from paretofuse.engine.distributed import names_of_first_rank, rank_and_size, sum_over_ranks
+
 Evaluate = Callable[[torch.nn.Module], Any]
 """Takes the live module and returns its metrics: a dict by name, or a sequence or 1-d tensor of numbers."""
 
@@ -39,7 +41,8 @@ def evaluate_preferences(
     """Evaluate the live module at each preference.
 
     The module is in eval mode while `evaluate` runs, under torch.no_grad(); each submodule's own training
-    mode is restored afterwards. The engine is left at the last preference.
+    mode is restored afterwards. The engine is left at the last preference. Several processes (torchrun) share
+    out the preferences, and all of them get all values.
 
     Args:
         engine: the engine.
@@ -56,10 +59,15 @@ def evaluate_preferences(
         ValueError: the metrics change between preferences, or one is not finite; names the preference.
         TypeError: `evaluate` returned something else.
     """
+    if len(preferences) == 0:
+        raise ValueError("got no preferences, expected at least one")
+    rank, size = rank_and_size()
+    mine = range(rank, len(preferences), size)
     rows: list[list[float]] = []
     metrics: tuple[str, ...] | None = None
     objectives = tuple(engine.objectives)
-    for preference in tqdm(preferences, desc="sweep", unit="model", disable=not progress):
+    for index in tqdm(mine, desc="sweep", unit="model", disable=not (progress and rank == 0)):
+        preference = preferences[index]
         chosen = [float(share) for share in preference]
         engine.switch(chosen)
         with torch.no_grad(), _eval_mode(engine.module):
@@ -74,9 +82,11 @@ def evaluate_preferences(
                 f"{sorted(metrics)} as at the first preference; return the same metrics each time"
             )
         rows.append([numbers[name] for name in metrics])
-    if metrics is None:
-        raise ValueError("got no preferences, expected at least one")
-    return np.array(rows, dtype=np.float64), metrics
+    names = names_of_first_rank(metrics) or ()
+    values = torch.zeros(len(preferences), len(names), dtype=torch.float64)
+    if rows:
+        values[rank::size] = torch.tensor(rows, dtype=torch.float64)
+    return sum_over_ranks(values, "sweeping").numpy(), names
 
 
 @contextmanager
