@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+
 from paretofuse.engine import native
 
 ROOT = Path(__file__).parent.parent
