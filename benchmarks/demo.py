@@ -53,7 +53,7 @@ class Plan:
     test_images: int
 
 
-FULL = Plan(300, 800, 128, 64, SHORT_STEPS, 400, pwemoe.STEPS, 11, 60_000, 10_000)
+FULL = Plan(150, 800, 128, 32, SHORT_STEPS, 400, pwemoe.STEPS, 11, 60_000, 10_000)
 QUICK = Plan(20, 30, 64, 16, 5, 10, 15, 3, 2_000, 200)
 
 
@@ -366,7 +366,8 @@ def write(demo: Demo, front: pf.Front, label: str, out: Path) -> None:
             writer.writerow([label, row.name, row.first, row.second, row.hypervolume, row.steps, *seconds])
     front.to_csv(out / "front.csv")
     shown = {name: demo.fronts[name] for name in (best.name, "straight line between the experts")}
-    front.plot(out / "front.png", points=demo.points, others=shown, title=label)
+    title = f"Coloured: ours, {demo.plan.steps} steps\n{label}"
+    front.plot(out / "front.png", points=demo.points, others=shown, title=title)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from benchmarks import demo, images, pwemoe
 from benchmarks.images import DataError, load_tasks, read_idx, read_task
 from benchmarks.tiny_vit import Attention, TinyViT
-from safetensors.torch import load_file
 
 
 def idx(array: np.ndarray) -> bytes:
