@@ -330,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_model("plain average of the experts", start.merge(weights=half), "average")
     demo.add_task_arithmetic(start)
     demo.add_front("straight line between the experts", start)
-    demo.learn(base, experts, plan.short_steps)
+    if plan.short_steps != plan.steps:
+        demo.learn(base, experts, plan.short_steps)
     engine, front = demo.learn(base, experts, plan.steps)
     chosen.out.mkdir(parents=True, exist_ok=True)
     merged = save_and_check(engine, front, tasks, chosen.out)
