@@ -20,7 +20,9 @@ from paretofuse.kernels.variants import FLOATS, Variant, grad_variants, merge_va
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200, MI300X."""
 
-MISSING = "compiling kernels needs Triton 3.4 or newer, which is not installed; install it (pip install triton)"
+MISSING = (
+    "compiling kernels needs Triton 3.4 or newer, which is not installed; install it (pip install triton)"
+)
 
 
 def supports(variant: Variant, architecture: str) -> bool:

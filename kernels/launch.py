@@ -84,7 +84,8 @@ class LinearConfig:
 
     Attributes:
         rows, outs, ins: the tile of x's rows, of outputs, and the step through the inputs; powers of two from 16.
-        e_chunk: experts whose loads are pipelined together; more experts loop.
+        e_chunk: the most experts whose loads are pipelined together.
+        loop_chunk: with more experts they loop, this many at a time, whose loads registers must hold.
         warps: warps per program.
         stages: depth of the load pipeline.
     """
@@ -93,16 +94,21 @@ class LinearConfig:
     outs: int
     ins: int
     e_chunk: int
+    loop_chunk: int
     warps: int
     stages: int
 
 
 LINEAR_CONFIGS = {
-    "few rows, few experts": LinearConfig(rows=16, outs=64, ins=64, e_chunk=2, warps=4, stages=3),
-    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, warps=4, stages=2),
-    "many rows, few experts": LinearConfig(rows=128, outs=64, ins=64, e_chunk=2, warps=4, stages=3),
-    "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, warps=4, stages=2),
-    "float32": LinearConfig(rows=32, outs=64, ins=32, e_chunk=4, warps=8, stages=2),
+    "few rows, few experts": LinearConfig(
+        rows=16, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
+    ),
+    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=4, warps=4, stages=2),
+    "many rows, few experts": LinearConfig(
+        rows=128, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
+    ),
+    "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
+    "float32": LinearConfig(rows=32, outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=8, stages=2),
 }
 """Every configuration of the routed linear kernel, by the shape it is for."""
 

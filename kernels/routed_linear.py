@@ -157,13 +157,14 @@ def _launch_linear(
 ) -> Tensor:
     """Launch the forward kernel; all arguments already checked, x [M, I] contiguous."""
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
+    one_chunk = experts <= config.e_chunk
     y = x.new_empty((rows, outs))
     grid = (-(-rows // config.rows) * -(-outs // config.outs),)
     if grid[0]:
         linear_kernel[grid](
             x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
             base.stride(0), base.stride(1), deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-            E_CHUNK=config.e_chunk, ONE_CHUNK=experts <= config.e_chunk, HAS_BIAS=bias is not None,
+            E_CHUNK=config.e_chunk if one_chunk else config.loop_chunk, ONE_CHUNK=one_chunk, HAS_BIAS=bias is not None,
             INTERPRETED=interpreted(linear_kernel), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y

@@ -149,7 +149,8 @@ def linear_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
                     "experts": "i32", other: "i32", "delta_stride": "i64",
                 },
                 constants={
-                    one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins, "E_CHUNK": config.e_chunk,
+                    one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins,
+                    "E_CHUNK": config.e_chunk if one_chunk else config.loop_chunk,
                     "ONE_CHUNK": one_chunk, "HAS_BIAS": True, "INTERPRETED": False,
                 },
                 aligned=("x", "base", "deltas", "bias", "y", "outs", "ins", other, "delta_stride"),

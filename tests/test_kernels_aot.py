@@ -31,15 +31,6 @@ def test_streaming_kernels_compile(architecture):
             check(variant, architecture)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", variants.FLOATS)
-def test_everything_compiles(architecture, dtype):
-    for variant in of(STREAMING + LINEAR, dtype):
-        if aot.supports(variant, architecture):
-            check(variant, architecture)
-
-
 def test_every_configuration_is_among_the_variants():
     names = "\n".join(variant.name for dtype in ("fp32", "bf16") for variant in of(STREAMING + LINEAR, dtype))
     for prefix, configs in (
