@@ -539,6 +539,7 @@ def test_the_core_is_clean_under_sanitizers(sanitizers: str, threads: str, tmp_p
         f"-DPARETOFUSE_SANITIZE={sanitizers}",
         f"-DPARETOFUSE_STD_THREADS={threads}",
         "-DPARETOFUSE_TESTS=ON",
+        "-DPARETOFUSE_LIBRARY=OFF",
     ]
     for command in (
         ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path), *options],

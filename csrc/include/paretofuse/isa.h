@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "paretofuse/export.h"
+
 namespace paretofuse {
 
 struct InstructionSet {
@@ -12,11 +14,11 @@ struct InstructionSet {
 };
 
 // Every instruction set this library has code for, in order of preference.
-std::vector<InstructionSet> instruction_sets();
+PARETOFUSE_API std::vector<InstructionSet> instruction_sets();
 
 // The name of the instruction set that a call given `isa` uses. An empty `isa` leaves the choice to the
 // environment variable PARETOFUSE_ISA, read at every call, and, where that is unset or empty, to the order of
 // preference. Throws std::invalid_argument for a name that is unknown or not usable here.
-const char* chosen_isa(const std::string& isa = {});
+PARETOFUSE_API const char* chosen_isa(const std::string& isa = {});
 
 }  // namespace paretofuse

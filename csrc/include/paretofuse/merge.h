@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "paretofuse/dtype.h"
+#include "paretofuse/export.h"
 
 namespace paretofuse {
 
@@ -26,7 +27,7 @@ struct Segment {
   DType out_dtype;
 };
 
-class MergePlan {
+class PARETOFUSE_API MergePlan {
  public:
   // deltas: segments.size() * experts addresses, segment by segment; null: this expert leaves the tensor
   // unchanged. row_count: rows of the weights that `run` will be given.
@@ -71,11 +72,12 @@ class MergePlan {
 // result[e] = sum over i of grad[i] * delta[e][i], for one tensor. grad is read once. Null deltas give 0.
 // Sums run in float32 over 128 products at most and in float64 from there on, in a fixed order.
 // result: [experts].   Returns the name of the instruction set that did the work.
-const char* inner(const void* grad, DType grad_dtype, const void* const* deltas, DType delta_dtype,
-                  std::int64_t experts, std::int64_t length, double* result, int threads,
-                  const std::string& isa = {});
+PARETOFUSE_API const char* inner(const void* grad, DType grad_dtype, const void* const* deltas,
+                                 DType delta_dtype, std::int64_t experts, std::int64_t length, double* result,
+                                 int threads, const std::string& isa = {});
 
 // A copy with the same stores and the same threads as the merge: the yardstick for its speed.
-const char* copy(void* dst, const void* src, std::int64_t nbytes, int threads, const std::string& isa = {});
+PARETOFUSE_API const char* copy(void* dst, const void* src, std::int64_t nbytes, int threads,
+                                const std::string& isa = {});
 
 }  // namespace paretofuse

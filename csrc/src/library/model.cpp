@@ -1,0 +1,183 @@
+#include "library/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "paretofuse/isa.h"
+
+namespace paretofuse {
+namespace {
+
+constexpr std::size_t kLine = 64;
+
+DType merged_dtype(const std::string& dtype) {
+  return dtype == "F32" ? DType::F32 : dtype == "BF16" ? DType::BF16 : DType::F16;
+}
+
+int thread_count(int wanted) {
+  if (wanted < 0 || wanted > 1024) {
+    throw std::invalid_argument("threads: got " + std::to_string(wanted) + ", expected 0 to 1024");
+  }
+  if (wanted > 0) return wanted;
+  return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 1024u));
+}
+
+// Bytes of the tensors of one role, each on a cache line.
+std::size_t reserve(std::size_t* end, std::int64_t nbytes) {
+  const std::size_t offset = *end;
+  *end += (static_cast<std::size_t>(nbytes) + kLine - 1) / kLine * kLine;
+  return offset;
+}
+
+}  // namespace
+
+Model::Model(Store store, const Options& options)
+    : store_(std::move(store)), threads_(thread_count(options.threads)), isa_(options.isa) {
+  chosen_isa(isa_);  // refuses one that this machine lacks
+  for (const std::string& group : store_.manifest.groups) {
+    rows_.emplace(group, static_cast<std::int64_t>(rows_.size()));
+  }
+  std::size_t static_bytes = 0;
+  for (const TensorSpec& spec : store_.manifest.tensors) {
+    const std::size_t number = names_.size();
+    names_.push_back(spec.name);
+    by_name_.emplace(spec.name, number);
+    for (const std::string& alias : spec.aliases) by_name_.emplace(alias, number);
+    const Entry& entry = *store_.base.find(spec.name);
+    Place place{spec.role, 0, nullptr, entry.nbytes};
+    if (spec.role == Role::routed) {
+      place.offset = reserve(&routed_bytes_, entry.nbytes);
+      routed_.push_back(number);
+    } else if (spec.role == Role::fixed) {
+      place.offset = reserve(&static_bytes, entry.nbytes);
+      static_.push_back(number);
+    } else {
+      place.address = store_.base.data(entry);
+      if (entry.nbytes > 0 && entry.offset % dtype_size(entry.dtype) != 0) {
+        copies_.emplace_back(static_cast<std::size_t>(entry.nbytes));
+        std::memcpy(copies_.back().data(), place.address, static_cast<std::size_t>(entry.nbytes));
+        place.address = copies_.back().data();
+      }
+    }
+    places_.push_back(place);
+  }
+  statics_ = std::make_unique<const Buffer>(static_bytes);
+  routed_plan_ = std::make_unique<MergePlan>(plan(routed_));
+}
+
+std::size_t Model::index(std::string_view name) const {
+  const auto found = by_name_.find(name);
+  if (found == by_name_.end()) {
+    throw std::invalid_argument("got tensor \"" + std::string(name) + "\", which the store does not have");
+  }
+  return found->second;
+}
+
+std::vector<TensorView> Model::views(std::byte* routed) const {
+  std::vector<TensorView> views;
+  for (std::size_t number = 0; number < places_.size(); ++number) {
+    const Place& place = places_[number];
+    const TensorSpec& spec = store_.manifest.tensors[number];
+    const std::byte* data = place.role == Role::routed  ? routed + place.offset
+                            : place.role == Role::fixed ? statics_->data() + place.offset
+                                                        : place.address;
+    views.push_back({data, place.nbytes, spec.dtype, spec.shape});
+  }
+  return views;
+}
+
+Weights Model::weights(const Preference& preference) const {
+  check_preference(preference, store_.manifest.objectives);
+  return store_.routers.evaluate(preference);
+}
+
+void Model::check_weights(const Weights& weights) const {
+  const std::size_t groups = store_.manifest.groups.size(), experts = store_.manifest.objectives.size();
+  if (weights.values.size() != groups * experts) {
+    throw std::invalid_argument("got " + std::to_string(weights.values.size()) +
+                                " routing weights, expected " + std::to_string(groups) + " groups x " +
+                                std::to_string(experts) + " objectives");
+  }
+  for (const float weight : weights.values) {
+    if (!std::isfinite(weight)) throw std::invalid_argument("got routing weights that are not finite");
+  }
+}
+
+std::vector<float> Model::table(const Weights& weights) const {
+  std::vector<float> rows = weights.values;
+  rows.resize(rows.size() + store_.manifest.objectives.size(),
+              static_cast<float>(store_.manifest.static_weight));
+  return rows;
+}
+
+MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
+  std::vector<Segment> segments;
+  std::vector<const void*> deltas;
+  const auto static_row = static_cast<std::int64_t>(rows_.size());
+  for (const std::size_t number : tensors) {
+    const TensorSpec& spec = store_.manifest.tensors[number];
+    const Entry& entry = *store_.base.find(spec.name);
+    const DType dtype = merged_dtype(spec.dtype);
+    const std::int64_t row = spec.role == Role::routed ? rows_.at(spec.group) : static_row;
+    segments.push_back({store_.base.data(entry), entry.nbytes / item_size(dtype), row, dtype,
+                        merged_dtype(spec.delta_dtype), dtype});
+    for (const TensorFile& expert : store_.experts) {
+      const Entry* delta = expert.find(spec.name);
+      deltas.push_back(delta == nullptr ? nullptr : expert.data(*delta));
+    }
+  }
+  return MergePlan(std::move(segments), std::move(deltas),
+                   static_cast<std::int64_t>(store_.manifest.objectives.size()), static_row + 1);
+}
+
+void Model::run(const MergePlan& plan, const Weights& weights, const std::vector<void*>& out) const {
+  if (!out.empty()) plan.run(table(weights).data(), 1, out.data(), threads_, isa_);
+}
+
+void Model::merge_statics() const {
+  std::call_once(statics_merged_, [this] {
+    std::vector<void*> out;
+    for (const std::size_t number : static_) out.push_back(statics_->data() + places_[number].offset);
+    run(plan(static_), {std::vector<float>(rows_.size() * store_.manifest.objectives.size())}, out);
+  });
+}
+
+void Model::merge(const Weights& weights, std::byte* routed) const {
+  check_weights(weights);
+  store_.check_unchanged();
+  merge_statics();
+  std::vector<void*> out;
+  for (const std::size_t number : routed_) out.push_back(routed + places_[number].offset);
+  run(*routed_plan_, weights, out);
+}
+
+void Model::merge_into(const Weights& weights, const std::vector<Target>& targets) const {
+  check_weights(weights);
+  std::vector<std::size_t> merged;
+  std::vector<void*> out;
+  for (const Target& target : targets) {
+    const std::size_t number = index(target.name);
+    const Place& place = places_[number];
+    if (target.nbytes != place.nbytes || (target.data == nullptr && place.nbytes > 0)) {
+      throw std::invalid_argument("target \"" + target.name + "\": got " + std::to_string(target.nbytes) +
+                                  " bytes at " + (target.data == nullptr ? "null" : "an address") +
+                                  ", expected " + std::to_string(place.nbytes));
+    }
+    if (place.role == Role::constant) continue;
+    merged.push_back(number);
+    out.push_back(target.data);
+  }
+  store_.check_unchanged();
+  run(plan(merged), weights, out);
+  for (const Target& target : targets) {
+    const Place& place = places_[index(target.name)];
+    if (place.role != Role::constant || place.nbytes == 0) continue;
+    std::memcpy(target.data, place.address, static_cast<std::size_t>(place.nbytes));
+  }
+}
+
+}  // namespace paretofuse

@@ -1,0 +1,44 @@
+// The routers: from a preference to routing weights, the same bits as engine/routing.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "paretofuse/engine.h"
+
+namespace paretofuse {
+
+struct RouterParameter {
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+
+// One tiny MLP for each of G groups: L = init(r) + W2 relu(W1 r + b1) + b2.
+class Routers {
+ public:
+  // parameters: hidden.weight [G, H, E], hidden.bias [G, H], output.weight [G, E, H], output.bias [G, E].
+  // Throws std::invalid_argument for anything else.
+  Routers(const std::string& init, std::size_t groups, std::size_t experts,
+          std::map<std::string, RouterParameter> parameters);
+
+  // The routing weights [G, E] of a valid preference [E].
+  Weights evaluate(const Preference& preference) const;
+
+ private:
+  enum class Init { identity, sqrt, constant };
+
+  Init init_;
+  std::size_t groups_;
+  std::size_t experts_;
+  std::size_t hidden_ = 0;
+  std::map<std::string, RouterParameter> parameters_;
+};
+
+// Throws std::invalid_argument unless the preference has a finite number >= 0 for each objective and sums
+// to 1.
+void check_preference(const Preference& preference, const std::vector<std::string>& objectives);
+
+}  // namespace paretofuse

@@ -1,0 +1,166 @@
+#include "library/safetensors.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "library/json.h"
+#include "paretofuse/engine.h"
+
+namespace paretofuse {
+namespace {
+
+constexpr std::uint64_t kHeaderLimit = 100'000'000;  // the format's own
+constexpr std::size_t kDataAlignment = 64;
+
+constexpr std::array<std::pair<std::string_view, std::int64_t>, 16> kDTypeSizes = {{
+    {"BOOL", 1},
+    {"U8", 1},
+    {"I8", 1},
+    {"F8_E4M3", 1},
+    {"F8_E5M2", 1},
+    {"I16", 2},
+    {"U16", 2},
+    {"F16", 2},
+    {"BF16", 2},
+    {"I32", 4},
+    {"U32", 4},
+    {"F32", 4},
+    {"I64", 8},
+    {"U64", 8},
+    {"F64", 8},
+    {"C64", 8},
+}};
+
+[[noreturn]] void malformed(const std::string& path, const std::string& reason) {
+  throw StoreError(path + ": not a valid safetensors file: " + reason + "; copy or create it again");
+}
+
+// A list of sizes; false if it is anything else.
+bool as_sizes(const Json& value, std::vector<std::int64_t>* sizes) {
+  if (!value.is_array()) return false;
+  for (const Json& item : value) {
+    if (!as_size(item, &sizes->emplace_back())) return false;
+  }
+  return true;
+}
+
+// Bytes of a tensor; false if they exceed what a file can hold.
+bool tensor_bytes(const std::vector<std::int64_t>& shape, std::int64_t item, std::int64_t* bytes) {
+  *bytes = item;
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return *bytes = 0, true;
+  return std::all_of(shape.begin(), shape.end(),
+                     [&](std::int64_t size) { return !__builtin_mul_overflow(*bytes, size, bytes); });
+}
+
+Entry parse_entry(const std::string& path, const std::string& name, const Json& json, std::int64_t start) {
+  const std::string tensor = "tensor " + shown(name);
+  if (!json.is_object() || json.size() != 3 || !json.contains("dtype") || !json.contains("shape") ||
+      !json.contains("data_offsets")) {
+    malformed(path, tensor + " should have dtype, shape and data_offsets");
+  }
+  Entry entry;
+  entry.name = name;
+  const Json& dtype = json["dtype"];
+  const std::int64_t item = dtype.is_string() ? dtype_size(dtype.get_ref<const std::string&>()) : 0;
+  if (item == 0) malformed(path, tensor + " has the unknown dtype " + shown(dtype));
+  entry.dtype = dtype.get<std::string>();
+  if (!as_sizes(json["shape"], &entry.shape)) {
+    malformed(path, tensor + " has a shape that is no list of integers >= 0");
+  }
+  std::vector<std::int64_t> offsets;
+  if (!as_sizes(json["data_offsets"], &offsets) || offsets.size() != 2) {
+    malformed(path, tensor + " has data offsets that are not two integers >= 0");
+  }
+  const bool fits = tensor_bytes(entry.shape, item, &entry.nbytes);
+  if (!fits || offsets[1] - offsets[0] != entry.nbytes) {
+    malformed(path, tensor + " has bytes " + std::to_string(offsets[0]) + " to " +
+                        std::to_string(offsets[1]) + ", which its dtype and shape do not take");
+  }
+  if (__builtin_add_overflow(start, offsets[0], &entry.offset)) malformed(path, tensor + " lies beyond");
+  return entry;
+}
+
+void check_metadata(const std::string& path, const Json& metadata) {
+  const bool good = metadata.is_object() && std::all_of(metadata.begin(), metadata.end(),
+                                                        [](const Json& value) { return value.is_string(); });
+  if (!good) malformed(path, "its metadata should map names to strings");
+}
+
+}  // namespace
+
+std::int64_t dtype_size(std::string_view dtype) {
+  for (const auto& [name, size] : kDTypeSizes) {
+    if (name == dtype) return size;
+  }
+  return 0;
+}
+
+std::vector<Entry> parse_safetensors(const std::string& path, const std::byte* data, std::size_t size) {
+  if (size < 8) malformed(path, std::to_string(size) + " bytes are too few; it is truncated");
+  std::uint64_t length = 0;
+  for (int byte = 7; byte >= 0; --byte) length = length << 8 | std::to_integer<std::uint64_t>(data[byte]);
+  if (length > kHeaderLimit || length > size - 8) {
+    malformed(path, "its header should take " + std::to_string(length) + " bytes of " + std::to_string(size) +
+                        "; it is truncated or another kind of file");
+  }
+  const std::string_view text(reinterpret_cast<const char*>(data) + 8, length);
+  if (text.substr(0, 1) != "{") malformed(path, "its header does not begin with '{'");
+  Json header;
+  try {
+    header = parse_json(text);
+  } catch (const std::invalid_argument& error) {
+    malformed(path, std::string("its header is damaged (") + error.what() + ")");
+  }
+  const auto start = static_cast<std::int64_t>(8 + length);
+  std::vector<Entry> entries;
+  for (const auto& [name, json] : header.items()) {
+    if (name == "__metadata__") {
+      check_metadata(path, json);
+    } else {
+      entries.push_back(parse_entry(path, name, json, start));
+    }
+  }
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+    return std::tie(a.offset, a.nbytes) < std::tie(b.offset, b.nbytes);
+  });
+  // Without holes and overlaps, no entry can lie beyond an end that is within the file.
+  auto end = start;
+  for (const Entry& entry : entries) {
+    if (entry.offset != end) {
+      malformed(path,
+                "tensor " + shown(entry.name) +
+                    (entry.offset < end ? " overlaps the tensor before it" : " leaves a hole before it"));
+    }
+    if (__builtin_add_overflow(end, entry.nbytes, &end)) malformed(path, "its tensors take too many bytes");
+  }
+  const auto actual = static_cast<std::int64_t>(size);
+  if (end != actual) {
+    malformed(path, end > actual ? "it is truncated: " + std::to_string(end - actual) + " bytes are missing"
+                                 : std::to_string(actual - end) + " bytes too many");
+  }
+  return entries;
+}
+
+std::string format_header(const std::vector<Entry>& entries) {
+  std::string text = R"({"__metadata__":{"format":"pt"})";
+  for (const Entry& entry : entries) {
+    text += "," + Json(entry.name).dump() + ":{\"dtype\":\"" + entry.dtype + "\",\"shape\":[";
+    for (std::size_t d = 0; d < entry.shape.size(); ++d)
+      text += (d ? "," : "") + std::to_string(entry.shape[d]);
+    text += "],\"data_offsets\":[" + std::to_string(entry.offset) + "," +
+            std::to_string(entry.offset + entry.nbytes) + "]}";
+  }
+  text += "}";
+  const std::size_t start = (8 + text.size() + kDataAlignment - 1) / kDataAlignment * kDataAlignment;
+  text.resize(start - 8, ' ');
+  std::string length(8, '\0');
+  for (std::size_t byte = 0; byte < 8; ++byte) {
+    length[byte] = static_cast<char>(text.size() >> (8 * byte) & 0xff);
+  }
+  return length + text;
+}
+
+}  // namespace paretofuse
