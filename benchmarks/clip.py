@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@cache
 def pwemoe_class() -> Any:
     """fusion-bench's ParetoWeightEnsemblingModule.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import resource
@@ -261,6 +262,16 @@ def resident(entry: str = "VmRSS") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), None)
 
 
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(child.pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss]))
+"""
+"""Starts the process to measure from a bare interpreter: a peak that starts from a larger parent would be its own."""
+
+
 def measured_process(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> tuple[float, int]:
@@ -269,20 +280,17 @@ def measured_process(
     Raises:
         BenchmarkError: it failed; with the end of its output.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        start = time.perf_counter()
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
-            output.seek(0)
-            raise BenchmarkError(
-                f"{' '.join(command)}: exit code {child.returncode}\n{output.read()[-3000:]}"
-            )
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _LAUNCHER, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **(environment or {})},
+    )
+    code, seconds, peak = json.loads(done.stdout)
+    if code != 0:
+        raise BenchmarkError(f"{' '.join(command)}: exit code {code}\n{done.stderr[-3000:]}")
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def fetched(name: str, *requirements: str) -> Path:
