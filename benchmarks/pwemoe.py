@@ -8,7 +8,7 @@ learning rate 1e-2, on a cosine down to a tenth of it. The arithmetic is the eng
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -29,12 +29,11 @@ def route_blocks(name: str) -> str | None:
     return ".".join(parts[:3]) if parts[0] == "blocks" and parts[2] in ("attn", "mlp") else None
 
 
-def route_modules(name: str) -> str | None:
-    """A finer grouping, kinder to PWEMoE: a router for each module inside the transformer layers, norms too."""
-    return name.rpartition(".")[0] if name.startswith("blocks.") else None
-
-
-GROUPINGS = {"blocks": route_blocks, "modules": route_modules}
+GROUPINGS: dict[str, str | Callable[[str], str | None]] = {
+    "blocks": route_blocks,
+    # Kinder than the publication: every module has a router, the head and the embeddings too.
+    "modules": "module",
+}
 
 
 def learn(
@@ -52,7 +51,7 @@ def learn(
         base: a TinyViT.
         experts: by objective.
         objectives: data and loss of each.
-        grouping: "blocks" or "modules".
+        grouping: "blocks" (as published) or "modules" (everything routed).
         steps: optimizer steps.
         seed: of the routers, the preferences and the data's order.
     """

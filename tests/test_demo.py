@@ -228,12 +228,9 @@ def test_the_model_is_as_small_as_said_and_looks_at_every_pixel():
 def test_pwemoe_routes_what_it_says():
     names = list(TinyViT().state_dict())
     blocks = {pwemoe.route_blocks(name) for name in names} - {None}
-    modules = {pwemoe.route_modules(name) for name in names} - {None}
     assert blocks == {f"blocks.{i}.{part}" for i in range(4) for part in ("attn", "mlp")}
-    assert len(modules) == 24
     for bare in ("positions", "class_token", "head.weight", "norm.bias", "patch_embed.weight"):
         assert pwemoe.route_blocks(bare) is None
-        assert pwemoe.route_modules(bare) is None
 
 
 def test_the_table_lines_up():
