@@ -1,0 +1,21 @@
+// Any bytes as a manifest: an error or a manifest whose paths stay in the store, never a crash.
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#include "library/manifest.h"
+#include "paretofuse/engine.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  try {
+    const paretofuse::Manifest manifest =
+        paretofuse::parse_manifest("input", {reinterpret_cast<const char*>(data), size});
+    for (const auto& [path, bytes] : manifest.files) {
+      if (path.front() == '/' || ("/" + path + "/").find("/../") != std::string::npos || bytes < 0)
+        std::abort();
+    }
+  } catch (const paretofuse::StoreError&) {
+  }
+  return 0;
+}
