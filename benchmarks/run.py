@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import record
 
-NAMES = ("merge_speed", "train_step", "memory", "disk_merge", "startup")
+NAMES = ("merge_speed", "train_step", "memory", "disk_merge", "startup", "cpp_replicas")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
