@@ -160,7 +160,8 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
         return None
     dtype = TO_TORCH[spec.delta_dtype]
     return (
-        _rounded(difference, dtype, plan, expert, spec) for difference in _differences(plan, expert, spec, name)
+        _rounded(difference, dtype, plan, expert, spec)
+        for difference in _differences(plan, expert, spec, name)
     )
 
 
@@ -234,9 +235,7 @@ def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Ite
         yield theirs.to(torch.float32) - ours.to(device=theirs.device, dtype=torch.float32)
 
 
-def _rounded(
-    difference: Tensor, dtype: torch.dtype, plan: Plan, expert: Source, spec: TensorSpec
-) -> Tensor:
+def _rounded(difference: Tensor, dtype: torch.dtype, plan: Plan, expert: Source, spec: TensorSpec) -> Tensor:
     """A block of deltas in the dtype that it is stored in, or an error that says why it is not finite."""
     rounded = difference.to(dtype)
     if not _is_finite(rounded):

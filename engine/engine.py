@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paretofuse.engine import persist
 from paretofuse.engine.build import Stack
 from paretofuse.engine.flat import FlatInputs, FlatOutputs, flatten
+from paretofuse.engine.fused import Planes, fuse, fused_layers, runs_merger
 from paretofuse.engine.layout import TensorSpec
 from paretofuse.engine.live import LiveModule
 from paretofuse.engine.merge import (
@@ -70,7 +71,10 @@ class Engine:
         if self.backend == "triton":
             stack, self._flat = flatten(stack, self._rows, device)
         self._stack = stack
+        self._planes = Planes(stack, self._flat)
         self._live: LiveModule | None = None
+        self._fused: LiveModule | None = None
+        self._trained: LiveModule | None = None
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -96,6 +100,18 @@ class Engine:
     def module(self) -> nn.Module:
         """The live module, built when first asked for, at equal preferences until the first switch."""
         return self._live_module().module
+
+    @property
+    def fused_module(self) -> nn.Module:
+        """The module that `train_at(..., materialize=False)` trains through, built when first asked for.
+
+        Of the base's own class and with the base's other layers, but its linear layers (nn.Linear, transformers'
+        Conv1D, nn.MultiheadAttention) are thin layers of ours that mix their weight on the way into the product:
+        their merged weights are never stored. It is a module apart, so that the live module stays an ordinary one.
+        On the CPU the first use copies these layers' deltas into one tensor each, and the operator mixes one layer's
+        weight at a time; on GPUs nothing is copied and the weight stays in registers.
+        """
+        return self._fused_module().module
 
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
         """Rewrite the live module in place for a preference, or for given routing weights [G, E].
@@ -168,11 +184,16 @@ class Engine:
             states.append(state)
         return states if self._many(preference, weights) else states[0]
 
-    def train_at(self, preference: Preference) -> Tensor:
+    def train_at(self, preference: Preference, *, materialize: bool = True) -> Tensor:
         """Merge the live module at a preference and let gradients flow from it into the routers.
 
         After this, `loss.backward()` through `engine.module` adds to the gradients of `engine.routers.parameters()`;
         the module's own gradients are reduced at once and freed. Several backward passes add up.
+
+        Args:
+            preference: by objective name, or in the order of `objectives`.
+            materialize: False to train through `engine.fused_module` instead, whose linear layers never store their
+                merged weight nor its gradient; the routers' gradients are the same.
 
         Returns:
             The routing weights [G, E], part of the routers' graph: `weights.backward(gradient)` carries a gradient
@@ -181,7 +202,7 @@ class Engine:
         Raises:
             ValueError: the preference is not valid.
         """
-        live = self._live_module()
+        live = self._live_module() if materialize else self._fused_module()
         weights: Tensor = self.routers(preference)
         if weights.dim() != 2:
             raise ValueError(
@@ -189,13 +210,15 @@ class Engine:
             )
         live.write(self._with_static(weights.detach().unsqueeze(0)))
         live.collector.arm(weights)
+        self._trained = live
         return weights
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
 
         Args:
-            losses: M scalars, each computed by `engine.module` after `train_at`.
+            losses: M scalars, each computed after `train_at` by the module that it merged: `engine.module`, or
+                `engine.fused_module` with `materialize=False`.
 
         Returns:
             float64 [M, G, E].
@@ -212,7 +235,7 @@ class Engine:
                 )
         if not rows:
             raise ValueError("got no losses, expected at least one scalar")
-        return self._live_module().collector.jacobian(rows)
+        return (self._trained or self._live_module()).collector.jacobian(rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a store: a directory of safetensors files and a manifest, atomically.
@@ -224,8 +247,8 @@ class Engine:
         persist.save(path, self._stack, self.routers, self.cards.base, self.cards.heads)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
-        """The dense model for a preference, like `merge`, dropping the live module's memory first."""
-        self._live = None
+        """The dense model for a preference, like `merge`, dropping the live and the fused module's memory first."""
+        self._live = self._fused = self._trained = None
         merged: nn.Module = self.merge(preference, head=head)
         return merged
 
@@ -240,30 +263,63 @@ class Engine:
 
     def _live_module(self) -> LiveModule:
         if self._live is None:
-            self._live = self._build_live()
+            self._live = self._build_live(fused=False)
         return self._live
 
-    def _build_live(self) -> LiveModule:
+    def _fused_module(self) -> LiveModule:
+        if self._fused is None:
+            self._fused = self._build_live(fused=True)
+        return self._fused
+
+    def _build_live(self, *, fused: bool) -> LiveModule:
+        """A module bound to its mergers; a fused one has merged tensors only where a layer cannot do without."""
+        skeleton = self._skeleton()
+        routed = self.layout.with_role("routed")
+        known = {name: spec.name for name, spec in self.layout.by_name.items() if spec.role == "routed"}
+        hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
+        merged = tuple(spec for spec in routed if spec.name not in hidden)
+        static = self.layout.with_role("static")
+        out = FlatOutputs((*merged, *static), 1, self.device)
+        state = dict(out.views[0])
+        for spec in self.layout.with_role("constant"):
+            state[spec.name] = self._stack.base[spec.name].clone()
+        state.update(
+            {name: self._stack.base[name] for name in hidden}
+        )  # held only until the layers are replaced
+        module = materialize(skeleton, state, "the stacked tensors")
+        count = len(self.objectives)
+        mix = None
+        if fused:
+            mix = torch.zeros(len(self.groups), count, device=self.device)
+            layers = fused_layers(module, known)
+            module = fuse(module, layers, self._stack, self._planes, mix, self._rows)
+        # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
+        stored = stored_tensors(module)
+        names = {spec.name for spec in merged}
+        if fused and self.backend == "triton":
+            merge_routed = runs_merger(self._flat, out, names)
+        else:
+            merge_routed = self._merger(merged, out, [stored])
+        with torch.no_grad():
+            weights = self._with_static(self.routers([1 / count] * count).unsqueeze(0))
+        return LiveModule(
+            module,
+            merge_routed,
+            self._merger(static, out, [stored]),
+            {spec.name: self._rows[spec.name] for spec in merged},
+            self._stack.deltas,
+            weights,
+            planes=self._planes if self.backend == "triton" else None,
+            mix=mix,
+        )
+
+    def _skeleton(self) -> nn.Module:
         if self.cards.base.skeleton is None:
             raise ValueError(
                 "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a "
                 "Hugging Face directory, or pass module= to pf.load"
             )
-        specs = self.layout.with_role("routed", "static")
-        out = FlatOutputs(specs, 1, self.device)
-        state = dict(out.views[0])
-        for spec in self.layout.with_role("constant"):
-            state[spec.name] = self._stack.base[spec.name].clone()
-        module = materialize(self.cards.base.skeleton(), state, "the stacked tensors")
-        # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
-        stored = stored_tensors(module)
-        routed = self.layout.with_role("routed")
-        mergers = [self._merger(part, out, [stored]) for part in (routed, self.layout.with_role("static"))]
-        count = len(self.objectives)
-        with torch.no_grad():
-            weights = self._with_static(self.routers([1 / count] * count).unsqueeze(0))
-        rows = {spec.name: self._rows[spec.name] for spec in routed}
-        return LiveModule(module, mergers[0], mergers[1], rows, self._stack.deltas, weights)
+        return self.cards.base.skeleton()
 
     def _merge_specs(self, specs: Sequence[TensorSpec], full: Tensor) -> list[dict[str, Tensor]]:
         """K new sets of merged tensors, each tensor with its own storage."""

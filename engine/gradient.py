@@ -3,7 +3,8 @@
     dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
 
 Each parameter's gradient is reduced to E numbers as soon as autograd has it, and freed: nothing of size E x N, and
-never two full gradients, is held. The module stays an ordinary nn.Module.
+never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the Triton
+kernels': fixed order and no atomics, so the same bits every time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from paretofuse.engine import native
 from paretofuse.engine.dtypes import TO_NAME
+from paretofuse.engine.layout import TILE, place, tile_groups
 from paretofuse.kernels.reference import inner_reference
+from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 
 class GradientCollector:
@@ -26,6 +29,8 @@ class GradientCollector:
         rows: each one's row in L.
         deltas: for each expert, its deltas by name; an absent one contributes zero.
         groups: G.
+        planes: each parameter's deltas as one tensor [E, *shape]; given, the Triton kernels reduce the gradients.
+        mix: routing weights [G, E] that a fused module reads by themselves, a leaf of its graphs; or None.
     """
 
     def __init__(
@@ -34,30 +39,38 @@ class GradientCollector:
         rows: Mapping[str, int],
         deltas: Sequence[Mapping[str, Tensor]],
         groups: int,
+        *,
+        planes: Mapping[str, Tensor] | None = None,
+        mix: Tensor | None = None,
     ) -> None:
         self._parameters = dict(parameters)
         self._rows = rows
         self._deltas = deltas
-        device = next(iter(self._parameters.values())).device if self._parameters else torch.device("cpu")
+        self._leaves = [*self._parameters.values(), *([] if mix is None else [mix])]
+        device = self._leaves[0].device if self._leaves else torch.device("cpu")
+        self._kernels = None if planes is None else _KernelSums(parameters, rows, planes, groups, device)
         self._pending = torch.zeros(groups, len(deltas), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
         self._scheduled = False
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+        if mix is not None:
+            mix.requires_grad_(True)
+            mix.register_post_accumulate_grad_hook(self._take_mix)
 
     def arm(self, routing_weights: Tensor) -> None:
         """From now on each backward pass through the module goes on into these routing weights [G, E]."""
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(True)
-        self._pending.zero_()
+        for leaf in self._leaves:
+            leaf.requires_grad_(True)
+        self._take()
         self._scheduled = False
         self._routing_weights = routing_weights
 
     def disarm(self) -> None:
         """Forwards through the module record no graph for the routed parameters."""
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
+        for leaf in self._leaves:
+            leaf.requires_grad_(False)
         self._routing_weights = None
 
     def jacobian(self, losses: Sequence[Tensor]) -> Tensor:
@@ -66,11 +79,11 @@ class GradientCollector:
         rows = []
         try:
             for index, loss in enumerate(losses):
-                self._pending.zero_()
+                self._take()
                 loss.backward(retain_graph=index + 1 < len(losses))
-                rows.append(self._pending.clone())
+                rows.append(self._take())
         finally:
-            self._pending.zero_()
+            self._take()
             self._routing_weights = weights
         return torch.stack(rows)
 
@@ -82,22 +95,82 @@ class GradientCollector:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            self._pending[row] += inner_products(gradient, deltas)
-            if self._routing_weights is not None and not self._scheduled:
-                # Runs once autograd has finished this pass: the routers see the sum over all parameters.
-                self._scheduled = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+            if self._kernels is not None:
+                self._kernels.add(name, gradient)
+            else:
+                self._pending[row] += inner_products(gradient, deltas)
+            self._schedule()
 
         return reduce
+
+    def _take_mix(self, mix: Tensor) -> None:
+        """What layers without a merged weight say about their routing weights."""
+        gradient, mix.grad = mix.grad, None
+        if gradient is not None:
+            self._pending += gradient
+            self._schedule()
+
+    def _schedule(self) -> None:
+        """Have the routers' backward run once autograd has finished this pass, on the sum over all parameters."""
+        if self._routing_weights is not None and not self._scheduled:
+            self._scheduled = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+
+    def _take(self) -> Tensor:
+        """What was collected, float64 [G, E]; collecting starts anew."""
+        total = self._pending.clone()
+        self._pending.zero_()
+        return total if self._kernels is None else total + self._kernels.take()
 
     def _flush(self) -> None:
         """Carry the collected sums into the routers' parameters."""
         self._scheduled = False
         if self._routing_weights is None:
             return
-        gradient = self._pending.to(self._routing_weights.dtype)
-        self._pending.zero_()
+        gradient = self._take().to(self._routing_weights.dtype)
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
+
+
+class _KernelSums:
+    """The sums by the Triton kernels: stage one for each gradient as it arrives, stage two when they are taken.
+
+    Args: as GradientCollector's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Mapping[str, int],
+        planes: Mapping[str, Tensor],
+        groups: int,
+        device: torch.device,
+    ) -> None:
+        lengths = [parameter.numel() for parameter in parameters.values()]
+        offsets, _ = place(lengths)
+        self._first = dict(zip(parameters, (offset // TILE for offset in offsets), strict=True))
+        self._planes = planes
+        tiles = tile_groups(lengths, [rows[name] for name in parameters])
+        self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
+        experts = len(next(iter(planes.values()))) if planes else 0
+        self._partials = torch.zeros(len(tiles), experts, device=device)  # [tiles, E]
+        self._any = False
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Reduce one parameter's gradient to E numbers for each tile."""
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        partials = grad_partials(dense.reshape(-1), self._planes[name].flatten(1), tile=TILE)
+        first = self._first[name]
+        self._partials[first : first + len(partials)] += partials
+        self._any = True
+
+    def take(self) -> Tensor | float:
+        """The sums, float64 [G, E], or 0 where nothing was added; and start anew."""
+        if not self._any:
+            return 0.0
+        total = group_sums(self._partials, self._plan).double()
+        self._partials.zero_()
+        self._any = False
+        return total
 
 
 def inner_products(gradient: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:

@@ -107,7 +107,9 @@ def merge_store(
     native.chosen_isa(isa)  # refuses before anything is written
     target = Path(os.path.abspath(out))
     files = store.model_files(head)
-    weights_file = next((WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS)
+    weights_file = next(
+        (WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS
+    )
     is_file = target.suffix == ".safetensors"
     if not is_file:
         _check_directory(target, {weights_file, *files})

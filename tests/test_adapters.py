@@ -140,7 +140,9 @@ def test_open_clip_in_memory_and_on_disk(tmp_path: Path) -> None:
     on_disk.save(tmp_path / "store")
     assert same(pf.load(tmp_path / "store").merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
     merge_store(tmp_path / "store", [0.4, 0.6], tmp_path / "merged")
-    assert same(pf.stack(tmp_path / "merged", {"same": tmp_path / "merged"}).merge([1.0]), engine.merge([0.4, 0.6]))
+    assert same(
+        pf.stack(tmp_path / "merged", {"same": tmp_path / "merged"}).merge([1.0]), engine.merge([0.4, 0.6])
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
