@@ -198,3 +198,41 @@ def test_half_precision_directories_say_so(tmp_path: Path) -> None:
     merged = pf.load(tmp_path / "store").merge([1.0])
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert engine.merge([1.0]).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_opening_a_store_imports_no_model_library(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    pf.stack(tmp_path / "base", {"one": perturbed(base, 1)}).save(tmp_path / "store")
+    code = (
+        "import sys, paretofuse as pf; engine = pf.load(sys.argv[1]); engine.merge_state_dict([1.0]); "
+        "print('transformers' in sys.modules); engine.merge([1.0]); print('transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_class_that_this_transformers_does_not_have(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = ["NextYearsModel"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    untied = {k: v for k, v in base.state_dict().items() if k != "lm_head.weight"}
+    engine = pf.stack(tmp_path / "base", {"one": {k: v * 1.5 for k, v in untied.items()}})
+    with pytest.raises(ValueError, match="knows no module class"):
+        engine.merge([1.0])
+    engine.save(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"class transformers\.NextYearsModel.*pass module= to pf\.load"):
+        pf.load(tmp_path / "store").merge([1.0])
+    assert same(
+        pf.load(tmp_path / "store", module=base).merge([1.0]),
+        pf.load(tmp_path / "store", module=base).merge([1.0]),
+    )
+    merge_store(tmp_path / "store", [1.0], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,8 @@ def from_directory(path: Path, label: str) -> Source:
     if not config.is_file():
         return source
     card = card_from_files(companion_files(path))
-    if card.skeleton is None:
-        return source
+    if card.skeleton is None or card.model_class is None or _find_class(card.model_class) is None:
+        return replace(source, card=replace(card, skeleton=None))
     return replace(source, card=card, aliases=_ties(card.skeleton(), source))
 
 
@@ -52,26 +53,41 @@ def companion_files(path: Path) -> dict[str, bytes]:
 
 
 def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
-    """The card of a model whose config.json names a transformers class; without transformers, the files only."""
+    """The card of a model whose config.json names a transformers class; without transformers, the files only.
+
+    Imports nothing: transformers takes seconds to import, and opening a store takes milliseconds.
+    """
     config = json.loads(files[CONFIG]) if CONFIG in files else {}
     architectures = config.get("architectures") or []
     if not architectures or "model_type" not in config:
         return ModelCard(files=dict(files))
-    name = str(architectures[0])
-    try:
-        import transformers
-    except ImportError:
-        return ModelCard(files=dict(files), model_class=f"transformers.{name}")
-    if not hasattr(transformers, name):
-        return ModelCard(files=dict(files), model_class=name)
-    skeleton = cache(lambda: _skeleton(getattr(transformers, name), config))
-    return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"transformers.{name}")
+    name = f"transformers.{architectures[0]}"
+    skeleton = cache(lambda: _skeleton(name, config)) if find_spec("transformers") else None
+    return ModelCard(skeleton=skeleton, files=dict(files), model_class=name)
 
 
-def _skeleton(cls: type, config: dict[str, object]) -> nn.Module:
-    """The model of a configuration, with meta tensors; buffers that are not stored keep their values."""
+def _find_class(name: str) -> type | None:
+    """A class of transformers by its full name; None where this version has none of that name."""
+    import transformers
+
+    return getattr(transformers, name.removeprefix("transformers."), None)
+
+
+def _skeleton(name: str, config: dict[str, object]) -> nn.Module:
+    """The model of a configuration, with meta tensors; buffers that are not stored keep their values.
+
+    Raises:
+        ValueError: this version of transformers has no class of that name.
+    """
+    from transformers import __version__
     from transformers.initialization import no_init_weights
 
+    cls = _find_class(name)
+    if cls is None:
+        raise ValueError(
+            f"got a model of class {name}, which transformers {__version__} does not have; pass module= to pf.load, or "
+            "install the version that has it"
+        )
     settings = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
     with no_init_weights():
         model = cls(settings)

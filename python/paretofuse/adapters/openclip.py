@@ -9,12 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from paretofuse.adapters.hf import companion_files
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.skeleton import make_skeleton
 from paretofuse.engine.sources import ModelCard, Source, from_safetensors
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -32,16 +37,16 @@ def from_directory(path: Path, label: str) -> Source:
 
 
 def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
-    """The card of an open_clip model; without open_clip, the files only."""
-    try:
-        from open_clip.model import CLIP, CustomTextCLIP
-    except ImportError:
-        return ModelCard(files=dict(files), model_class="open_clip.CLIP")
+    """The card of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's card."""
     settings = dict(json.loads(files[CONFIG])["model_cfg"])
-    cls = (
-        CustomTextCLIP
-        if settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
-        else CLIP
-    )
-    skeleton = cache(lambda: make_skeleton(cls(**settings)).eval())
-    return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{cls.__name__}")
+    custom = settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
+    name = "CustomTextCLIP" if custom else "CLIP"
+    skeleton = cache(lambda: _skeleton(name, settings)) if find_spec("open_clip") else None
+    return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{name}")
+
+
+def _skeleton(name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """The model of a configuration, with meta tensors."""
+    from open_clip import model
+
+    return make_skeleton(getattr(model, name)(**settings)).eval()
