@@ -230,9 +230,8 @@ def test_a_class_that_this_transformers_does_not_have(tmp_path: Path) -> None:
     engine.save(tmp_path / "store")
     with pytest.raises(ValueError, match=r"class transformers\.NextYearsModel.*pass module= to pf\.load"):
         pf.load(tmp_path / "store").merge([1.0])
-    assert same(
-        pf.load(tmp_path / "store", module=base).merge([1.0]),
-        pf.load(tmp_path / "store", module=base).merge([1.0]),
-    )
+    merged = pf.load(tmp_path / "store", module=base).merge([1.0]).state_dict()
+    for name, tensor in untied.items():
+        torch.testing.assert_close(merged[name], tensor * 1.5)
     merge_store(tmp_path / "store", [1.0], tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config
