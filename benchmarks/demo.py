@@ -53,7 +53,7 @@ class Plan:
     test_images: int
 
 
-FULL = Plan(150, 800, 128, 32, SHORT_STEPS, 400, pwemoe.STEPS, 11, 60_000, 10_000)
+FULL = Plan(150, 800, 128, 32, SHORT_STEPS, 400, pwemoe.STEPS, 11, 60_000, 5_000)
 QUICK = Plan(20, 30, 64, 16, 5, 10, 15, 3, 2_000, 200)
 
 
