@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,21 +47,46 @@ if dist.is_initialized():
 """
 
 
-def run(
-    folder: Path, processes: int, method: str, steps: int = 30, die_at: int = 0
-) -> subprocess.CompletedProcess[str]:
+def arguments(folder: Path, method: str, steps: int = 30, die_at: int = 0) -> list[str]:
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    arguments = [str(script), str(folder), method, str(steps), str(die_at)]
+    return [str(script), str(folder), method, str(steps), str(die_at)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(
+    folder: Path, processes: int, method: str, steps: int = 30, die_at: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """The script in one process, or in several under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        launcher + arguments, env=environment, capture_output=True, text=True, check=False, timeout=300
+        launcher + arguments(folder, method, steps, die_at),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
+
+
+def start_two(folder: Path, method: str, die_at: int) -> list[subprocess.Popen[str]]:
+    """The script in two processes without torchrun, whose agent ends the others as soon as one has died."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, *arguments(folder, method, die_at=die_at)]
+    return [
+        subprocess.Popen(command, env=environment(RANK=str(rank), **place), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
 
 
 def tensors(folder: Path, rank: int = 0) -> dict[str, object]:
@@ -85,12 +112,28 @@ def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_death_is_told_by_those_left(tmp_path: Path) -> None:
+    processes = start_two(tmp_path / "died", "epo", die_at=13)
+    try:
+        told = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].returncode == 7
+    assert processes[0].returncode == 1
+    assert "RuntimeError: another process of this run ended while training" in told[0]
+    assert not (tmp_path / "died" / "rank0.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_death_ends_the_run_and_another_number_resumes(tmp_path: Path) -> None:
     import torch
 
+    begun = time.monotonic()
     died = run(tmp_path / "died", 2, "ls", die_at=13)
     assert died.returncode != 0
-    assert "another process of this run ended while training" in died.stderr
+    assert time.monotonic() - begun < 120  # gloo's own patience is 30 minutes
+    assert "exitcode  : 7" in died.stderr  # torchrun's report of the process that failed first
     assert not (tmp_path / "died" / "rank0.safetensors").exists()
     resumed = run(tmp_path / "died", 1, "ls")
     assert resumed.returncode == 0, resumed.stderr
