@@ -49,17 +49,16 @@ def test_fit_and_sweep(count: int, method: str) -> None:
         engine,
         objectives,
         method,
-        steps=60,
+        steps=120 if method == "ls" else 40,
         preferences_per_step=2,
         alpha=0.3,
-        lr=3e-2,
         progress=False,
     )
     after = front_of()
     assert after.values.shape == (2 * count + 8, count)
     if method == "ls":
         best = np.mean([scalarized_optimum(r, objectives) for r in grid])
-        assert scalarized(after) - best < 0.65 * (scalarized(before) - best)
+        assert scalarized(after) - best < 0.5 * (scalarized(before) - best)
     reference = before.values.max() * 1.1
     old, _ = before.hypervolume_estimate(reference, samples=20_000)
     new, error = after.hypervolume_estimate(reference, samples=20_000)
