@@ -216,7 +216,7 @@ class Run:
         if not strength:
             return torch.zeros(())
         with torch.no_grad():
-            moved = (weights - self.start(rays)).cpu().double()
+            moved: Tensor = (weights - self.start(rays)).cpu().double()
         return 2 * strength * moved / (len(rays) * len(self.engine.groups))
 
     def _record(self, step: int, preferences: np.ndarray, losses: Tensor) -> Record:
