@@ -18,7 +18,16 @@ from pathlib import Path
 
 from benchmarks import record
 
-NAMES = ("merge_speed", "train_step", "memory", "disk_merge", "startup", "cpp_replicas")
+NAMES = (
+    "merge_speed",
+    "train_step",
+    "solver_step",
+    "memory",
+    "training_memory",
+    "disk_merge",
+    "startup",
+    "cpp_replicas",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,12 +51,15 @@ class Stack:
         base: every stored tensor by name.
         deltas: for each expert, its deltas by name; an absent one means that the expert leaves the tensor unchanged.
         heads: for each objective, its own tensors by name.
+        release: lets the system drop the pages of base and deltas of the named tensors where they are mapped from
+            files, which are read again when touched; does nothing elsewhere.
     """
 
     layout: Layout
     base: dict[str, Tensor]
     deltas: tuple[dict[str, Tensor], ...]
     heads: dict[str, dict[str, Tensor]]
+    release: Callable[[Iterable[str]], None] = field(default=lambda names: None)
 
 
 def plan(

@@ -20,7 +20,11 @@ FORMAT = "paretofuse-checkpoint-1"
 
 
 def write_checkpoint(
-    path: Path, routers: Routers, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    path: Path,
+    routers: Routers,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    copies: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write a checkpoint beside its place, then move it there; a kill leaves the previous one whole.
 
@@ -29,12 +33,15 @@ def write_checkpoint(
         routers: the trained parameters.
         optimizer: an optimizer whose state is tensors by parameter (Adam).
         state: everything else, JSON only.
+        copies: further values of the routers' parameters, by a label without a dot.
     """
     tensors = {f"routers.{k}": v.detach().cpu() for k, v in routers.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{slot}": value.detach().cpu().contiguous() for slot, value in slots.items()
         }
+    for label, own in copies.items():
+        tensors |= {f"copy.{label}.{name}": value.detach().cpu().clone() for name, value in own.items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for index, random in enumerate(torch.cuda.get_rng_state_all()):
@@ -52,8 +59,10 @@ def write_checkpoint(
         beside.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path, routers: Routers, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore routers, optimizer and random states; returns the rest of the state.
+def read_checkpoint(
+    path: Path, routers: Routers, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Restore routers, optimizer and random states; returns the rest of the state, and the copies.
 
     Raises:
         StoreError: the file is damaged or is not a checkpoint of such routers.
@@ -85,5 +94,9 @@ def read_checkpoint(path: Path, routers: Routers, optimizer: torch.optim.Optimiz
     for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"random.cuda.{device}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random.cuda.{device}"], device)
-    state: dict[str, Any] = json.loads(metadata["state"])
-    return state
+    copies: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("copy."):
+            _, label, own_name = name.split(".", 2)
+            copies.setdefault(label, {})[own_name] = tensor
+    return json.loads(metadata["state"]), copies

@@ -14,11 +14,13 @@ from paretofuse.engine import persist
 from paretofuse.engine.build import Stack
 from paretofuse.engine.flat import FlatInputs, FlatOutputs, flatten
 from paretofuse.engine.fused import Planes, fuse, fused_layers, runs_merger
+from paretofuse.engine.layerwise import fuse_layerwise
 from paretofuse.engine.layout import TensorSpec
 from paretofuse.engine.live import LiveModule
 from paretofuse.engine.merge import (
     Merger,
     choose_backend,
+    frugal_merger,
     native_merger,
     reference_merger,
     separate_outputs,
@@ -108,8 +110,9 @@ class Engine:
         Of the base's own class and with the base's other layers, but its linear layers (nn.Linear, transformers'
         Conv1D, nn.MultiheadAttention) are thin layers of ours that mix their weight on the way into the product:
         their merged weights are never stored. It is a module apart, so that the live module stays an ordinary one.
-        On the CPU the first use copies these layers' deltas into one tensor each, and the operator mixes one layer's
-        weight at a time; on GPUs nothing is copied and the weight stays in registers.
+        On the CPU each merges its weight when it runs, and again in the backward pass, from deltas that may stay
+        mapped from a store; on GPUs the weight stays in registers. The "reference" backend first copies these layers'
+        deltas into one tensor each.
         """
         return self._fused_module().module
 
@@ -292,7 +295,10 @@ class Engine:
         if fused:
             mix = torch.zeros(len(self.groups), count, device=self.device)
             layers = fused_layers(module, known)
-            module = fuse(module, layers, self._stack, self._planes, mix, self._rows)
+            if self.backend == "native":
+                module = fuse_layerwise(module, layers, self._stack, mix, self._rows)
+            else:
+                module = fuse(module, layers, self._stack, self._planes, mix, self._rows)
         # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
         stored = stored_tensors(module)
         names = {spec.name for spec in merged}
@@ -302,10 +308,14 @@ class Engine:
             merge_routed = self._merger(merged, out, [stored])
         with torch.no_grad():
             weights = self._with_static(self.routers([1 / count] * count).unsqueeze(0))
+        if self.backend == "native":  # once and for all: the files' pages need not stay
+            merge_static = frugal_merger(static, self._rows, self._stack, [stored])
+        else:
+            merge_static = self._merger(static, out, [stored])
         return LiveModule(
             module,
             merge_routed,
-            self._merger(static, out, [stored]),
+            merge_static,
             {spec.name: self._rows[spec.name] for spec in merged},
             self._stack.deltas,
             weights,

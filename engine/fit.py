@@ -22,6 +22,7 @@ from paretofuse.engine.log import open_log
 from paretofuse.engine.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
 from paretofuse.engine.training import Record, Run, Settings
+from paretofuse.engine.validation import Validation
 
 
 def fit(
@@ -38,6 +39,9 @@ def fit(
     corner_every: int = 0,
     preferences_per_step: int = 1,
     accumulate: int = 1,
+    regularization: float = 0.0,
+    validation: Validation | None = None,
+    materialize: bool = True,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
@@ -50,7 +54,7 @@ def fit(
     Each step draws a preference (or several), merges the live module at it, computes each objective's loss and its
     gradient with respect to the routing weights, and steps Adam along the solver's direction; the learning rate falls
     from `lr` to `lr * lr_end` on a cosine. The module keeps the training mode that it has: call `engine.module.train()`
-    first for dropout.
+    (with materialize=False, `engine.fused_module.train()`) first for dropout. docs/training.md says more.
 
     Under torchrun (torch.distributed initialized, an engine in each process) the processes share out each step's
     `accumulate` batches and sum the small Jacobian; the result does not depend on their number, but for dropout.
@@ -68,6 +72,11 @@ def fit(
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
         preferences_per_step: preferences in one step; each costs as much as a step with one.
         accumulate: batches of each objective for each preference.
+        regularization: adds this times the mean over groups of |L(r) - L_start(r)|^2, L_start being the routing
+            weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
+        validation: judge the routers by a sweep of held-out data now and then, keep the best, and stop early.
+        materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
+            less memory, more time, the same gradients. The live module is then neither built nor changed.
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
         checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps and at the end.
         checkpoint_every: steps between checkpoints.
@@ -95,22 +104,28 @@ def fit(
         preferences_per_step=preferences_per_step,
         accumulate=accumulate,
         seed=seed,
+        regularization=regularization,
         options=dict(options or {}),
     )
     settings.check()
     if checkpoint_every < 1:
         raise ValueError(f"got checkpoint_every={checkpoint_every}, expected at least 1")
-    run = Run(engine, _match(objectives, engine.objectives), get_solver(method, options), settings)
+    matched = _match(objectives, engine.objectives)
+    run = Run(engine, matched, get_solver(method, options), settings, validation, materialize)
     path = Path(checkpoint) if checkpoint is not None else None
     first = rank_and_size()[0] == 0
     records: list[Record] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         start = run.restore(path) if path is not None and path.exists() else 0
+        if run.watch is not None and start == 0:
+            run.watch.judge(0)
         writer = open_log(log, start) if log is not None and first else None
         bar = tqdm(total=steps, initial=start, disable=not (progress and first), desc="fit", unit="step")
         try:
             for step in range(start, steps):
+                if run.watch is not None and run.watch.ended:
+                    break
                 record = run.step(step)
                 records.append(record)
                 bar.update()
@@ -118,6 +133,7 @@ def fit(
                 if writer is not None:
                     writer.write(record)
                 stop = callback is not None and bool(callback(record))
+                stop = stop or (run.watch is not None and run.watch.ended)
                 if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps or stop):
                     run.save(path, step + 1)
                 if stop:
@@ -126,7 +142,10 @@ def fit(
             bar.close()
             if writer is not None:
                 writer.close()
-    engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
+    if run.watch is not None:
+        run.watch.finish()
+    if materialize:
+        engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
     return records
 
 

@@ -99,6 +99,20 @@ def native_merger(
     return merge
 
 
+def frugal_merger(
+    specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
+) -> Merger:
+    """Like `native_merger`, tensor by tensor: each one's mapped pages go before the next one's come."""
+    mergers = [(spec.name, native_merger([spec], rows, stack, out)) for spec in specs]
+
+    def merge(weights: Tensor) -> None:
+        for name, merge_one in mergers:
+            merge_one(weights)
+            stack.release([name])
+
+    return merge
+
+
 def triton_merger(inputs: Sequence[FlatInputs], out: FlatOutputs) -> Merger:
     """Bind a merge by the Triton kernel: one launch for each flat buffer (one for a model of one dtype)."""
     pairs = [(flat, out.buffers[flat.bucket.specs]) for flat in inputs if flat.bucket.specs in out.buffers]

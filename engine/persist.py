@@ -150,6 +150,7 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Opened:
         _tensors(store.base, device),
         tuple(_tensors(own, device) for own in store.deltas),
         {objective: _tensors(own, device) for objective, own in store.heads.items()},
+        store.release if device.type == "cpu" else lambda names: None,
     )
     routers = Routers(layout.groups, layout.objectives, store.init, constant=layout.static_weight)
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})

@@ -108,6 +108,33 @@ def layered_grid(objectives: int, points: Sequence[int]) -> np.ndarray:
     return grid[np.sort(first)]
 
 
+def sample_preferences(
+    objectives: int,
+    count: int,
+    sampler: SamplerName = "low_discrepancy",
+    *,
+    seed: int = 0,
+    alpha: float = 1.0,
+) -> np.ndarray:
+    """Preferences for a sweep of many objectives, where grids explode.
+
+    Args:
+        objectives: E >= 1.
+        count: how many, P.
+        sampler: "low_discrepancy" fills the simplex evenly; "dirichlet", "antithetic" and "stratified" draw.
+        seed: of the draws.
+        alpha: concentration for "dirichlet" and "antithetic"; below 1 favours corners.
+
+    Returns:
+        float64 [P, E], each row >= 0 with sum 1.
+
+    Raises:
+        ValueError: an unknown sampler, or a number out of range.
+    """
+    drawn = make_sampler(sampler, objectives, seed, alpha=alpha, strata=max(count, 1)).draw(count)
+    return np.asarray(drawn / drawn.sum(axis=1, keepdims=True))
+
+
 def to_simplex(cube: np.ndarray) -> np.ndarray:
     """Map the unit cube onto the simplex so that uniform stays uniform: sticks broken off one after the other.
 

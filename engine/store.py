@@ -118,6 +118,14 @@ class Store:
             }
         return {name: (self.path / path).read_bytes() for name, path in names.items()}
 
+    def release(self, names: Iterable[str]) -> None:
+        """Let the system drop the pages of these tensors in base and deltas; touching them reads them again."""
+        for name in names:
+            for file in self.files:
+                view = file.tensors.get(name)
+                if view is not None:
+                    file.release(view.offset, view.offset + view.nbytes)
+
     def verify(self, progress: Progress | None = None) -> None:
         """Read every file and compare its size and checksum with the manifest.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from paretofuse.engine.distributed import names_of_first_rank, rank_and_size, sum_over_ranks
+from paretofuse.engine.evaluation import eval_mode
 
 Evaluate = Callable[[torch.nn.Module], Any]
 """Takes the live module and returns its metrics: a dict by name, or a sequence or 1-d tensor of numbers."""
@@ -70,7 +70,7 @@ def evaluate_preferences(
         preference = preferences[index]
         chosen = [float(share) for share in preference]
         engine.switch(chosen)
-        with torch.no_grad(), _eval_mode(engine.module):
+        with torch.no_grad(), eval_mode(engine.module):
             result = evaluate(engine.module)
         shown = ", ".join(f"{name}={share:g}" for name, share in zip(objectives, chosen, strict=True))
         numbers = _named_numbers(result, objectives, shown)
@@ -87,18 +87,6 @@ def evaluate_preferences(
     if rows:
         values[rank::size] = torch.tensor(rows, dtype=torch.float64)
     return sum_over_ranks(values, "sweeping").numpy(), names
-
-
-@contextmanager
-def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    # Each submodule keeps its own flag: a frozen BatchNorm may well be in eval mode inside a training model.
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def _named_numbers(result: Any, objectives: tuple[str, ...], shown: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paretofuse.engine.checkpoint import read_checkpoint, write_checkpoint
 from paretofuse.engine.data import Batches, Objective
@@ -18,9 +19,11 @@ from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.sampling import SamplerName, make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
+from paretofuse.engine.validation import Validation, Watch
 
 Record = dict[str, float]
-"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences)."""
+"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences), and
+with a validation "validation", the latest hypervolume."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Settings:
     preferences_per_step: int
     accumulate: int
     seed: int
+    regularization: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -46,6 +50,8 @@ class Settings:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
+        if not 0 <= self.regularization < math.inf:
+            raise ValueError(f"got regularization={self.regularization}, expected a number of at least 0")
         size = rank_and_size()[1]
         if self.accumulate < size:
             raise ValueError(
@@ -58,6 +64,36 @@ class Settings:
         return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
 
+class Trained:
+    """The module that a run trains through, as a sweep wants to see it.
+
+    Args:
+        engine: the engine.
+        materialize: whether that is the live module, or the one that stores no merged weights.
+    """
+
+    def __init__(self, engine: Engine, materialize: bool) -> None:
+        self._engine = engine
+        self._materialize = materialize
+        self.objectives = engine.objectives
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self._engine.module if self._materialize else self._engine.fused_module
+
+    def train_at(self, preference: Tensor) -> None:
+        """Merge at a preference, for training."""
+        self._engine.train_at(preference, materialize=self._materialize)
+
+    def switch(self, preference: Sequence[float], /) -> None:
+        """Merge at a preference, for evaluation."""
+        if self._materialize:
+            self._engine.switch(preference)
+        else:
+            self._engine.train_at(preference, materialize=False)
+
+
 class Run:
     """A run's state: routers, optimizer, preference sampler and data streams.
 
@@ -65,13 +101,22 @@ class Run:
         engine: the engine; only its routers change.
         objectives: in the engine's order.
         solver: losses, Jacobian, preference -> direction.
-        settings: everything else.
+        settings: everything else that the result depends on.
+        validation: when to stop early, or None.
+        materialize: whether the live module is trained through, or `engine.fused_module`.
     """
 
     def __init__(
-        self, engine: Engine, objectives: Sequence[Objective], solver: Solver, settings: Settings
+        self,
+        engine: Engine,
+        objectives: Sequence[Objective],
+        solver: Solver,
+        settings: Settings,
+        validation: Validation | None = None,
+        materialize: bool = True,
     ) -> None:
         self.engine = engine
+        self.trained = Trained(engine, materialize)
         self.objectives = objectives
         self.solver = solver
         self.settings = settings
@@ -82,6 +127,10 @@ class Run:
             settings.seed,
             alpha=settings.alpha,
             corner_every=settings.corner_every,
+        )
+        self.start = copy.deepcopy(engine.routers).requires_grad_(False)
+        self.watch = (
+            None if validation is None else Watch(validation, self.trained, engine.routers, settings.seed)
         )
         self.streams = [Batches(o.data, o.name, settings.seed, i) for i, o in enumerate(objectives)]
 
@@ -95,10 +144,13 @@ class Run:
         directions = solve_each(self.solver, losses, jacobians, rays)
         self.optimizer.zero_grad()
         weights = self.engine.routers(rays)
-        weights.backward((directions / len(rays)).to(device=weights.device, dtype=weights.dtype))
+        directions = directions / len(rays) + self._pull(weights.detach(), rays)
+        weights.backward(directions.to(device=weights.device, dtype=weights.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(step)
         self.optimizer.step()
+        if self.watch is not None:
+            self.watch.judge(step + 1)
         return self._record(step, preferences, losses)
 
     def save(self, path: Path, step: int) -> None:
@@ -110,7 +162,10 @@ class Run:
                 "preferences": self.sampler.state(),
                 "streams": [(stream.epoch, stream.taken) for stream in self.streams],
             }
-            write_checkpoint(path, self.engine.routers, self.optimizer, state)
+            copies = {"start": self.start.state_dict()} if self.settings.regularization else {}
+            if self.watch is not None:
+                state["validation"], copies["best"] = self.watch.state(), self.watch.best
+            write_checkpoint(path, self.engine.routers, self.optimizer, state, copies)
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; returns its number of steps.
@@ -119,8 +174,12 @@ class Run:
             ValueError: it belongs to a run with other settings.
             StoreError: it is damaged.
         """
-        state = read_checkpoint(path, self.engine.routers, self.optimizer)
+        state, copies = read_checkpoint(path, self.engine.routers, self.optimizer)
         _check_same(path, state["settings"], self._identity())
+        if self.settings.regularization:
+            self.start.load_state_dict(copies["start"])
+        if self.watch is not None:
+            self.watch.restore(state["validation"], copies["best"])
         self.sampler.restore(state["preferences"])
         for stream, (epoch, taken) in zip(self.streams, state["streams"], strict=True):
             stream.seek(epoch, taken)
@@ -133,29 +192,44 @@ class Run:
         """
         engine, count = self.engine, self.settings.accumulate
         rank, size = rank_and_size()
-        engine.train_at(ray)
+        module = self.trained.module
+        self.trained.train_at(ray)
         sums = torch.zeros(len(self.objectives), 1 + len(engine.groups) * len(ray), dtype=torch.float64)
         for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
             for index in range(count):
                 batch = stream.take()
                 if index % size != rank:
                     continue
-                loss = objective.loss(engine.module, batch)
+                loss = objective.loss(module, batch)
                 _check_loss(loss, objective.name)
                 row[0] += loss.item() / count
                 row[1:] += engine.jacobian([loss / count]).flatten().cpu()
         sums = sum_over_ranks(sums, "training")
         return sums[:, 0], sums[:, 1:].reshape(-1, len(engine.groups), len(ray))
 
+    def _pull(self, weights: Tensor, rays: Tensor) -> Tensor:
+        """Gradient of regularization * mean over preferences and groups of |L(r) - L_start(r)|^2; [K, G, E] or 0.
+
+        A mean over groups, because each group's share of a loss's gradient falls with their number.
+        """
+        strength = self.settings.regularization
+        if not strength:
+            return torch.zeros(())
+        with torch.no_grad():
+            moved: Tensor = (weights - self.start(rays)).cpu().double()
+        return 2 * strength * moved / (len(rays) * len(self.engine.groups))
+
     def _record(self, step: int, preferences: np.ndarray, losses: Tensor) -> Record:
         names = self.engine.objectives
         record: Record = {"step": step + 1, "lr": self.settings.rate(step)}
         record |= {f"preference/{n}": float(r) for n, r in zip(names, preferences.mean(0), strict=True)}
-        return record | {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}
+        record |= {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}
+        return record if self.watch is None else record | {"validation": self.watch.score}
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run."""
-        return {"objectives": list(self.engine.objectives), **asdict(self.settings)}
+        watch = None if self.watch is None else self.watch.identity()
+        return {"objectives": list(self.engine.objectives), "validation": watch, **asdict(self.settings)}
 
 
 def _check_loss(loss: Tensor, name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paretofuse.engine.preference import simplex_grid
-from paretofuse.engine.sampling import layered_grid, make_sampler, to_simplex
+from paretofuse.engine.sampling import layered_grid, make_sampler, sample_preferences, to_simplex
 
 NAMES = ["dirichlet", "antithetic", "stratified", "low_discrepancy"]
 
@@ -138,3 +138,15 @@ def test_layers_nest() -> None:
     assert len(with_repeats) == 5
     with pytest.raises(ValueError, match="no layers"):
         layered_grid(3, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("objectives", [1, 2, 16])
+def test_preferences_to_sweep(name: str, objectives: int) -> None:
+    drawn = sample_preferences(objectives, 23, name, seed=3)  # type: ignore[arg-type]
+    assert drawn.shape == (23, objectives)
+    assert (drawn >= 0).all()
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_array_equal(sample_preferences(objectives, 23, name, seed=3), drawn)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected at least 1"):
+        sample_preferences(objectives, 0, name)  # type: ignore[arg-type]

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from paretofuse.engine.data import Objective
     from paretofuse.engine.engine import Engine
     from paretofuse.engine.errors import CheckpointError, StoreError
+    from paretofuse.engine.evaluation import evaluate
     from paretofuse.engine.fit import fit
     from paretofuse.engine.preference import simplex_grid
+    from paretofuse.engine.sampling import layered_grid, sample_preferences
+    from paretofuse.engine.validation import Validation
     from paretofuse.front import Front, sweep
 
 __version__ = "0.1.0"
@@ -26,15 +29,19 @@ _HOMES = {
     "CheckpointError": "paretofuse.engine.errors",
     "StoreError": "paretofuse.engine.errors",
     "Objective": "paretofuse.engine.data",
+    "Validation": "paretofuse.engine.validation",
+    "evaluate": "paretofuse.engine.evaluation",
     "fit": "paretofuse.engine.fit",
     "simplex_grid": "paretofuse.engine.preference",
+    "layered_grid": "paretofuse.engine.sampling",
+    "sample_preferences": "paretofuse.engine.sampling",
     "Front": "paretofuse.front",
     "sweep": "paretofuse.front",
 }
 
 __all__ = [
-    "CheckpointError", "Engine", "Front", "Objective", "StoreError",
-    "__version__", "fit", "load", "simplex_grid", "stack", "sweep",
+    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation",
+    "__version__", "evaluate", "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep",
 ]  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""The guides' examples run as they stand, one after the other, on tiny models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paretofuse as pf
+from tests.models import perturbed, tiny_gpt2
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_guide(name: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Execute a guide's Python blocks in one namespace."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)):
+        exec(compile(block, f"docs/{name}, block {number + 1}", "exec"), names)
+    return names
+
+
+def loss(module: nn.Module, batch: Tensor) -> Tensor:
+    result: Tensor = module(batch, labels=batch).loss
+    return result
+
+
+def token_batches(seed: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 101, (2, 12), generator=generator) for _ in range(count)]
+
+
+def test_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_gpt2()
+    for seed, name in enumerate(("base", "news", "poems")):
+        perturbed(base, seed, 0.02).save_pretrained(name)
+    engine = pf.stack("base", {"news": "news", "poems": "poems"})
+    names: dict[str, Any] = {
+        "__name__": "guide",
+        "engine": engine,
+        "loss": loss,
+        "batches": {"news": token_batches(0, 2), "poems": token_batches(1, 2)},
+        "held_out": {"news": token_batches(2, 1), "poems": token_batches(3, 1)},
+    }
+    run_guide("training.md", names)
+    assert len(names["records"]) == 40
+    assert names["front"].values.shape == (11, 2)
+    assert names["corners"].shape == (32, 16)
+    assert names["inside"].shape == (64, 16)
+    assert names["mapped"]._live is None
+    assert pf.load("trained.pareto").objectives == ("news", "poems")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data")  # pinned memory without a GPU
+def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    monkeypatch.chdir(tmp_path)
+    base = tiny_gpt2()
+    base.save_pretrained("base")
+
+    def examples(step: int, held_out: bool) -> list[dict[str, list[int]]]:
+        """Counting up from anywhere; every fourth beginning is held out."""
+        rows = [[(first + step * i) % 100 for i in range(10)] for first in range(100)]
+        return [{"input_ids": row, "labels": row} for row in rows if (row[0] % 4 == 0) == held_out]
+
+    names: dict[str, Any] = {
+        "__name__": "guide",
+        "train": {"news": examples(1, False), "poems": examples(2, False)},
+        "held_out": {"news": examples(1, True), "poems": examples(2, True)},
+    }
+    run_guide("transformers.md", names)
+    front = names["front"]
+    untrained = pf.evaluate(base, names["tests"])
+    for objective in ("news", "poems"):  # its expert learned, and so a preference for it is a better model
+        values = front.values[:, front.metrics.index(objective)]
+        assert values.min() < 0.9 * untrained[objective]
+    assert min(front.rank_correlation().values()) > 0.5
+    assert type(names["model"]) is type(base)
+    merged = names["engine"].merge({"news": 0.7, "poems": 0.3}).state_dict()
+    for name, tensor in names["model"].state_dict().items():
+        assert torch.equal(tensor, merged[name])
+    lines = (tmp_path / "fit.csv").read_text().splitlines()
+    assert 2 <= len(lines) <= 31
