@@ -184,8 +184,8 @@ class _Builder:
             reason = "is a recurrent layer, which torch.vmap cannot run"
         if reason:
             raise ValueError(
-                f"engine.batched cannot run layer {path!r}: {type(layer).__name__} {reason}; route the model without it "
-                "(route= a function that gives None for its tensors), or merge for each preference"
+                f"engine.batched cannot run layer {path!r}: {type(layer).__name__} {reason}; leave its tensors "
+                "unrouted (route= a function that gives None for them), or merge for each preference"
             )
 
     def _replacement(self, path: str, layer: nn.Module) -> nn.Module:

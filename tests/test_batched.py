@@ -17,6 +17,9 @@ from tests.test_fused import layers, random_routers, tiny_clip, tiny_tower
 
 ROWS = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.1, 0.1, 0.8]])
 
+# On the CPU torch.vmap runs PyTorch's attention row by row, and says so once.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -137,7 +140,7 @@ class Layers(nn.Module):
         x = self.hooked(x)
         mixed, shares = self.attention(x, x, x, attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1))
         cross, _ = self.attention(x, mixed, x, need_weights=False)
-        return self.bilinear(mixed + shares.sum(), cross)
+        return self.bilinear(mixed + shares[:, :, :1], cross)
 
 
 def test_other_layers() -> None:
