@@ -18,6 +18,7 @@ from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.routes import Route, assign_groups
+from paretofuse.engine.sharding import check_alike
 from paretofuse.engine.sources import Source, TensorInfo, dtype_name
 
 
@@ -197,10 +198,14 @@ def head_blocks(plan: Plan, objective: str, name: str) -> Iterator[Tensor]:
         yield block.to(dtype)
 
 
-def build(plan: Plan, device: torch.device) -> Stack:
-    """Read everything into memory on one device."""
+def build(plan: Plan, device: torch.device | None) -> Stack:
+    """Read everything into memory: on one device, or (None) each tensor where the base's lies, else on the CPU."""
+
+    def place(name: str) -> torch.device:
+        return device or plan.base.devices.get(name, torch.device("cpu"))
+
     base = {
-        spec.name: _gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], device)
+        spec.name: _gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], place(spec.name))
         for spec in plan.layout.tensors
     }
     deltas = []
@@ -209,11 +214,11 @@ def build(plan: Plan, device: torch.device) -> Stack:
         for spec in plan.layout.with_role("routed", "static"):
             blocks = delta_blocks(plan, expert, spec)
             if blocks is not None:
-                own[spec.name] = _gather(blocks, spec.shape, TO_TORCH[spec.delta_dtype], device)
+                own[spec.name] = _gather(blocks, spec.shape, TO_TORCH[spec.delta_dtype], place(spec.name))
         deltas.append(own)
     heads = {
         objective: {
-            name: _gather(head_blocks(plan, objective, name), info.shape, info.dtype, device)
+            name: _gather(head_blocks(plan, objective, name), info.shape, info.dtype, place(name))
             for name, info in head_infos(plan, objective).items()
         }
         for objective, names in plan.heads.items()
@@ -298,6 +303,9 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape, and not declared a head.
     """
+    own = {name: expert.aliases.get(name, name) for name in base.infos}
+    shared = {name: theirs for name, theirs in own.items() if theirs in expert.infos}
+    check_alike(base.card.shardings, expert.card.shardings, shared, (expert.label, base.label))
     theirs = {**expert.infos, **{a: expert.infos[n] for a, n in expert.aliases.items()}}
     ours = {**base.infos, **{a: base.infos[n] for a, n in base.aliases.items()}}
     head = tuple(name for name in expert.infos if _matches(name, heads))

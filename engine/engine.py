@@ -11,23 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine import persist
+from paretofuse.engine.batched import batched_module
+from paretofuse.engine.binding import Binding
 from paretofuse.engine.build import Stack
-from paretofuse.engine.flat import FlatInputs, FlatOutputs, flatten
-from paretofuse.engine.fused import Planes, fuse, fused_layers, runs_merger
-from paretofuse.engine.layerwise import fuse_layerwise
-from paretofuse.engine.layout import TensorSpec
 from paretofuse.engine.live import LiveModule
-from paretofuse.engine.merge import (
-    Merger,
-    choose_backend,
-    frugal_merger,
-    native_merger,
-    reference_merger,
-    separate_outputs,
-    triton_merger,
-)
+from paretofuse.engine.merge import choose_backend
+from paretofuse.engine.preference import as_preference
 from paretofuse.engine.routers import Routers
-from paretofuse.engine.skeleton import materialize, stored_tensors
+from paretofuse.engine.skeleton import materialize
 from paretofuse.engine.sources import ModelCard
 
 Preference = Tensor | Sequence[float] | Mapping[str, float]
@@ -47,8 +38,8 @@ class Engine:
     Attributes:
         layout: the tensor table.
         routers: the trained part; `routers(preference)` gives the routing weights [G, E].
-        device: where base, deltas and merged models live.
-        backend: "reference", "native" or "triton".
+        device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
+        backend: "reference", "native" or "triton"; with several devices, the first one's.
         notes: what happened while stacking that one should know, a sentence each.
     """
 
@@ -64,16 +55,12 @@ class Engine:
     ) -> None:
         self.layout = stack.layout
         self.device = device
-        self.backend = choose_backend(device, backend)
         self.notes = notes
         self.cards = cards
         self.routers = routers.to(device)
-        self._rows = self.layout.group_index
-        self._flat: list[FlatInputs] = []
-        if self.backend == "triton":
-            stack, self._flat = flatten(stack, self._rows, device)
-        self._stack = stack
-        self._planes = Planes(stack, self._flat)
+        self._binding = Binding(stack, backend, cards.base.shardings)
+        self.backend = self._binding.backends.get(device) or choose_backend(device, backend)
+        self._stack = self._binding.stack
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
@@ -151,8 +138,9 @@ class Engine:
         card = self._card(head)
         if card.skeleton is None:
             raise ValueError(
-                "this engine was stacked from bare tensors and knows no module class; use merge_state_dict, stack "
-                "an nn.Module or a Hugging Face directory, or pass module= to pf.load"
+                "this engine was stacked from bare tensors (or a module under fully_shard) "
+                "and knows no module class; use merge_state_dict, stack an nn.Module or a Hugging Face directory, or "
+                "pass module= to pf.load"
             )
         states = self.merge_state_dict(preference, weights=weights, head=head)
         skeleton, free = card.skeleton(), set(self._stack.heads.get(head or "", {}))
@@ -171,17 +159,18 @@ class Engine:
     ) -> Any:
         """Like `merge`, but the tensors only: a dict by state-dict name, or a list of K dicts.
 
-        Tied names share one tensor. Every tensor is new, and has its own storage.
+        Tied names share one tensor. Every tensor is new, and has its own storage. Of a base sharded over processes,
+        DTensors sharded alike, made without communication: `model.load_state_dict` writes them into such a model.
         """
         full = self._full_weights(preference, weights)
         own = self._head_tensors(head)
-        specs = self.layout.with_role("routed", "static")
-        merged = self._merge_specs(specs, full)
+        constants = {spec.name: self._stack.base[spec.name] for spec in self.layout.with_role("constant")}
         states = []
-        for tensors in merged:
+        for merged in self._binding.merge(full):
             state: dict[str, Tensor] = {}
+            whole = self._binding.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
             for spec in self.layout.tensors:
-                tensor = tensors[spec.name] if spec.name in tensors else self._stack.base[spec.name].clone()
+                tensor = whole[spec.name]
                 state.update(dict.fromkeys((spec.name, *spec.aliases), tensor))
             state.update({name: tensor.clone() for name, tensor in own.items()})
             states.append(state)
@@ -205,6 +194,7 @@ class Engine:
         Raises:
             ValueError: the preference is not valid.
         """
+        self._only_whole("training")
         live = self._live_module() if materialize else self._fused_module()
         weights: Tensor = self.routers(preference)
         if weights.dim() != 2:
@@ -215,6 +205,50 @@ class Engine:
         live.collector.arm(weights)
         self._trained = live
         return weights
+
+    def batched(
+        self,
+        preferences: Tensor | Sequence[Preference] | None = None,
+        *,
+        weights: Tensor | None = None,
+        isolate: bool = False,
+    ) -> nn.Module:
+        """A module for batches of B rows, each at a preference of its own; no row's large weights are ever stored.
+
+        Row b of its result is what the model merged for preference b gives for row b alone. Each layer's products are
+        of base and deltas and are mixed for each row; small tensors (biases, norms, class tokens) are mixed for each
+        row. It is made for these preferences and the routers as they are; after a change ask for another, which is
+        cheap. `loss.backward()` through it adds to the gradients of `engine.routers.parameters()`.
+
+        The batch must stay the first dimension throughout the model. `isolate=True` lifts that: each row runs as a
+        batch of its own under `torch.vmap`, every tensor given having the batch first. Code that looks at values to
+        decide what to do (transformers' attention masks) or keeps a cache (`use_cache=False`) cannot run so.
+
+        Args:
+            preferences: one for each row, [B, E], or a list of what `merge` takes.
+            weights: routing weights instead, [B, G, E]; gradients flow into them.
+            isolate: see above.
+
+        Returns:
+            A module of the base's own class, or a wrapper of it where that class has routed tensors of its own.
+
+        Raises:
+            ValueError: invalid input, no known module class, or a layer that cannot be done exactly, by name.
+        """
+        self._only_whole("batches")
+        if weights is None and preferences is not None:
+            rows = [torch.from_numpy(as_preference(row, self.objectives)) for row in preferences]
+            if not rows:
+                raise ValueError("got no preferences, expected one for each row of the batch")
+            weights = self.routers(torch.stack(rows))
+        elif weights is None or preferences is not None:
+            got = "neither" if weights is None else "both"
+            raise ValueError(f"expected either preferences or weights=, got {got}")
+        self._full_weights(None, weights)
+        if weights.dim() != 3:
+            raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
+        routing = weights.to(self.device, torch.float32)
+        return batched_module(self._binding, self._skeleton(), routing, isolate=isolate)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
@@ -247,6 +281,7 @@ class Engine:
             ValueError: the path exists and is not a store.
             OSError: writing failed; what was there before is untouched.
         """
+        self._only_whole("saving")
         persist.save(path, self._stack, self.routers, self.cards.base, self.cards.heads)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
@@ -275,81 +310,18 @@ class Engine:
         return self._fused
 
     def _build_live(self, *, fused: bool) -> LiveModule:
-        """A module bound to its mergers; a fused one has merged tensors only where a layer cannot do without."""
-        skeleton = self._skeleton()
-        routed = self.layout.with_role("routed")
-        known = {name: spec.name for name, spec in self.layout.by_name.items() if spec.role == "routed"}
-        hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
-        merged = tuple(spec for spec in routed if spec.name not in hidden)
-        static = self.layout.with_role("static")
-        out = FlatOutputs((*merged, *static), 1, self.device)
-        state = dict(out.views[0])
-        for spec in self.layout.with_role("constant"):
-            state[spec.name] = self._stack.base[spec.name].clone()
-        state.update(
-            {name: self._stack.base[name] for name in hidden}
-        )  # held only until the layers are replaced
-        module = materialize(skeleton, state, "the stacked tensors")
-        count = len(self.objectives)
-        mix = None
-        if fused:
-            mix = torch.zeros(len(self.groups), count, device=self.device)
-            layers = fused_layers(module, known)
-            if self.backend == "native":
-                module = fuse_layerwise(module, layers, self._stack, mix, self._rows)
-            else:
-                module = fuse(module, layers, self._stack, self._planes, mix, self._rows)
-        # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
-        stored = stored_tensors(module)
-        names = {spec.name for spec in merged}
-        if fused and self.backend == "triton":
-            merge_routed = runs_merger(self._flat, out, names)
-        else:
-            merge_routed = self._merger(merged, out, [stored])
         with torch.no_grad():
-            weights = self._with_static(self.routers([1 / count] * count).unsqueeze(0))
-        if self.backend == "native":  # once and for all: the files' pages need not stay
-            merge_static = frugal_merger(static, self._rows, self._stack, [stored])
-        else:
-            merge_static = self._merger(static, out, [stored])
-        return LiveModule(
-            module,
-            merge_routed,
-            merge_static,
-            {spec.name: self._rows[spec.name] for spec in merged},
-            self._stack.deltas,
-            weights,
-            planes=self._planes if self.backend == "triton" else None,
-            mix=mix,
-        )
+            weights = self.routers([1 / len(self.objectives)] * len(self.objectives))
+        return self._binding.live(self._skeleton(), self._with_static(weights.unsqueeze(0)), fused=fused)
 
     def _skeleton(self) -> nn.Module:
         if self.cards.base.skeleton is None:
             raise ValueError(
-                "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a "
-                "Hugging Face directory, or pass module= to pf.load"
+                "this engine was stacked from bare tensors (or a module under fully_shard) "
+                "and knows no module class; stack an nn.Module or a Hugging Face directory, pass module= to pf.load, "
+                "or use merge_state_dict"
             )
         return self.cards.base.skeleton()
-
-    def _merge_specs(self, specs: Sequence[TensorSpec], full: Tensor) -> list[dict[str, Tensor]]:
-        """K new sets of merged tensors, each tensor with its own storage."""
-        if self.backend == "triton":
-            flat = FlatOutputs(specs, len(full), self.device)
-            self._merger(specs, flat, [])(full)
-            return [{name: view.clone() for name, view in views.items()} for views in flat.views]
-        out = separate_outputs(specs, len(full), self.device)
-        self._merger(specs, None, out)(full)
-        return out
-
-    def _merger(
-        self, specs: Sequence[TensorSpec], flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]
-    ) -> Merger:
-        if not specs:
-            return lambda weights: None
-        if self.backend == "triton" and flat is not None:
-            return triton_merger([f for f in self._flat if f.bucket.specs[0] in specs], flat)
-        maker = native_merger if self.backend == "native" else reference_merger
-        return maker(specs, self._rows, self._stack, out)
 
     def _full_weights(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
         """Validated weights float32 [K, G + 1, E]: the routing weights and the static row."""
@@ -380,6 +352,13 @@ class Engine:
         """Whether K preferences were asked for, rather than one."""
         given = weights if weights is not None else preference
         return isinstance(given, Tensor) and given.dim() == (3 if weights is not None else 2)
+
+    def _only_whole(self, what: str) -> None:
+        if self._binding.shardings:
+            raise ValueError(
+                f"got one process's shards of {next(iter(self._binding.shardings))!r} and others, expected whole "
+                f"tensors for {what}; stack the unsharded models for that"
+            )
 
     def _only_one(self, full: Tensor) -> None:
         if len(full) != 1:

@@ -1,4 +1,4 @@
-"""Flat memory: every tensor of one role and dtype in one buffer, each starting on a tile boundary.
+"""Flat memory: every tensor of one device, role and dtype in one buffer, each starting on a tile boundary.
 
 A tile belongs to one group, so that one kernel launch merges a whole buffer. Model code sees views of the buffers.
 """
@@ -18,8 +18,9 @@ from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that share one flat buffer of `total` elements, each at its offset."""
+    """Tensors that share one flat buffer of `total` elements on a device, each at its offset."""
 
+    device: torch.device
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
     total: int
@@ -32,15 +33,20 @@ class Bucket:
         }
 
 
-def buckets(specs: Sequence[TensorSpec]) -> list[Bucket]:
-    """Group tensors by role and dtypes, and place them."""
-    kinds: dict[tuple[str, str, str], list[TensorSpec]] = {}
+def buckets(specs: Sequence[TensorSpec], places: Mapping[str, torch.device]) -> list[Bucket]:
+    """Group tensors by device, role and dtypes, and place them.
+
+    Args:
+        specs: the tensors.
+        places: the device of each, by name.
+    """
+    kinds: dict[tuple[torch.device, str, str, str], list[TensorSpec]] = {}
     for spec in specs:
-        kinds.setdefault((spec.role, spec.dtype, spec.delta_dtype), []).append(spec)
+        kinds.setdefault((places[spec.name], spec.role, spec.dtype, spec.delta_dtype), []).append(spec)
     result = []
-    for members in kinds.values():
+    for (device, *_), members in kinds.items():
         offsets, total = place([spec.numel for spec in members])
-        result.append(Bucket(tuple(members), tuple(offsets), total))
+        result.append(Bucket(device, tuple(members), tuple(offsets), total))
     return result
 
 
@@ -54,17 +60,26 @@ class FlatInputs:
     tiles: Tensor
 
 
-def flatten(stack: Stack, rows: Mapping[str, int], device: torch.device) -> tuple[Stack, list[FlatInputs]]:
-    """Move a stack's merged tensors into flat buffers on a device.
+def flatten(
+    stack: Stack, rows: Mapping[str, int], places: Mapping[str, torch.device]
+) -> tuple[Stack, list[FlatInputs]]:
+    """Copy a stack's merged tensors into flat buffers, those that `places` names.
+
+    Args:
+        stack: the stack.
+        rows: each merged tensor's row of the routing weights.
+        places: the device of each tensor that shall lie in a flat buffer.
 
     Returns:
-        the same stack with its tensors as views of the buffers, so that nothing is held twice, and the buffers.
+        the same stack with these tensors as views of the buffers, so that nothing is held twice, and the buffers.
     """
-    base = {spec.name: stack.base[spec.name].to(device) for spec in stack.layout.with_role("constant")}
-    deltas: list[dict[str, Tensor]] = [{} for _ in stack.deltas]
+    base = dict(stack.base)
+    deltas = [dict(own) for own in stack.deltas]
     inputs = []
-    for bucket in buckets(stack.layout.with_role("routed", "static")):
-        first = bucket.specs[0]
+    for bucket in buckets(
+        [s for s in stack.layout.with_role("routed", "static") if s.name in places], places
+    ):
+        first, device = bucket.specs[0], bucket.device
         flat = torch.zeros(bucket.total, dtype=TO_TORCH[first.dtype], device=device)
         planes = torch.zeros(len(deltas), bucket.total, dtype=TO_TORCH[first.delta_dtype], device=device)
         for name, view in bucket.view(flat).items():
@@ -74,18 +89,41 @@ def flatten(stack: Stack, rows: Mapping[str, int], device: torch.device) -> tupl
         lengths = [spec.numel for spec in bucket.specs]
         tiles = tile_groups(lengths, [rows[spec.name] for spec in bucket.specs], TILE)
         inputs.append(FlatInputs(bucket, flat, planes, torch.tensor(tiles, dtype=torch.int32, device=device)))
-    heads = {o: {n: t.to(device) for n, t in own.items()} for o, own in stack.heads.items()}
-    return Stack(stack.layout, base, tuple(deltas), heads), inputs
+    return Stack(stack.layout, base, tuple(deltas), stack.heads), inputs
 
 
 class FlatOutputs:
     """Outputs of K merges in flat buffers [K, N], a buffer for each bucket; `views[k]` maps names to tensors."""
 
-    def __init__(self, specs: Sequence[TensorSpec], count: int, device: torch.device) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], count: int, places: Mapping[str, torch.device]) -> None:
         self.buffers: dict[tuple[TensorSpec, ...], Tensor] = {}
         self.views: list[dict[str, Tensor]] = [{} for _ in range(count)]
-        for bucket in buckets(specs):
-            flat = torch.zeros(count, bucket.total, dtype=TO_TORCH[bucket.specs[0].dtype], device=device)
+        for bucket in buckets(specs, places):
+            dtype = TO_TORCH[bucket.specs[0].dtype]
+            flat = torch.zeros(count, bucket.total, dtype=dtype, device=bucket.device)
             self.buffers[bucket.specs] = flat
             for views, row in zip(self.views, flat, strict=True):
                 views.update(bucket.view(row))
+
+
+class Planes:
+    """The deltas of each tensor as one tensor [E, *shape], by stored name.
+
+    Views of the flat buffers where there are some; elsewhere stacked when first asked for, which copies them.
+    """
+
+    def __init__(self, stack: Stack, flat: Sequence[FlatInputs]) -> None:
+        self._stack = stack
+        self._found: dict[str, Tensor] = {}
+        for inputs in flat:
+            for spec, offset in zip(inputs.bucket.specs, inputs.bucket.offsets, strict=True):
+                plane = inputs.deltas[:, offset : offset + spec.numel]
+                self._found[spec.name] = plane.unflatten(1, spec.shape) if spec.shape else plane[:, 0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[E, *shape]; zeros for experts that leave the tensor unchanged."""
+        if name not in self._found:
+            given = [own.get(name) for own in self._stack.deltas]
+            like = next((delta for delta in given if delta is not None), self._stack.base[name])
+            self._found[name] = torch.stack([torch.zeros_like(like) if d is None else d for d in given])
+        return self._found[name]

@@ -4,7 +4,7 @@
 
 The live module stays an ordinary module in which nothing is replaced. The fused module is a second one, made from the
 same skeleton when first asked for, in which `nn.Linear`, transformers' `Conv1D` and `nn.MultiheadAttention` give way
-to the thin layers of this file. They own no weight: they read the base, the deltas and one small tensor of routing
+to the thin layers of `mixed.py`. They own no weight: they read the base, the deltas and one small tensor of routing
 weights [G, E] that `engine.train_at(..., materialize=False)` rewrites. Forward hooks could not do that, because a
 layer would compute its dense product first, and changing the layers of the live module would change what users hold.
 
@@ -14,255 +14,12 @@ that layer anyway, so its linear layer reads the merged one and stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from paretofuse.engine.build import Stack
-from paretofuse.engine.flat import FlatInputs, FlatOutputs
-from paretofuse.engine.layout import TILE
-from paretofuse.engine.merge import Merger
+from paretofuse.engine.mixed import MixedWeight, bias_names, linear_weights, replace, routed_layer
 from paretofuse.engine.skeleton import stored_tensors
-from paretofuse.kernels.routed_linear import routed_linear
-from paretofuse.kernels.routed_merge import routed_merge
-
-
-class Planes:
-    """The deltas of each tensor as one tensor [E, *shape], by stored name.
-
-    Views of the flat buffers where there are some; elsewhere stacked when first asked for, which copies them.
-    """
-
-    def __init__(self, stack: Stack, flat: Sequence[FlatInputs]) -> None:
-        self._stack = stack
-        self._found: dict[str, Tensor] = {}
-        for inputs in flat:
-            for spec, offset in zip(inputs.bucket.specs, inputs.bucket.offsets, strict=True):
-                plane = inputs.deltas[:, offset : offset + spec.numel]
-                self._found[spec.name] = plane.unflatten(1, spec.shape) if spec.shape else plane[:, 0]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """[E, *shape]; zeros for experts that leave the tensor unchanged."""
-        if name not in self._found:
-            given = [own.get(name) for own in self._stack.deltas]
-            like = next((delta for delta in given if delta is not None), self._stack.base[name])
-            self._found[name] = torch.stack([torch.zeros_like(like) if d is None else d for d in given])
-        return self._found[name]
-
-
-class MixedWeight(Protocol):
-    """A weight [O, I] that is mixed on the way into a product."""
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., I] -> [..., O]."""
-        ...
-
-    def part(self, first: int, last: int) -> MixedWeight:
-        """The weight of outputs first .. last."""
-        ...
-
-    def dense(self) -> Tensor:
-        """The weight itself, for code that asks a layer for it."""
-        ...
-
-
-class RoutedWeight:
-    """One weight for the whole batch.
-
-    Args:
-        base: [O, I].
-        deltas: [E, O, I], in the base's layout.
-        mix: [G, E] float32, the routing weights of the whole model; rewritten in place.
-        row: the weight's row of `mix`.
-    """
-
-    def __init__(self, base: Tensor, deltas: Tensor, mix: Tensor, row: int) -> None:
-        self.base, self.deltas, self.mix, self.row = base, deltas, mix, row
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., I] -> [..., O], differentiable in x, the routing weights and the bias."""
-        return routed_linear(x, self.base, self.deltas, self.mix[self.row], bias)
-
-    def part(self, first: int, last: int) -> RoutedWeight:
-        """The weight of outputs first .. last, as a view."""
-        return RoutedWeight(self.base[first:last], self.deltas[:, first:last], self.mix, self.row)
-
-    def dense(self) -> Tensor:
-        """Mixed anew each time, differentiable in the routing weights."""
-        mixed = self.base.float()
-        for weight, delta in zip(self.mix[self.row], self.deltas, strict=True):
-            mixed = mixed + weight * delta.float()
-        return mixed.to(self.base.dtype)
-
-
-class RoutedLinear(nn.Module):
-    """`nn.Linear` or, transposed, transformers' `Conv1D`, with a mixed weight that is never stored."""
-
-    bias: Tensor | None
-
-    def __init__(
-        self, mixed: MixedWeight, shape: Sequence[int], bias: Tensor | None, transposed: bool
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.mixed = mixed
-        self.transposed = transposed
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
-        return self.mixed.linear(x, self.bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """As the replaced layer's: for code that reads its dtype or its values."""
-        dense = self.mixed.dense()
-        return dense.T if self.transposed else dense
-
-    def extra_repr(self) -> str:
-        """Shown by print."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
-
-
-class RoutedAttention(nn.Module):
-    """`nn.MultiheadAttention` whose input and output projections have mixed weights; same arguments, same results.
-
-    Args:
-        source: what it replaces; its queries, keys and values have the same size, and it adds no bias or zeros to
-            the keys.
-        in_proj: the mixed weight [3 D, D].
-        in_proj_bias: [3 D] (or [B, 3 D], a bias for each row of the batch), or None.
-        out_proj: the output projection.
-    """
-
-    in_proj_bias: Tensor | None
-
-    def __init__(
-        self,
-        source: nn.MultiheadAttention,
-        in_proj: MixedWeight,
-        in_proj_bias: Tensor | None,
-        out_proj: RoutedLinear,
-    ) -> None:
-        super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
-        self.dropout, self.batch_first = source.dropout, source.batch_first
-        # What torch's own encoder layers ask before they read the weights past this forward: they shall not.
-        self._qkv_same_embed_dim = False
-        self.in_proj = in_proj
-        self.in_proj_bias = in_proj_bias
-        self.out_proj = out_proj
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """As the replaced layer's, mixed anew each time."""
-        return self.in_proj.dense()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention's; `is_causal` is a hint only, and the mask is what counts.
-
-        Raises:
-            ValueError: is_causal without attn_mask.
-        """
-        if is_causal and attn_mask is None:
-            raise ValueError("got is_causal=True without attn_mask, expected the mask too; pass attn_mask")
-        batched = query.dim() == 3
-        same = query is key and key is value
-        q, k, v = (self._order(x) if batched else x[None] for x in (query, key, value))  # [B, T or S, D]
-        q, k, v = (self._heads(x) for x in self._project(q, k, v, same))  # [B, H, T or S, D / H]
-        mask = self._mask(attn_mask, key_padding_mask if batched else _row(key_padding_mask), q, k)
-        drop = self.dropout if self.training else 0.0
-        shares = None
-        if need_weights:
-            scores = q @ k.mT / self.head_dim**0.5
-            shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), drop)
-            mixed = shares @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        if shares is not None and average_attn_weights:
-            shares = shares.mean(1)
-        if not batched:
-            return out[0], None if shares is None else shares[0]
-        return self._order(out), shares
-
-    def _order(self, x: Tensor) -> Tensor:
-        """To batch-first from the module's own order, or back."""
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def _project(self, q: Tensor, k: Tensor, v: Tensor, same: bool) -> Sequence[Tensor]:
-        """One product for self-attention, else three."""
-        if same:
-            return self.in_proj.linear(q, self.in_proj_bias).chunk(3, dim=-1)
-        size, bias = self.embed_dim, self.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.chunk(3, dim=-1)
-        return [
-            self.in_proj.part(i * size, (i + 1) * size).linear(x, b)
-            for i, (x, b) in enumerate(zip((q, k, v), biases, strict=True))
-        ]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, H, T, D / H]."""
-        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-
-    def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """What to add to the scores, broadcastable to [B, H, T, S]; boolean masks are True where not allowed."""
-        total = None
-        if attention is not None:
-            total = _additive(attention, q)  # [T, S] or [B * H, T, S]
-            if total.dim() == 3:
-                total = total.unflatten(0, (len(q), self.num_heads))
-        if padding is not None:
-            shut = _additive(padding, q)[:, None, None, :]  # [B, 1, 1, S]
-            total = shut if total is None else total + shut
-        return None if total is None else total.expand(len(q), self.num_heads, q.shape[2], k.shape[2])
-
-
-def _row(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[None]
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
-    return mask.to(like.dtype)
-
-
-def linear_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(owner, attribute) of each weight of a layer that this file has a replacement for; none for other layers.
-
-    Only the very types count, and only without hooks: what a subclass or a hook does is not known here.
-    """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks):
-        return []
-    if type(layer) is nn.Linear or is_conv1d(layer):
-        return [(layer, "weight")]
-    if type(layer) is nn.MultiheadAttention:
-        plain = layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn
-        return [(layer, "in_proj_weight"), (layer.out_proj, "weight")] if plain else []
-    return []
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' Conv1D; by name, since this room does not import transformers."""
-    kind = type(layer)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def fused_layers(module: nn.Module, routed: Mapping[str, str]) -> dict[nn.Module, list[str]]:
@@ -297,43 +54,18 @@ def fused_layers(module: nn.Module, routed: Mapping[str, str]) -> dict[nn.Module
     }
 
 
-def routed_layer(layer: Any, weights: Sequence[MixedWeight], biases: Sequence[Tensor | None]) -> nn.Module:
-    """The replacement of one layer, given its mixed weights [O, I] and its biases in the order of `linear_weights`."""
-    if isinstance(layer, nn.MultiheadAttention):
-        shape = (layer.embed_dim, layer.embed_dim)
-        replacement: nn.Module = RoutedAttention(
-            layer, weights[0], biases[0], RoutedLinear(weights[1], shape, biases[1], False)
-        )
-    else:
-        transposed = is_conv1d(layer)
-        shape = tuple(layer.weight.shape[::-1] if transposed else layer.weight.shape)
-        replacement = RoutedLinear(weights[0], shape, biases[0], transposed)
-    return replacement.train(layer.training)
-
-
-def bias_names(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(owner, attribute) of the biases that go with `linear_weights`."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return [(layer, "in_proj_bias"), (layer.out_proj, "bias")]
-    return [(layer, "bias")]
-
-
 def fuse(
     module: nn.Module,
     layers: Mapping[nn.Module, Sequence[str]],
-    stack: Stack,
-    planes: Planes,
-    mix: Tensor,
-    rows: Mapping[str, int],
+    weight: Callable[[nn.Module, str], MixedWeight],
 ) -> nn.Module:
-    """Put routed layers in the place of `layers`, in a module of our own; returns it (or the layer, if it is one)."""
+    """Put routed layers in the place of `layers`, in a module of our own; returns it (or the layer, if it is one).
 
-    def weight(layer: nn.Module, name: str) -> RoutedWeight:
-        base, deltas = stack.base[name], planes[name]
-        if is_conv1d(layer):
-            base, deltas = base.T, deltas.mT
-        return RoutedWeight(base, deltas, mix, rows[name])
-
+    Args:
+        module: made of a skeleton.
+        layers: from `fused_layers`.
+        weight: makes a layer's mixed weight [O, I] of its stored name.
+    """
     return replace(
         module,
         {
@@ -345,48 +77,3 @@ def fuse(
             for layer, names in layers.items()
         },
     )
-
-
-def replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Exchange submodules wherever they stand, in place; returns the module, or its own replacement."""
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    return replacements.get(module, module)
-
-
-def runs_merger(inputs: Sequence[FlatInputs], out: FlatOutputs, names: Collection[str]) -> Merger:
-    """Merge only some tensors of flat buffers by the Triton kernel: one launch for each run of neighbours."""
-    runs = [
-        (inputs_run, out.buffers[tuple(spec for spec in flat.bucket.specs if spec.name in names)], at)
-        for flat in inputs
-        for inputs_run, at in _runs(flat, names)
-    ]
-
-    def merge(weights: Tensor) -> None:
-        for (base, deltas, tiles), target, at in runs:
-            routed_merge(base, deltas, tiles, weights, out=target[:, at : at + len(base)], tile=TILE)
-
-    return merge
-
-
-def _runs(flat: FlatInputs, names: Collection[str]) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], int]]:
-    """Base, deltas and tiles of each run of wanted tensors, and where the run begins in the output."""
-    ends = [*flat.bucket.offsets[1:], flat.bucket.total]
-    wanted = [
-        (start, end)
-        for spec, start, end in zip(flat.bucket.specs, flat.bucket.offsets, ends, strict=True)
-        if spec.name in names
-    ]
-    joined: list[tuple[int, int]] = []
-    for start, end in wanted:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    at = 0
-    for start, end in joined:
-        slices = (flat.base[start:end], flat.deltas[:, start:end], flat.tiles[start // TILE : end // TILE])
-        yield slices, at
-        at += end - start

@@ -29,8 +29,8 @@ class GradientCollector:
         rows: each one's row in L.
         deltas: for each expert, its deltas by name; an absent one contributes zero.
         groups: G.
-        planes: each parameter's deltas as one tensor [E, *shape]; given, the Triton kernels reduce the gradients.
-        mix: routing weights [G, E] that a fused module reads by themselves, a leaf of its graphs; or None.
+        planes: the deltas as one tensor [E, *shape] of each parameter whose gradient the Triton kernels reduce.
+        mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class GradientCollector:
         groups: int,
         *,
         planes: Mapping[str, Tensor] | None = None,
-        mix: Tensor | None = None,
+        mixes: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = dict(parameters)
         self._rows = rows
         self._deltas = deltas
-        self._leaves = [*self._parameters.values(), *([] if mix is None else [mix])]
+        self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
-        self._kernels = None if planes is None else _KernelSums(parameters, rows, planes, groups, device)
+        self._kernels = _kernel_sums(self._parameters, rows, planes or {}, groups)
         self._pending = torch.zeros(groups, len(deltas), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
         self._scheduled = False
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
-        if mix is not None:
+        for mix in mixes:
             mix.requires_grad_(True)
             mix.register_post_accumulate_grad_hook(self._take_mix)
 
@@ -95,10 +95,10 @@ class GradientCollector:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            if self._kernels is not None:
-                self._kernels.add(name, gradient)
+            if name in self._kernels:
+                self._kernels[name].add(name, gradient)
             else:
-                self._pending[row] += inner_products(gradient, deltas)
+                self._pending[row] += inner_products(gradient, deltas).to(self._pending.device)
             self._schedule()
 
         return reduce
@@ -107,7 +107,7 @@ class GradientCollector:
         """What layers without a merged weight say about their routing weights."""
         gradient, mix.grad = mix.grad, None
         if gradient is not None:
-            self._pending += gradient
+            self._pending += gradient.to(self._pending.device)
             self._schedule()
 
     def _schedule(self) -> None:
@@ -120,7 +120,11 @@ class GradientCollector:
         """What was collected, float64 [G, E]; collecting starts anew."""
         total = self._pending.clone()
         self._pending.zero_()
-        return total if self._kernels is None else total + self._kernels.take()
+        for sums in dict.fromkeys(self._kernels.values()):
+            taken = sums.take()
+            if taken is not None:
+                total += taken.to(total.device)
+        return total
 
     def _flush(self) -> None:
         """Carry the collected sums into the routers' parameters."""
@@ -131,10 +135,27 @@ class GradientCollector:
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
 
 
+def _kernel_sums(
+    parameters: Mapping[str, nn.Parameter],
+    rows: Mapping[str, int],
+    planes: Mapping[str, Tensor],
+    groups: int,
+) -> dict[str, _KernelSums]:
+    """By parameter, the sums that its gradient goes into: one for each device."""
+    devices = {name: plane.device for name, plane in planes.items()}
+    sums = {
+        device: _KernelSums(
+            {n: p for n, p in parameters.items() if devices.get(n) == device}, rows, planes, groups, device
+        )
+        for device in dict.fromkeys(devices.values())
+    }
+    return {name: sums[device] for name, device in devices.items()}
+
+
 class _KernelSums:
     """The sums by the Triton kernels: stage one for each gradient as it arrives, stage two when they are taken.
 
-    Args: as GradientCollector's.
+    Args: as GradientCollector's, for the parameters of one device.
     """
 
     def __init__(
@@ -151,7 +172,7 @@ class _KernelSums:
         self._planes = planes
         tiles = tile_groups(lengths, [rows[name] for name in parameters])
         self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
-        experts = len(next(iter(planes.values()))) if planes else 0
+        experts = len(next(iter(planes.values())))
         self._partials = torch.zeros(len(tiles), experts, device=device)  # [tiles, E]
         self._any = False
 
@@ -163,10 +184,10 @@ class _KernelSums:
         self._partials[first : first + len(partials)] += partials
         self._any = True
 
-    def take(self) -> Tensor | float:
-        """The sums, float64 [G, E], or 0 where nothing was added; and start anew."""
+    def take(self) -> Tensor | None:
+        """The sums, float64 [G, E], or None where nothing was added; and start anew."""
         if not self._any:
-            return 0.0
+            return None
         total = group_sums(self._partials, self._plan).double()
         self._partials.zero_()
         self._any = False

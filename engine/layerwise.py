@@ -7,24 +7,22 @@ So a model's peak memory above its activations is base, deltas and one layer's w
 they lie, which may be files mapped from a store: nothing is stacked or copied, and their pages are handed back to the
 system as soon as a layer has used them for the last time in a step.
 
-The layers are those of `paretofuse.engine.fused`; only the weight that they hold is another. The C++ core merges and
+The layers are those of `paretofuse.engine.mixed`; only the weight that they hold is another. The C++ core merges and
 reduces, as it does for the live module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from paretofuse.engine import native
-from paretofuse.engine.build import Stack
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.fused import bias_names, is_conv1d, replace, routed_layer
 from paretofuse.engine.layout import MERGED_DTYPES
 from paretofuse.kernels.reference import merge_tensor_reference
 
@@ -126,7 +124,7 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 
 class LayerwiseWeight:
-    """A weight that is merged when it is used; a `paretofuse.engine.fused.MixedWeight`.
+    """A weight that is merged when it is used; a `paretofuse.engine.mixed.MixedWeight`.
 
     Args:
         base: [O, I], or [I, O] if transposed; contiguous.
@@ -185,50 +183,6 @@ class LayerwiseWeight:
         """[O, I], merged anew each time, for code that asks a layer for its weight."""
         weight = merge_tensor_reference(self.base, self.deltas, self.mix.detach()[self.row], self.base.dtype)
         return weight.T if self.transposed else weight
-
-
-def fuse_layerwise(
-    module: nn.Module,
-    layers: Mapping[nn.Module, Sequence[str]],
-    stack: Stack,
-    mix: Tensor,
-    rows: Mapping[str, int],
-) -> nn.Module:
-    """Put layers that merge their weight when they run in the place of `layers`, in a module of our own.
-
-    Args:
-        module: the module.
-        layers: from `fused_layers`: each layer's stored weight names.
-        stack: base and deltas, on the CPU.
-        mix: [G, E] float32, rewritten in place.
-        rows: row of `mix` by stored name.
-
-    Returns:
-        The module, or the new layer if the module is one.
-    """
-
-    def weight(layer: nn.Module, name: str) -> LayerwiseWeight:
-        deltas = [own.get(name) for own in stack.deltas]
-        return LayerwiseWeight(
-            stack.base[name],
-            deltas,
-            mix,
-            rows[name],
-            is_conv1d(layer),
-            lambda: stack.release([name]),
-        )
-
-    return replace(
-        module,
-        {
-            layer: routed_layer(
-                layer,
-                [weight(layer, name) for name in names],
-                [getattr(owner, attribute) for owner, attribute in bias_names(layer)],
-            )
-            for layer, names in layers.items()
-        },
-    )
 
 
 def _address(delta: Tensor) -> int:

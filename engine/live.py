@@ -6,13 +6,12 @@ optimizer states of other parameters stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.fused import Planes
 from paretofuse.engine.gradient import GradientCollector
 from paretofuse.engine.merge import Merger
 from paretofuse.engine.skeleton import stored_tensors
@@ -28,8 +27,9 @@ class LiveModule:
         rows: each routed tensor's row in the routing weights.
         deltas: for each expert, its deltas by name.
         weights: the first routing weights, [1, G + 1, E].
-        planes: each routed parameter's deltas as one tensor, where the Triton kernels shall reduce its gradient.
-        mix: the routing weights [G, E] that a fused module's layers read, rewritten with every merge; or None.
+        planes: the deltas as one tensor of each parameter whose gradient the Triton kernels shall reduce.
+        mixes: the routing weights [G, E] that a fused module's layers read, rewritten with every merge; one for
+            each device.
     """
 
     @torch.no_grad()
@@ -42,12 +42,12 @@ class LiveModule:
         deltas: tuple[dict[str, Tensor], ...],
         weights: Tensor,
         *,
-        planes: Planes | None = None,
-        mix: Tensor | None = None,
+        planes: Mapping[str, Tensor] | None = None,
+        mixes: Sequence[Tensor] = (),
     ) -> None:
         self.module = module
-        self._planes = planes
-        self._mix = mix
+        self._planes = planes or {}
+        self._mixes = mixes
         self._groups = weights.shape[1] - 1
         self._merge_routed = merge_routed
         self._rows = rows
@@ -69,17 +69,17 @@ class LiveModule:
     def collector(self) -> GradientCollector:
         """The gradient hooks, installed when first asked for."""
         parameters = {n: t for n, t in self._routed.items() if isinstance(t, nn.Parameter)}
-        planes = None if self._planes is None else {name: self._planes[name] for name in parameters}
+        planes = {name: plane for name, plane in self._planes.items() if name in parameters}
         return GradientCollector(
-            parameters, self._rows, self._deltas, self._groups, planes=planes, mix=self._mix
+            parameters, self._rows, self._deltas, self._groups, planes=planes, mixes=self._mixes
         )
 
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
         """Merge in place at weights [1, G + 1, E]."""
         self._merge_routed(weights)
-        if self._mix is not None:
-            self._mix.copy_(weights[0, :-1])
+        for mix in self._mixes:
+            mix.copy_(weights[0, :-1])
         for tensor, pristine in self._restored:
             tensor.copy_(pristine)
         # The mergers write behind autograd's back: a backward pass through a forward made before this switch must

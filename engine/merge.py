@@ -9,7 +9,7 @@ the whole model (CUDA and ROCm). The maker is chosen by device or by name, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,11 +47,14 @@ def choose_backend(device: torch.device, backend: str | None) -> str:
 
 
 def separate_outputs(
-    specs: Sequence[TensorSpec], count: int, device: torch.device
+    specs: Sequence[TensorSpec], count: int, places: Mapping[str, torch.device]
 ) -> list[dict[str, Tensor]]:
-    """Outputs of K merges, each tensor with its own storage."""
+    """Outputs of K merges, each tensor with its own storage on its device."""
     return [
-        {spec.name: torch.empty(spec.shape, dtype=TO_TORCH[spec.dtype], device=device) for spec in specs}
+        {
+            spec.name: torch.empty(spec.shape, dtype=TO_TORCH[spec.dtype], device=places[spec.name])
+            for spec in specs
+        }
         for _ in range(count)
     ]
 
@@ -113,12 +116,45 @@ def frugal_merger(
     return merge
 
 
-def triton_merger(inputs: Sequence[FlatInputs], out: FlatOutputs) -> Merger:
-    """Bind a merge by the Triton kernel: one launch for each flat buffer (one for a model of one dtype)."""
-    pairs = [(flat, out.buffers[flat.bucket.specs]) for flat in inputs if flat.bucket.specs in out.buffers]
+def triton_merger(inputs: Sequence[FlatInputs], out: FlatOutputs, names: Collection[str]) -> Merger:
+    """Bind a merge by the Triton kernel: one launch for each run of neighbours in a flat buffer.
+
+    A whole model of one dtype on one device is one run.
+
+    Args:
+        inputs: the flat buffers.
+        out: outputs of exactly the named tensors, or of whole buckets.
+        names: the tensors to merge.
+    """
+    runs = [
+        (inputs_run, out.buffers[tuple(spec for spec in flat.bucket.specs if spec.name in names)], at)
+        for flat in inputs
+        for inputs_run, at in _runs(flat, names)
+    ]
 
     def merge(weights: Tensor) -> None:
-        for flat, target in pairs:
-            routed_merge(flat.base, flat.deltas, flat.tiles, weights, out=target, tile=TILE)
+        for (base, deltas, tiles), target, at in runs:
+            routed_merge(base, deltas, tiles, weights, out=target[:, at : at + len(base)], tile=TILE)
 
     return merge
+
+
+def _runs(flat: FlatInputs, names: Collection[str]) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], int]]:
+    """Base, deltas and tiles of each run of wanted tensors, and where the run begins in the output."""
+    ends = [*flat.bucket.offsets[1:], flat.bucket.total]
+    wanted = [
+        (start, end)
+        for spec, start, end in zip(flat.bucket.specs, flat.bucket.offsets, ends, strict=True)
+        if spec.name in names
+    ]
+    joined: list[tuple[int, int]] = []
+    for start, end in wanted:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    at = 0
+    for start, end in joined:
+        slices = (flat.base[start:end], flat.deltas[:, start:end], flat.tiles[start // TILE : end // TILE])
+        yield slices, at
+        at += end - start

@@ -18,6 +18,13 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
 
 
+def can_copy(module: nn.Module) -> bool:
+    """Whether a module can be copied; what FSDP2's fully_shard has taken hold of cannot."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return not any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def make_skeleton(module: nn.Module) -> nn.Module:
     """A copy of a module whose stored tensors are on the meta device; buffers outside the state dict are copied."""
     memo: dict[int, object] = {}

@@ -19,7 +19,8 @@ from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.engine.safetensors_file import SafetensorsFile
-from paretofuse.engine.skeleton import make_skeleton
+from paretofuse.engine.sharding import Sharding, shards
+from paretofuse.engine.skeleton import can_copy, make_skeleton
 
 BLOCK = 1 << 20
 """Elements read at a time."""
@@ -49,11 +50,14 @@ class ModelCard:
         skeleton: gives the module with meta tensors; None where its class is not known.
         files: the model directory's other files (config.json, tokenizer, ...), name -> content.
         model_class: qualified class name, where known.
+        shardings: how the tensors that are sharded over processes lie, by name; their shapes elsewhere are those of
+            this process's shards.
     """
 
     skeleton: Callable[[], nn.Module] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     model_class: str | None = None
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Source:
         label: what to call it in messages.
         infos: shape and dtype by name; tied tensors appear once.
         read: (name, start, stop) -> the flat elements start..stop of a tensor; never to be written to.
+        devices: where tensors lie that are in memory, by name.
         aliases: further names of tied tensors -> the name in `infos`.
         scalar_buffers: names of 0-dim buffers, taken from the base as they are.
         card: what is known of the model besides its tensors.
@@ -77,6 +82,7 @@ class Source:
     scalar_buffers: frozenset[str] = frozenset()
     card: ModelCard = field(default_factory=ModelCard)
     is_delta: bool = False
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tensor's flat blocks, in order."""
@@ -86,10 +92,11 @@ class Source:
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
-    """A source over a state dict; names that share their whole memory are tied.
+    """A source over a state dict; names that share their whole memory are tied. Of DTensors, over the shards here.
 
     Raises:
         TypeError: a value is not a tensor.
+        CheckpointError: a DTensor is a pending sum.
     """
     owners: dict[tuple[object, ...], str] = {}
     kept: dict[str, Tensor] = {}
@@ -97,6 +104,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{label}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
+    tensors, shardings = shards(tensors, label)
+    for name, tensor in tensors.items():
         place = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         owner = owners.setdefault(place, name) if tensor.numel() and tensor.device.type != "meta" else name
         if owner == name:
@@ -108,6 +117,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
         infos={name: TensorInfo(tuple(t.shape), t.dtype) for name, t in kept.items()},
         read=lambda name, start, stop: kept[name].reshape(-1)[start:stop],
         aliases=aliases,
+        card=ModelCard(shardings=shardings),
+        devices={name: tensor.device for name, tensor in kept.items()},
     )
 
 
@@ -118,7 +129,7 @@ def from_module(module: nn.Module, label: str) -> Source:
     if on_meta:
         raise CheckpointError(f"{label}: tensor {on_meta[0]!r} is on the meta device; load its weights first")
     plain = from_state_dict(state, label)
-    skeleton = make_skeleton(module)
+    skeleton = make_skeleton(module) if can_copy(module) else None
     config: Any = getattr(module, "config", None)
     files: dict[str, bytes] = {}
     if hasattr(config, "to_json_string"):
@@ -134,10 +145,12 @@ def from_module(module: nn.Module, label: str) -> Source:
         aliases=plain.aliases,
         scalar_buffers=frozenset(n for n, b in buffers.items() if b.dim() == 0),
         card=ModelCard(
-            skeleton=lambda: skeleton,
+            skeleton=None if skeleton is None else lambda: skeleton,
             files=files,
             model_class=f"{type(module).__module__}.{type(module).__qualname__}",
+            shardings=plain.card.shardings,
         ),
+        devices=plain.devices,
     )
 
 

@@ -235,6 +235,35 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _routed_rows.register_autograd(_backward, setup_context=_save)
 
 
+def _rows_of_rows(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, int]:
+    """Under torch.vmap: V batches of B rows are one batch of V B rows."""
+    if in_dims[1] is not None or in_dims[2] is not None:
+        raise ValueError(
+            "got base or deltas that torch.vmap maps over, expected the same for all; use a loop"
+        )
+
+    def flat(tensor: Tensor, dim: int | None) -> Tensor:
+        first = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return first.flatten(0, 1).contiguous()
+
+    flat_bias = None if bias is None else flat(bias, in_dims[4])
+    y: Tensor = torch.ops.paretofuse.routed_rows(
+        flat(x, in_dims[0]), base, deltas, flat(weights, in_dims[3]), flat_bias
+    )
+    return y.unflatten(0, (info.batch_size, -1)), 0
+
+
+_routed_rows.register_vmap(_rows_of_rows)
+
+
 def routed_rows(
     x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None = None
 ) -> Tensor:

@@ -68,7 +68,7 @@ def test_files_stay_small() -> None:
         str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines())
         for folder in ("python", "engine", "kernels", "csrc", "benchmarks")
         for p in (ROOT / folder).rglob("*")
-        if p.suffix in (".py", ".cpp", ".h")
+        if p.suffix in (".py", ".cpp", ".h") and "cache" not in p.relative_to(ROOT).parts  # others' packages
     }
     assert {name: lines for name, lines in long.items() if lines > 450} == {}
 

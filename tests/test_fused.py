@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.fused import RoutedAttention, RoutedLinear
+from paretofuse.engine.mixed import RoutedAttention, RoutedLinear
 from tests.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 R = [0.2, 0.3, 0.5]

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.fused import RoutedLinear
 from paretofuse.engine.layerwise import LayerwiseWeight, merged
+from paretofuse.engine.mixed import RoutedLinear
 from tests.models import perturbed
 from tests.test_fit import problem, state
 
@@ -283,7 +283,7 @@ def test_fit_builds_no_live_module(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 6, "validation": validation, "progress": False}
     pf.fit(engine, objectives, materialize=False, checkpoint=tmp_path / "c", **settings)
     assert engine._live is None
-    assert not engine._planes._found  # nothing was stacked
+    assert not engine._binding.planes._found  # nothing was stacked
     # What a run computes is the same either way but for rounding: the other mode may take over.
     other = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)})
     assert pf.fit(other, objectives, checkpoint=tmp_path / "c", **settings) == []

@@ -39,6 +39,9 @@ def stack(
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
+    Tensors sharded over processes (DTensor: FSDP2's fully_shard, tensor parallelism) are stacked shard by shard: every
+    process calls this alike, and its merges communicate nothing. Such an engine merges only; see `Engine.merge`.
+
     Args:
         base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
             directory, a .safetensors file).
@@ -51,7 +54,8 @@ def stack(
             converted, and `engine.notes` says which.
         delta_dtype: of the deltas alone, for example bfloat16 under a float32 base; None takes the base's.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
-        device: where the engine lives; the base's own device by default (the CPU for paths).
+        device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
+            that a base split over devices gives models split alike, its routers on the first tensor's device.
         backend: "reference", "native" or "triton"; chosen by device by default.
 
     Raises:
@@ -60,11 +64,11 @@ def stack(
         TypeError: a model is of no known kind.
     """
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
-    place = torch.device(device) if device is not None else _device_of(base)
+    place = None if device is None else torch.device(device)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
-    return Engine(
-        build.build(plan, place), routers, _cards(plan), device=place, backend=backend, notes=plan.notes
-    )
+    built = build.build(plan, place)
+    main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
+    return Engine(built, routers, _cards(plan), device=main, backend=backend, notes=plan.notes)
 
 
 def stack_to_store(
@@ -185,17 +189,3 @@ def _card_of(files: Mapping[str, bytes], model_class: str | None) -> ModelCard:
     if hf.CONFIG in files:
         return hf.card_from_files(files)
     return ModelCard(files=dict(files), model_class=model_class)
-
-
-def _device_of(base: Any) -> torch.device:
-    tensors: Any = ()
-    if isinstance(base, nn.Module):
-        tensors = base.state_dict().values()
-    elif isinstance(base, Mapping):
-        tensors = base.values()
-    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the base lies on several devices ({', '.join(map(str, devices))}); pass device= to choose one"
-        )
-    return devices.pop() if devices else torch.device("cpu")

@@ -1,0 +1,236 @@
+"""Layers that mix their weight for each row of a batch, and the routing weights that they read.
+
+Products and look-ups are linear in their weight: they read base and deltas where they lie and mix the results, so
+that no row's weight is ever stored. `batched.py` puts these layers into a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretofuse.kernels.routed_rows import routed_rows
+
+
+def hole(like: Tensor) -> Tensor:
+    """NaN in a tensor's shape, dtype and device, without its memory; zeros where there is no NaN."""
+    value = float("nan") if like.is_floating_point() else 0
+    return torch.full((), value, dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+class RowMix:
+    """The routing weights of a batch, a set for each row; inside `PerRow`, of one row.
+
+    Args:
+        weights: [B, G, E] float32. Gradients of backward passes are carried on into its graph, of any number of
+            passes.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights.detach().transpose(0, 1).contiguous()  # [G, B, E]
+        self.mixed: dict[tuple[str, bool], Tensor] = {}
+        if weights.requires_grad:
+
+            def carry(leaf: Tensor) -> None:
+                gradient, leaf.grad = leaf.grad, None
+                if gradient is not None:
+                    torch.autograd.backward([weights], [gradient.transpose(0, 1)], retain_graph=True)
+
+            self.weights.requires_grad_(True)
+            self.weights.register_post_accumulate_grad_hook(carry)
+        self._inside = False
+
+    @property
+    def count(self) -> int:
+        """B, or 1 inside `PerRow`."""
+        return self.weights.shape[1]
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether what is mixed now may serve the next forward pass too."""
+        return not self._inside and not (torch.is_grad_enabled() and self.weights.requires_grad)
+
+    @contextmanager
+    def only(self, weights: Tensor) -> Iterator[None]:
+        """Inside, the layers mix by one row's weights [G, E]."""
+        outer, self.weights, self._inside = self.weights, weights.unsqueeze(1), True
+        try:
+            yield
+        finally:
+            self.weights, self._inside = outer, False
+
+    def row(self, group: int, device: torch.device) -> Tensor:
+        """[B, E], contiguous."""
+        return self.weights[group].to(device)
+
+    def batch(self, x: Tensor, layer: str) -> Tensor:
+        """A layer's input with a row for each preference; one row is meant for all, as position ids are.
+
+        Raises:
+            ValueError: it has another number of rows.
+        """
+        if x.dim() >= 2 and x.shape[0] == self.count:
+            return x
+        if x.dim() >= 2 and x.shape[0] == 1:
+            return x.expand(self.count, *x.shape[1:])
+        raise ValueError(
+            f"layer {layer!r}: got an input of shape {list(x.shape)}, expected {self.count} rows first, one for each "
+            "preference, and at least one dimension more; give engine.batched as many preferences as rows, or pass "
+            "isolate=True if the model reshapes its batch"
+        )
+
+
+@dataclass(frozen=True)
+class RowTensor:
+    """A small tensor, mixed for each row when called: [B, *shape] in the base's dtype.
+
+    Attributes:
+        name: its own.
+        base: [*shape].
+        planes: [E, *shape]; None for a tensor that is not routed, whose rows are all `base`.
+        group: its row of the routing weights.
+        mix: the weights.
+    """
+
+    name: str
+    base: Tensor
+    planes: Tensor | None
+    group: int
+    mix: RowMix
+
+    def __call__(self) -> Tensor:
+        """Mix, or give what was mixed before where no gradient is wanted."""
+        if self.planes is None:
+            return self.base.expand(self.mix.count, *self.base.shape)
+        if not self.mix.may_keep:
+            return self._mixed()
+        key = self.name, torch.is_inference_mode_enabled()
+        if key not in self.mix.mixed:
+            self.mix.mixed[key] = self._mixed()
+        return self.mix.mixed[key]
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each expert, its weights [B] and its delta [*shape]."""
+        if self.planes is not None:
+            yield from zip(self.mix.row(self.group, self.base.device).unbind(1), self.planes, strict=True)
+
+    def _mixed(self) -> Tensor:
+        mixed = self.base.float().unsqueeze(0)
+        for weight, delta in self.parts():
+            mixed = mixed + weight.view(-1, *[1] * self.base.dim()) * delta.float()
+        return mixed.to(self.base.dtype)
+
+
+@dataclass(frozen=True)
+class RowsWeight:
+    """A weight [O, I] with its bias, mixed for each row on the way into the product.
+
+    Attributes:
+        layer: where it belongs, for messages.
+        base: [O, I].
+        planes: [E, O, I], in the base's layout; None for a weight that is not routed.
+        group: its row of the routing weights.
+        bias: gives [B, O], or None.
+        mix: the weights.
+    """
+
+    layer: str
+    base: Tensor
+    planes: Tensor | None
+    group: int
+    bias: Callable[[], Tensor] | None
+    mix: RowMix
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, ..., I] -> [B, ..., O]; with one preference any number of rows is its own. The bias is the weight's."""
+        one = self.mix.count == 1
+        x = x.unsqueeze(0) if one else self.mix.batch(x, self.layer)
+        own = None if self.bias is None else self.bias()
+        if self.planes is None:
+            y = F.linear(x, self.base)
+            y = y if own is None else y + own.view(len(own), *[1] * (y.dim() - 2), -1).to(y.dtype)
+        else:
+            y = routed_rows(x, self.base, self.planes, self.mix.row(self.group, x.device), own)
+        return y.squeeze(0) if one else y
+
+    def part(self, first: int, last: int) -> RowsWeight:
+        """The weight and bias of outputs first .. last, as a view."""
+        bias, planes = self.bias, self.planes
+        return RowsWeight(
+            self.layer, self.base[first:last], None if planes is None else planes[:, first:last], self.group,
+            None if bias is None else lambda: bias()[:, first:last], self.mix,
+        )  # fmt: skip
+
+    def dense(self) -> Tensor:
+        """There is no one weight: NaN, of the weight's shape and dtype."""
+        return hole(self.base)
+
+
+class RowEmbedding(nn.Module):
+    """`nn.Embedding` that looks up base and deltas and mixes what it found.
+
+    Args:
+        layer: its name, for messages.
+        mixed: the weight [V, D], which is never mixed as a whole.
+    """
+
+    def __init__(self, layer: str, mixed: RowTensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = mixed.base.shape
+        self.layer, self.mixed = layer, mixed
+
+    @property
+    def weight(self) -> Tensor:
+        """There is no one weight: NaN, of the weight's shape and dtype."""
+        return hole(self.mixed.base)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, ...] -> [B, ..., D]."""
+        mixed = self.mixed
+        if mixed.mix.count > 1:
+            ids = mixed.mix.batch(ids, self.layer)
+        found = F.embedding(ids, mixed.base).float()
+        for weight, delta in mixed.parts():
+            found = found + weight.view(-1, *[1] * ids.dim()) * F.embedding(ids, delta).float()
+        return found.to(mixed.base.dtype).view(*ids.shape, -1)
+
+
+class RowConv(nn.Module):
+    """A convolution with base and with each delta, mixed afterwards.
+
+    Args:
+        conv: what it replaces, for its stride, padding and the like.
+        layer: its name, for messages.
+        mixed: the weight [O, I, ...], which is never mixed as a whole.
+        bias: [O], or None.
+    """
+
+    def __init__(self, conv: Any, layer: str, mixed: RowTensor, bias: RowTensor | None) -> None:
+        super().__init__()
+        self.conv, self.layer, self.mixed, self.row_bias = conv, layer, mixed, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """There is no one weight: NaN, of the weight's shape and dtype."""
+        return hole(self.mixed.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, ...] -> [B, O, ...]."""
+        mixed = self.mixed
+        if mixed.mix.count > 1:
+            x = mixed.mix.batch(x, self.layer)
+        space = [1] * (mixed.base.dim() - 2)
+        first = self.conv._conv_forward(x, mixed.base, None)
+        y = first.float()
+        for weight, delta in mixed.parts():
+            part = self.conv._conv_forward(x, delta.to(mixed.base.dtype), None)
+            y = y + weight.view(-1, 1, *space) * part.float()
+        if self.row_bias is not None:
+            y = y + self.row_bias().float().view(mixed.mix.count, -1, *space)
+        return cast(Tensor, y.to(first.dtype))
