@@ -1,7 +1,7 @@
 """What does a solver cost in a step? pf.fit's own step with each solver, on a real model, against linear scalarization.
 
-    ViT-B/32    CLIP's vision tower, 8 experts, a batch of 4 images for each of 8 objectives, one group a module
-    MLP         12 layers of 256, 2 experts, a batch of 128 for each of 2 objectives
+    MLP         12 layers of 256, 2 experts, a batch of 128 for each of 2 objectives: all solvers
+    ViT-B/32    CLIP's vision tower, 4 experts, a batch of 4 images for each of 4 objectives: the three that matter
 
 Every solver takes the same steps side by side: draw a preference, merge, a forward and a backward for each objective,
 the solver, the routers' backward, Adam. "one backward" is linear scalarization as one would write it without a solver:

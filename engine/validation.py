@@ -106,8 +106,7 @@ class Watch:
         if step % self._validation.every:
             return
         with torch.random.fork_rng():
-            torch.manual_seed(self._seed)
-            values, _ = evaluate_preferences(self._engine, self._validation.evaluate, self._grid, False)
+            values, _ = evaluate_preferences(self._engine, self._evaluate, self._grid, False)
         score = self._hypervolume(values)
         better = not self._scores or score > max(self._scores)
         self._scores.append(score)
@@ -137,6 +136,10 @@ class Watch:
             "every": self._validation.every,
             "patience": self._validation.patience,
         }
+
+    def _evaluate(self, module: torch.nn.Module) -> Any:
+        torch.manual_seed(self._seed)  # at each preference, whichever process has its turn
+        return self._validation.evaluate(module)
 
     def _hypervolume(self, values: np.ndarray) -> float:
         metrics = values.shape[1]

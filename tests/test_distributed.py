@@ -32,7 +32,9 @@ def callback(record):
     if rank == 1 and record["step"] == die_at:
         os._exit(7)
 
+validation = pf.Validation(lambda module: pf.evaluate(module, objectives), every=10, patience=9)
 pf.fit(engine, objectives, method, steps=30, accumulate=4, checkpoint=out / "run.ckpt", checkpoint_every=5,
+       regularization=0.1, validation=validation,
        log=out / "log.csv", callback=lambda r: callback(r) or r["step"] == steps, progress=False)
 evaluated = []
 def evaluate(module):
