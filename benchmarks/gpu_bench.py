@@ -33,7 +33,8 @@ MINUTES = 7.0
 """No further case is begun after this long."""
 COLUMNS = (
     "case", "contender", "median_ms", "lower_quartile_ms", "upper_quartile_ms", "gb_per_s", "share_of_copy",
-    "time_by_ours", "date", "quick", "device", "capability", "driver", "torch", "triton", "python", "paretofuse", "commit",
+    "time_by_ours", "date", "quick", "device", "capability", "driver", "torch", "triton", "python", "paretofuse",
+    "commit",
 )  # fmt: skip
 
 Timer = Callable[[Call], tuple[float, float, float]]
@@ -87,9 +88,16 @@ def models(
     from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
     tiny_clip = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
     )
-    tiny_gpt2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=101, n_positions=16)
+    tiny_gpt2 = GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=51, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
     large = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
@@ -212,7 +220,7 @@ def append(rows: Sequence[Timed], about: dict[str, object], path: Path) -> None:
                     "share_of_copy": f"{row.share_of_copy:.4g}",
                     "time_by_ours": by_ours,
                     **about,
-                }  # fmt: skip
+                }
             )
 
 
