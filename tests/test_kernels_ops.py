@@ -22,7 +22,7 @@ import paretofuse.kernels.routed_rows  # noqa: F401  (each registers its operato
 ops = torch.ops.paretofuse
 
 E, G, K, TILE, N = 3, 2, 2, 32, 96
-GRAD = torch.tensor([1, 0, 1], dtype=torch.int32)
+TILE_GROUP = torch.tensor([1, 0, 1], dtype=torch.int32)
 """The group of each tile."""
 
 
@@ -33,7 +33,7 @@ def inputs(device: str = "cpu", seed: int = 0) -> dict[str, tuple[Any, ...]]:
     def r(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).to(device)
 
-    base, deltas, tiles = r(N), r(E, N), GRAD.to(device)
+    base, deltas, tiles = r(N), r(E, N), TILE_GROUP.to(device)
     order, starts = torch.tensor([1, 0, 2]), torch.tensor([0, 1, 3])
     plan = order.int().to(device), starts.int().to(device)
     weight, planes = r(6, 7), r(E, 6, 7)
@@ -69,7 +69,7 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(inputs()))
 def test_fake_implementations_give_shapes_without_a_device(name: str) -> None:
-    """On fake CUDA tensors: what torch.compile sees of each operator on a GPU."""
+    """What torch.compile sees of each operator, the merge's too, whose kernel needs a GPU."""
     shapes = {
         "routed_merge": (K, N), "grad_partials": (3, E), "group_sums": (G, E), "routed_linear": (5, 6),
         "routed_linear_weights_grad": (E,), "routed_rows": (4, 2, 6), "routed_rows_weights_grad": (4, E),
