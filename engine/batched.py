@@ -54,7 +54,8 @@ class PerRow(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's, row by row: tensors whose first dimension is the number of preferences B are split.
 
-        Other tensors are shared by all rows. A scalar result becomes [B].
+        Other tensors are shared by all rows. A scalar result becomes [B]. Within a model, a further argument of shape
+        [B, B] or [B, T, T] may be rows of masks or a mask of all, and is refused.
 
         Raises:
             ValueError, TypeError: rows cannot be told apart in an argument or a result.
@@ -70,6 +71,7 @@ class PerRow(nn.Module):
             return functional_call(self.inner, {name: t[0] for name, t in own.items()}, args, kwargs)
         leaves, form = tree_flatten((args, kwargs))
         split = [self._is_split(leaf) for leaf in leaves]
+        self._check_told_apart([x for x, s in zip(leaves, split, strict=True) if s][1:])
         plain: list[tuple[bool, Any]] = []  # of each result: whether it is a tensor, and what it is if not
         result_form: list[Any] = []
 
@@ -96,6 +98,14 @@ class PerRow(nn.Module):
             self._check_plain([leaf], "got")
             return False
         return leaf.dim() > 0 and leaf.shape[0] == self.mix.count
+
+    def _check_told_apart(self, further: list[Tensor]) -> None:
+        unclear = [x for x in further if x.dim() in (2, 3) and x.shape[-1] == x.shape[-2]]
+        if self.layer and unclear:
+            raise ValueError(
+                f"{self._name()}: got a tensor of shape {list(unclear[0].shape)} with {self.mix.count} rows, and "
+                "cannot tell whether it is one for each row or one for all; use another number of rows, or isolate=True"
+            )
 
     def _check_plain(self, leaves: list[Any], verb: str) -> None:
         for leaf in leaves:

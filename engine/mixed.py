@@ -99,7 +99,7 @@ class RoutedAttention(nn.Module):
         source: what it replaces; its queries, keys and values have the same size, and it adds no bias or zeros to
             the keys.
         in_proj: the mixed weight [3 D, D].
-        in_proj_bias: [3 D] (or [B, 3 D], a bias for each row of the batch), or None.
+        in_proj_bias: [3 D], or None (also where the mixed weight brings its own).
         out_proj: the output projection.
     """
 

@@ -50,6 +50,7 @@ def check(engine: Engine, call: Call, x: Tensor, rtol: float = 2e-5, isolate: bo
         scale = p.grad.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(mine, p.grad, rtol=10 * rtol, atol=10 * rtol * scale)
+    engine.routers.zero_grad()
     return batched
 
 
@@ -253,3 +254,34 @@ def test_a_weight_read_past_its_layer_is_nan_not_wrong() -> None:
 
     assert engine_of(Past()).batched(ROWS)(torch.randn(4, 4)).isnan().all()
     assert isinstance(engine_of(net_and_experts()[0]).batched(ROWS).inner, Net)
+
+
+class Scaled(nn.Module):
+    """A block with a bare parameter, a layer, and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return mask @ self.layer(x) * self.scale
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, torch.ones(x.shape[1], x.shape[1]).tril())
+
+
+def test_a_mask_for_all_rows_is_never_taken_for_rows_of_masks() -> None:
+    engine = engine_of(Block())
+    check(engine, lambda m, x: m(x), torch.randn(4, 6, 5))
+    with pytest.raises(
+        ValueError, match=r"layer 'block': got a tensor of shape \[4, 4\] with 4 rows.*isolate=True"
+    ):
+        engine.batched(ROWS)(torch.randn(4, 4, 5))
+    check(engine, lambda m, x: m(x), torch.randn(4, 4, 5), isolate=True)

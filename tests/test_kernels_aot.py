@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from paretofuse.kernels import aot, launch, variants
+from paretofuse.kernels import (
+    aot,
+    launch,
+    routed_grad,
+    routed_linear,
+    routed_merge,
+    routed_rows,
+    variants,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -40,6 +48,15 @@ def test_every_configuration_is_among_the_variants():
         assert len(configs) <= 6
         for use in configs:
             assert f"{prefix}_{use.replace(', ', '_').replace(' ', '_')}" in names
+
+
+def test_every_kernel_is_among_the_variants():
+    """What a launcher can launch has a variant: the functions that Triton compiles and are named kernels."""
+    described = {variant.kernel.fn.__name__ for make in STREAMING + LINEAR for variant in make()}
+    modules = (routed_grad, routed_linear, routed_merge, routed_rows)
+    defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert described == defined
+    assert len(defined) == 7
 
 
 def test_names_are_unique():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from paretofuse.kernels import aot
+from paretofuse.kernels import aot, launch, routed_grad, routed_merge, variants
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -90,3 +92,58 @@ def test_interpreted_kernels_are_refused(tmp_path):
     )  # fmt: skip
     assert child.returncode == 1
     assert "TRITON_INTERPRET=1" in child.stderr
+
+
+class Recorder:
+    """Stands for a kernel and keeps the grids that it is launched with."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid):
+        self.grids.append((*grid, 1, 1)[:3])
+        return lambda *arguments, **constants: None
+
+
+def by_rule(kernel, **sizes: int) -> tuple[int, ...]:
+    """A grid by the manifest's rule; `ceil(a / b)` rounds up, other divisions leave no rest."""
+    words = {"ceil": math.ceil, **{k: v for k, v in kernel["constants"].items()}, **sizes}
+    found = eval(f"({kernel['grid']})", {"__builtins__": {}}, words)
+    assert all(float(size).is_integer() for size in found)
+    return tuple(int(size) for size in found)
+
+
+@pytest.mark.parametrize(
+    ("k", "experts", "tiles", "groups"), [(1, 3, 5, 2), (1, 8, 3, 1), (3, 2, 7, 4), (9, 17, 2, 2)]
+)
+def test_grid_rules_are_the_launchers_own(exported, monkeypatch, k, experts, tiles, groups):
+    kernels = {
+        kernel["name"]: kernel for kernel in json.loads((exported / "manifest.json").read_text())["kernels"]
+    }
+    recorder, n = Recorder(), tiles * variants.TILE
+    for module, kernel in (
+        (routed_merge, "merge_kernel"), (routed_grad, "partials_kernel"), (routed_grad, "group_sums_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, kernel, recorder)
+    base, deltas = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(experts, n, dtype=torch.bfloat16)
+    tile_group = (torch.arange(tiles) % groups).int()
+    weights = torch.zeros(k, groups, experts)
+    config = launch.merge_config(k, experts, 2)
+    routed_merge._launch(base, deltas, tile_group, weights, None, torch.zeros(k, n), variants.TILE, config)
+    use = next(use for use, other in launch.MERGE_CONFIGS.items() if other is config)
+    merge = kernels["merge_" + use.replace(", ", "_").replace(" ", "_") + "_bf16_bf16_bf16"]
+    assert recorder.grids.pop() == by_rule(merge, preferences=k, n=n)
+    partials = routed_grad._launch_partials(base, deltas, variants.TILE, launch.grad_config(2))
+    assert recorder.grids.pop() == by_rule(kernels["grad_narrow_deltas_bf16_bf16"], n=n)
+    plan = routed_grad.plan_groups(tile_group, groups, variants.TILE)
+    routed_grad._launch_sums(partials, plan.order, plan.starts)
+    assert recorder.grids.pop() == by_rule(kernels["group_sums"], experts=experts, G=groups)
+
+
+def test_variants_and_launcher_agree_on_arguments(exported):
+    """The manifest lists a kernel's run-time arguments in the order of its definition, which the driver needs."""
+    kernels = {"merge_kernel": routed_merge.merge_kernel, "partials_kernel": routed_grad.partials_kernel,
+               "group_sums_kernel": routed_grad.group_sums_kernel}  # fmt: skip
+    for entry in json.loads((exported / "manifest.json").read_text())["kernels"]:
+        names = [name for name in kernels[entry["symbol"]].arg_names if name not in entry["constants"]]
+        assert [argument["name"] for argument in entry["arguments"]] == [*names, *entry["null_arguments"]]

@@ -61,3 +61,22 @@ def test_the_kernels_reduce_the_gradients(monkeypatch: pytest.MonkeyPatch) -> No
         native.module(part).square().mean().backward()
     for ours, theirs in zip(engine.routers.parameters(), native.routers.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_preferences_equal_merged_models(dtype: torch.dtype) -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, backend="triton", dtype=dtype, route="tensor")
+    native = pf.stack(base, experts, backend="native", dtype=dtype, route="tensor")
+    rows = torch.tensor([R, [1.0, 0.0, 0.0], [0.0, 0.6, 0.4]])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = engine.batched(rows)(x)
+    rounding = 1e-5 if dtype == torch.float32 else 4e-2
+    for i, r in enumerate(rows):
+        torch.testing.assert_close(found[i], native.merge(r)(x[i : i + 1])[0], rtol=rounding, atol=rounding)
+        native.train_at(r)
+        (native.module(x[i : i + 1]).float().square().mean() / 3).backward()
+    found.float().square().mean().backward()
+    for ours, theirs in zip(engine.routers.parameters(), native.routers.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=10 * rounding, atol=3 * rounding * scale)

@@ -152,3 +152,24 @@ def test_operator_is_sound():
     torch.library.opcheck(
         torch.ops.paretofuse.routed_merge_out.default, (*inputs, None, torch.zeros(2, 64), 32)
     )
+
+
+def test_compiles_and_exports_as_one_node():
+    base, deltas, tile_group, weights = make(8, tiles=2, tile=32, experts=2, k=2)
+
+    class Merge(torch.nn.Module):
+        def forward(self, weights):
+            return routed_merge(base, deltas, tile_group, weights, tile=32)
+
+    truth = Merge()(weights)
+    compiled = torch.compile(Merge(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weights), truth)
+    program = torch.export.export(Merge(), (weights,))
+    assert torch.ops.paretofuse.routed_merge.default in [node.target for node in program.graph.nodes]
+    assert torch.equal(program.module()(weights), truth)
+    grads = []
+    for module in (Merge(), compiled):
+        leaf = weights.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

@@ -68,7 +68,9 @@ def test_a_split_model_is_merged_where_it_lies() -> None:
     live = engine.module.state_dict()
     assert {name: t.device for name, t in live.items()} == {name: t.device for name, t in merged.items()}
     assert torch.equal(live["first.weight"], truth["first.weight"])
-    fused = Binding(stack, "reference").live(whole.cards.base.skeleton(), torch.ones(1, 6, 3), fused=True)
+    fused = Binding(stack, "reference").live(
+        whole.cards.base.skeleton(), torch.ones(1, len(engine.groups) + 1, 3), fused=True
+    )
     assert {fused.module.first.mixed.mix.device, fused.module.second.mixed.mix.device} == {CPU, META}
 
 
@@ -114,7 +116,7 @@ def models():
     torch.manual_seed(0)
     # 7 rows over two processes: the shards are of different sizes.
     base = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6, bias=False))
-    base[2].weight = nn.Parameter(base[0].weight.detach().T.clone())
+    base[2].weight = nn.Parameter(base[0].weight.detach().T.contiguous())
     return base.eval(), {name: perturbed(base, seed) for seed, name in enumerate("ab")}
 
 base, experts = models()
