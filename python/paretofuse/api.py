@@ -36,6 +36,7 @@ def stack(
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
+    replicas: int = 2,
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
@@ -53,6 +54,7 @@ def stack(
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; the base's own device by default (the CPU for paths).
         backend: "reference", "native" or "triton"; chosen by device by default.
+        replicas: how many merged modules `engine.replica` may keep, each as large as the model.
 
     Raises:
         CheckpointError: base and experts do not fit together; the message names the tensor and both sides.
@@ -63,7 +65,13 @@ def stack(
     place = torch.device(device) if device is not None else _device_of(base)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     return Engine(
-        build.build(plan, place), routers, _cards(plan), device=place, backend=backend, notes=plan.notes
+        build.build(plan, place),
+        routers,
+        _cards(plan),
+        device=place,
+        backend=backend,
+        replicas=replicas,
+        notes=plan.notes,
     )
 
 
@@ -105,6 +113,7 @@ def load(
     module: nn.Module | None = None,
     *,
     backend: str | None = None,
+    replicas: int = 2,
 ) -> Engine:
     """Open a store. On the CPU its files are mapped, not read.
 
@@ -113,6 +122,7 @@ def load(
         device: where the engine lives.
         module: the model's structure, where the store has no configuration that tells it; its weights are not used.
         backend: "reference", "native" or "triton"; chosen by device by default.
+        replicas: how many merged modules `engine.replica` may keep, each as large as the model.
 
     Raises:
         StoreError: not a store, or a damaged, incomplete or too new one.
@@ -126,7 +136,9 @@ def load(
         base = ModelCard(lambda: skeleton, base.files, base.model_class)
     for objective, files in opened.head_files.items():
         heads[objective] = _card_of(files, None)
-    return Engine(opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend)
+    return Engine(
+        opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend, replicas=replicas
+    )
 
 
 def _plan(
