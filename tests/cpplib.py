@@ -56,13 +56,13 @@ def configure(source: Path, build: Path, *options: str) -> str:
     return done.stdout
 
 
-def build(name: str, *options: str, targets: Sequence[str] = ()) -> Path:
-    """Build csrc with the given options, incrementally, in a folder of that name; returns the folder."""
+def build(name: str, *options: str, targets: Sequence[str] = (), source: Path = ROOT / "csrc") -> Path:
+    """Build csrc, or another source, incrementally, in a folder of that name; returns the folder."""
     folder = BUILDS / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the folder
-        configure(ROOT / "csrc", folder, *options)
+        configure(source, folder, *options)
         chosen = ["--target", *targets] if targets else []
         text = run(["cmake", "--build", folder, "--parallel", "2", *chosen])
         assert "warning:" not in text, text

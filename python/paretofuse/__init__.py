@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.errors import CheckpointError, StoreError
     from paretofuse.engine.fit import fit
     from paretofuse.engine.preference import simplex_grid
+    from paretofuse.exporting import export
     from paretofuse.front import Front, sweep
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "CheckpointError": "paretofuse.engine.errors",
     "StoreError": "paretofuse.engine.errors",
     "Objective": "paretofuse.engine.data",
+    "export": "paretofuse.exporting",
     "fit": "paretofuse.engine.fit",
     "simplex_grid": "paretofuse.engine.preference",
     "Front": "paretofuse.front",
@@ -34,7 +36,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError",
-    "__version__", "fit", "load", "simplex_grid", "stack", "sweep",
+    "__version__", "export", "fit", "load", "simplex_grid", "stack", "sweep",
 ]  # fmt: skip
 
 
