@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from paretofuse.engine.build import Stack
 from paretofuse.engine.live import LiveModule
 from paretofuse.engine.merge import choose_backend
 from paretofuse.engine.preference import as_preference
+from paretofuse.engine.replicas import ReplicaPool
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.skeleton import materialize
 from paretofuse.engine.sources import ModelCard
@@ -51,6 +53,7 @@ class Engine:
         *,
         device: torch.device,
         backend: str | None = None,
+        replicas: int = 2,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.layout = stack.layout
@@ -64,6 +67,7 @@ class Engine:
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
+        self._pool = ReplicaPool(replicas, device)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -114,6 +118,38 @@ class Engine:
         full = self._full_weights(preference, weights)
         self._only_one(full)
         self._live_module().switch(full)
+
+    def replica(
+        self, preference: Preference, *, timeout: float | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """A module merged for this preference that stays as it is inside a `with` block; for use by many threads.
+
+            with engine.replica({"news": 0.7, "poems": 0.3}) as module:
+                text = module.generate(prompt)
+
+        The engine holds up to `replicas` of them (see `pf.load` and `pf.stack`), apart from `module`. A preference
+        that is merged already is served at once; otherwise the least recently used replica that nobody holds is
+        merged anew, while users of the others go on. Where all are held or being merged, entering waits. A thread
+        that holds one and asks for another preference needs two of them. Only use the module inside the block, and
+        leave its weights alone. Routers that were trained further since count; training them, or changing them
+        behind autograd's back (`parameter.data`), while replicas are asked for does not go well together.
+
+        Args:
+            preference: by objective name, or in the order of `objectives`.
+            timeout: seconds to wait for a replica; None waits for ever.
+
+        Raises:
+            ValueError: the preference is not valid, or the model's class is not known (stacked from bare tensors).
+            TimeoutError: on entering, when no replica became free.
+        """
+        numbers = as_preference(preference, self.objectives)
+        routers = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
+        return self._pool.acquire(
+            (numbers.tobytes(), routers),
+            lambda: self._at(numbers.tolist()),
+            lambda full: self._build_live(fused=False, full=full),
+            timeout,
+        )
 
     def merge(
         self,
@@ -285,8 +321,9 @@ class Engine:
         persist.save(path, self._stack, self.routers, self.cards.base, self.cards.heads)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
-        """The dense model for a preference, like `merge`, dropping the live and the fused module's memory first."""
+        """The dense model for a preference, like `merge`, dropping the memory of all other modules first."""
         self._live = self._fused = self._trained = None
+        self._pool = ReplicaPool(len(self._pool), self.device)
         merged: nn.Module = self.merge(preference, head=head)
         return merged
 
@@ -309,10 +346,15 @@ class Engine:
             self._fused = self._build_live(fused=True)
         return self._fused
 
-    def _build_live(self, *, fused: bool) -> LiveModule:
-        with torch.no_grad():
-            weights = self.routers([1 / len(self.objectives)] * len(self.objectives))
-        return self._binding.live(self._skeleton(), self._with_static(weights.unsqueeze(0)), fused=fused)
+    @torch.no_grad()
+    def _at(self, preference: Preference) -> Tensor:
+        """The full weights [1, G + 1, E] of one preference."""
+        return self._with_static(self.routers(preference).unsqueeze(0))
+
+    def _build_live(self, *, fused: bool, full: Tensor | None = None) -> LiveModule:
+        """A module bound to its mergers, merged at full weights or at equal preferences."""
+        weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if full is None else full
+        return self._binding.live(self._skeleton(), weights, fused=fused)
 
     def _skeleton(self) -> nn.Module:
         if self.cards.base.skeleton is None:

@@ -56,13 +56,13 @@ def configure(source: Path, build: Path, *options: str) -> str:
     return done.stdout
 
 
-def build(name: str, *options: str, targets: Sequence[str] = ()) -> Path:
-    """Build csrc with the given options, incrementally, in a folder of that name; returns the folder."""
+def build(name: str, *options: str, targets: Sequence[str] = (), source: Path = ROOT / "csrc") -> Path:
+    """Build csrc, or another source, incrementally, in a folder of that name; returns the folder."""
     folder = BUILDS / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the folder
-        configure(ROOT / "csrc", folder, *options)
+        configure(source, folder, *options)
         chosen = ["--target", *targets] if targets else []
         text = run(["cmake", "--build", folder, "--parallel", "2", *chosen])
         assert "warning:" not in text, text
@@ -110,7 +110,7 @@ class LibraryError(Exception):
 class Library:
     """The shared library's C functions; statuses become exceptions."""
 
-    INVALID, STORE, SYSTEM = 1, 2, 3
+    INVALID, STORE, SYSTEM, DEVICE = 1, 2, 3, 6
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
@@ -208,6 +208,60 @@ class Engine:
         handle = ctypes.c_void_p()
         self.library.call("acquire", self.handle, *doubles(preference), ctypes.byref(handle))
         return Replica(self.library, handle)
+
+    def cuda(self, kernels: Path, driver: str | Path, device: int = 0) -> Cuda:
+        """Open merged weights on a CUDA device."""
+        options = CudaOptions(str(kernels).encode(), device, str(driver).encode())
+        handle = ctypes.c_void_p()
+        self.library.call("cuda_open", self.handle, ctypes.byref(options), ctypes.byref(handle))
+        return Cuda(self, handle)
+
+
+class CudaOptions(ctypes.Structure):
+    """paretofuse_cuda_options."""
+
+    _fields_ = (("kernels", ctypes.c_char_p), ("device", ctypes.c_int32), ("driver", ctypes.c_char_p))
+
+
+class Cuda:
+    """paretofuse_cuda; streams are any numbers."""
+
+    def __init__(self, engine: Engine, handle: ctypes.c_void_p) -> None:
+        self.library = engine.library
+        self.names = engine.names("tensor")
+        self.handle = handle
+
+    def close(self) -> None:
+        """Close it; the handle becomes null."""
+        self.library.c.paretofuse_cuda_close(self.handle)
+        self.handle = ctypes.c_void_p()
+
+    def switch(self, preference: Sequence[float], stream: int = 0) -> None:
+        """Queue a merge."""
+        self.library.call("cuda_switch", self.handle, *doubles(preference), ctypes.c_void_p(stream))
+
+    def switch_weights(self, weights: npt.NDArray[np.float32], stream: int = 0) -> None:
+        """Queue a merge at routing weights."""
+        data, count = ctypes.c_void_p(weights.ctypes.data), ctypes.c_uint64(weights.size)
+        self.library.call("cuda_switch_weights", self.handle, data, count, ctypes.c_void_p(stream))
+
+    def view(self, name: str) -> View:
+        """A tensor; its data is a device address."""
+        view = View()
+        self.library.call("cuda_tensor", self.handle, name.encode(), ctypes.byref(view))
+        return view
+
+    def read(self, name: str, stream: int = 0) -> npt.NDArray[np.generic]:
+        """A tensor, copied to the host."""
+        view = self.view(name)
+        out = np.full([view.shape[d] for d in range(view.dimensions)], 1, DTYPES[view.dtype.decode()])
+        place, nbytes = ctypes.c_void_p(out.ctypes.data), ctypes.c_uint64(out.nbytes)
+        self.library.call("cuda_read", self.handle, name.encode(), place, nbytes, ctypes.c_void_p(stream))
+        return out
+
+    def tensors(self, stream: int = 0) -> dict[str, npt.NDArray[np.generic]]:
+        """All of them, copied to the host."""
+        return {name: self.read(name, stream) for name in self.names}
 
 
 class Replica:

@@ -41,6 +41,14 @@ def test_switch_keeps_addresses_and_equals_merge() -> None:
     assert type(engine.merge(R)) is Net
 
 
+def test_replicas_are_merged_models() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, backend="triton", replicas=2)
+    for preference in (R, [1, 0, 0], R, [0, 0, 1]):
+        with engine.replica(preference) as module:
+            assert same(module, engine.merge(preference))
+
+
 def test_gradients_equal_the_native_ones() -> None:
     base, experts = net_and_experts()
     x = torch.randn(6, 8)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.preference import simplex_grid
     from paretofuse.engine.sampling import layered_grid, sample_preferences
     from paretofuse.engine.validation import Validation
+    from paretofuse.exporting import export
     from paretofuse.front import Front, sweep
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "Objective": "paretofuse.engine.data",
     "Validation": "paretofuse.engine.validation",
     "evaluate": "paretofuse.engine.evaluation",
+    "export": "paretofuse.exporting",
     "fit": "paretofuse.engine.fit",
     "simplex_grid": "paretofuse.engine.preference",
     "layered_grid": "paretofuse.engine.sampling",
@@ -40,8 +42,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation",
-    "__version__", "evaluate", "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep",
+    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
+    "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep",
 ]  # fmt: skip
 
 

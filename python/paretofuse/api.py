@@ -36,6 +36,7 @@ def stack(
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
+    replicas: int = 2,
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
@@ -57,6 +58,7 @@ def stack(
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.
         backend: "reference", "native" or "triton"; chosen by device by default.
+        replicas: how many merged modules `engine.replica` may keep, each as large as the model.
 
     Raises:
         CheckpointError: base and experts do not fit together; the message names the tensor and both sides.
@@ -68,7 +70,9 @@ def stack(
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     built = build.build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
-    return Engine(built, routers, _cards(plan), device=main, backend=backend, notes=plan.notes)
+    return Engine(
+        built, routers, _cards(plan), device=main, backend=backend, replicas=replicas, notes=plan.notes
+    )
 
 
 def stack_to_store(
@@ -109,6 +113,7 @@ def load(
     module: nn.Module | None = None,
     *,
     backend: str | None = None,
+    replicas: int = 2,
 ) -> Engine:
     """Open a store. On the CPU its files are mapped, not read.
 
@@ -117,6 +122,7 @@ def load(
         device: where the engine lives.
         module: the model's structure, where the store has no configuration that tells it; its weights are not used.
         backend: "reference", "native" or "triton"; chosen by device by default.
+        replicas: how many merged modules `engine.replica` may keep, each as large as the model.
 
     Raises:
         StoreError: not a store, or a damaged, incomplete or too new one.
@@ -130,7 +136,9 @@ def load(
         base = ModelCard(lambda: skeleton, base.files, base.model_class)
     for objective, files in opened.head_files.items():
         heads[objective] = _card_of(files, None)
-    return Engine(opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend)
+    return Engine(
+        opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend, replicas=replicas
+    )
 
 
 def _plan(

@@ -1,4 +1,4 @@
-"""The command line: stack, info, merge, sweep, doctor. Only stack and sweep import torch.
+"""The command line: stack, info, merge, sweep, export, doctor. Only stack, sweep and export import torch.
 
 Exit codes: 0 done, 1 the work failed (one message on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -150,6 +150,24 @@ def _sweep(options: argparse.Namespace) -> _Result:
     return "\n".join(lines), document, 0
 
 
+def _export(options: argparse.Namespace) -> _Result:
+    inputs = _entry_point("--inputs", options.inputs)() if options.inputs else None
+    module = _entry_point("--module", options.module)() if options.module else None
+    engine = paretofuse.load(options.store, device=options.device, module=module)
+    started = time.perf_counter()
+    path = paretofuse.export(
+        engine,
+        options.output,
+        inputs,
+        dynamic=options.dynamic,
+        preference=options.preference,
+        head=options.head,
+    )
+    seconds, nbytes = time.perf_counter() - started, path.stat().st_size
+    document = {"path": str(path), "bytes": nbytes, "preference": options.preference, "seconds": seconds}
+    return f"{path}: {_size(nbytes)}, {seconds:.1f} s", document, 0
+
+
 def _doctor(options: argparse.Namespace) -> _Result:
     from paretofuse.doctor import examine
 
@@ -261,5 +279,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], _Result]] = {
     "info": _info,
     "merge": _merge,
     "sweep": _sweep,
+    "export": _export,
     "doctor": _doctor,
 }

@@ -43,6 +43,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _axes(text: str) -> tuple[int, ...]:
+    axes = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in axes):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected axes such as 0 or 0,1 (or '' for none)")
+    return tuple(map(int, axes))
+
+
 def _entry(text: str) -> str:
     module, _, name = text.partition(":")
     if not module or not name:
@@ -177,6 +184,31 @@ def make_parser() -> argparse.ArgumentParser:
         help="reference point of the hypervolume, which is then printed",
     )  # fmt: skip
     sweep.add_argument("--device", default="cpu", help="where to merge and evaluate (default: cpu)")
+
+    export = command(
+        "export", "compile the dense model for programs without Python (an AOTInductor package)",
+        "paretofuse export vit.store --module models:make_vit --inputs models:example -o vit.pt2",
+    )  # fmt: skip
+    export.add_argument("store", metavar="STORE")
+    export.add_argument("-o", "--output", required=True, metavar="PT2", help="package to write, *.pt2")
+    export.add_argument(
+        "--module", type=_entry, metavar="MODULE:FUNCTION",
+        help="builds the model, where the store has no configuration that tells how",
+    )  # fmt: skip
+    export.add_argument(
+        "--inputs", type=_entry, metavar="MODULE:FUNCTION",
+        help="returns example inputs, a tuple or a dict by name (default: tokens, for Hugging Face models)",
+    )  # fmt: skip
+    export.add_argument(
+        "--dynamic", type=_axes, metavar="AXIS,...",
+        help="axes of every input that may vary (default: 0, or 0,1 without --inputs)",
+    )  # fmt: skip
+    export.add_argument(
+        "--preference", type=_named_numbers, metavar="NAME=SHARE,...",
+        help="weights that the package holds until others are put in (default: equal shares)",
+    )  # fmt: skip
+    export.add_argument("--head", metavar="NAME", help="use this objective's head")
+    export.add_argument("--device", default="cpu", help="the kind of device to compile for (default: cpu)")
 
     doctor = command("doctor", "say what this installation can use", "paretofuse doctor --full")
     doctor.add_argument("--full", action="store_true", help="import torch too and ask it about GPUs")

@@ -68,6 +68,8 @@ struct Options {
 };
 
 class Replica;
+class CudaWeights;
+struct CudaOptions;
 
 class PARETOFUSE_API Engine {
  public:
@@ -112,6 +114,9 @@ class PARETOFUSE_API Engine {
   // A set of weights, merged for this preference, that stays as it is until released; see replicas.h. Safe
   // from any number of threads.
   Replica acquire(const Preference& preference) const;
+
+  // Copies base and deltas to a CUDA device, to be merged there; see cuda.h. Throws CudaError.
+  CudaWeights to_cuda(const CudaOptions& options) const;
 
  private:
   struct State;

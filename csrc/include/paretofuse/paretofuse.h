@@ -29,11 +29,12 @@ typedef int32_t paretofuse_status;
 
 enum {
   PARETOFUSE_OK = 0,
-  PARETOFUSE_INVALID = 1, /* an argument is not valid */
-  PARETOFUSE_STORE = 2,   /* the store cannot be read: missing, damaged, altered, too new */
-  PARETOFUSE_SYSTEM = 3,  /* the operating system refused: disk full, no permission */
-  PARETOFUSE_MEMORY = 4,  /* out of memory */
-  PARETOFUSE_INTERNAL = 5 /* a bug in the library */
+  PARETOFUSE_INVALID = 1,  /* an argument is not valid */
+  PARETOFUSE_STORE = 2,    /* the store cannot be read: missing, damaged, altered, too new */
+  PARETOFUSE_SYSTEM = 3,   /* the operating system refused: disk full, no permission */
+  PARETOFUSE_MEMORY = 4,   /* out of memory */
+  PARETOFUSE_INTERNAL = 5, /* a bug in the library */
+  PARETOFUSE_DEVICE = 6    /* the CUDA driver or the kernels refused, see cuda.h */
 };
 
 typedef struct paretofuse_engine paretofuse_engine;
@@ -106,6 +107,30 @@ PARETOFUSE_C_API paretofuse_status paretofuse_acquire(const paretofuse_engine* e
 PARETOFUSE_C_API paretofuse_status paretofuse_replica_tensor(const paretofuse_replica* replica,
                                                              const char* name, paretofuse_view* view);
 PARETOFUSE_C_API void paretofuse_release(paretofuse_replica* replica);
+
+/* Merged weights on a CUDA device; see cuda.h, and what it says about GPUs. Streams are CUstream or
+ * cudaStream_t, null for the default one. Views hold device addresses. Close after use; it outlives the
+ * engine. */
+typedef struct paretofuse_cuda paretofuse_cuda;
+
+typedef struct {
+  const char* kernels; /* folder written by python -m paretofuse.kernels.aot */
+  int32_t device;      /* as the driver counts them */
+  const char* driver;  /* what dlopen is given; null: libcuda.so.1 */
+} paretofuse_cuda_options;
+
+PARETOFUSE_C_API paretofuse_status paretofuse_cuda_open(const paretofuse_engine* engine,
+                                                        const paretofuse_cuda_options* options,
+                                                        paretofuse_cuda** cuda);
+PARETOFUSE_C_API void paretofuse_cuda_close(paretofuse_cuda* cuda);
+PARETOFUSE_C_API paretofuse_status paretofuse_cuda_switch(paretofuse_cuda* cuda, const double* preference,
+                                                          uint64_t length, void* stream);
+PARETOFUSE_C_API paretofuse_status paretofuse_cuda_switch_weights(paretofuse_cuda* cuda, const float* weights,
+                                                                  uint64_t count, void* stream);
+PARETOFUSE_C_API paretofuse_status paretofuse_cuda_tensor(const paretofuse_cuda* cuda, const char* name,
+                                                          paretofuse_view* view);
+PARETOFUSE_C_API paretofuse_status paretofuse_cuda_read(const paretofuse_cuda* cuda, const char* name,
+                                                        void* data, uint64_t nbytes, void* stream);
 
 #ifdef __cplusplus
 }

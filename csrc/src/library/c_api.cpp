@@ -1,78 +1,21 @@
-#include <exception>
-#include <new>
-#include <stdexcept>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
-#include "paretofuse/engine.h"
-#include "paretofuse/paretofuse.h"
+#include "library/c_guard.h"
 #include "paretofuse/replicas.h"
 
 namespace pf = paretofuse;
-
-struct paretofuse_engine {
-  pf::Engine engine;
-};
+using pf::c::guarded;
+using pf::c::numbers;
+using pf::c::required;
+using pf::c::view_of;
 
 struct paretofuse_replica {
   pf::Replica replica;
 };
 
 namespace {
-
-std::string& last_error() {
-  thread_local std::string message;
-  return message;
-}
-
-paretofuse_status failed(paretofuse_status status, const char* what) noexcept {
-  try {
-    last_error() = what;
-  } catch (...) {
-    last_error().clear();
-  }
-  return status;
-}
-
-// Runs a call of the C++ interface and turns what it throws into a status.
-template <class Call>
-paretofuse_status guarded(Call&& call) noexcept {
-  try {
-    call();
-    return PARETOFUSE_OK;
-  } catch (const pf::StoreError& error) {
-    return failed(PARETOFUSE_STORE, error.what());
-  } catch (const std::invalid_argument& error) {
-    return failed(PARETOFUSE_INVALID, error.what());
-  } catch (const std::system_error& error) {
-    return failed(PARETOFUSE_SYSTEM, error.what());
-  } catch (const std::bad_alloc&) {
-    return failed(PARETOFUSE_MEMORY, "out of memory");
-  } catch (const std::exception& error) {
-    return failed(PARETOFUSE_INTERNAL, error.what());
-  } catch (...) {
-    return failed(PARETOFUSE_INTERNAL, "unknown error");
-  }
-}
-
-template <class T>
-T& required(T* pointer, const char* name) {
-  if (pointer == nullptr) throw std::invalid_argument(std::string(name) + ": got null");
-  return *pointer;
-}
-
-template <class T>
-std::vector<T> numbers(const T* from, std::uint64_t count, const char* name) {
-  if (count > 0) required(from, name);
-  return std::vector<T>(from, from + count);
-}
-
-paretofuse_view view_of(const pf::TensorView& view) {
-  return {view.data, static_cast<std::uint64_t>(view.nbytes), view.dtype.c_str(), view.shape.data(),
-          view.shape.size()};
-}
 
 using Names = const std::vector<std::string>& (pf::Engine::*)() const;
 
@@ -86,7 +29,7 @@ const char* name_of(const paretofuse_engine* engine, Names names, std::uint64_t 
 
 }  // namespace
 
-const char* paretofuse_last_error(void) { return last_error().c_str(); }
+const char* paretofuse_last_error(void) { return pf::c::last_error().c_str(); }
 
 const char* paretofuse_version(void) { return PARETOFUSE_VERSION; }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "library/buffer.h"
+#include "library/cuda_weights.h"
 #include "library/model.h"
 #include "library/replica_pool.h"
 #include "library/writer.h"
@@ -97,5 +98,9 @@ void Engine::write(const std::string& path, const std::string& head) const {
 }
 
 Replica Engine::acquire(const Preference& preference) const { return state_->pool->acquire(preference); }
+
+CudaWeights Engine::to_cuda(const CudaOptions& options) const {
+  return CudaWeights(std::make_unique<CudaWeights::State>(state_->model, options));
+}
 
 }  // namespace paretofuse

@@ -267,4 +267,8 @@ Manifest parse_manifest(const std::string& path, std::string_view text) {
   }
 }
 
+DType merged_dtype(const std::string& dtype) {
+  return dtype == "F32" ? DType::F32 : dtype == "BF16" ? DType::BF16 : DType::F16;
+}
+
 }  // namespace paretofuse

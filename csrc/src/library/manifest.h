@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "paretofuse/dtype.h"
+
 namespace paretofuse {
 
 inline constexpr const char* kManifest = "manifest.json";
@@ -44,6 +46,9 @@ struct Manifest {
 
 // Throws StoreError, naming `path`.
 Manifest parse_manifest(const std::string& path, std::string_view text);
+
+// The element type of a tensor that can be merged.
+DType merged_dtype(const std::string& dtype);
 
 // Whether a relative path with forward slashes stays below where it starts.
 bool is_safe_path(std::string_view path);

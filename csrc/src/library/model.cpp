@@ -14,10 +14,6 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-DType merged_dtype(const std::string& dtype) {
-  return dtype == "F32" ? DType::F32 : dtype == "BF16" ? DType::BF16 : DType::F16;
-}
-
 int thread_count(int wanted) {
   if (wanted < 0 || wanted > 1024) {
     throw std::invalid_argument("threads: got " + std::to_string(wanted) + ", expected 0 to 1024");
@@ -108,6 +104,7 @@ void Model::check_weights(const Weights& weights) const {
 }
 
 std::vector<float> Model::table(const Weights& weights) const {
+  check_weights(weights);
   std::vector<float> rows = weights.values;
   rows.resize(rows.size() + store_.manifest.objectives.size(),
               static_cast<float>(store_.manifest.static_weight));

@@ -37,6 +37,9 @@ class Model {
 
   // The routing weights of a preference. Throws std::invalid_argument.
   Weights weights(const Preference& preference) const;
+  // Routing weights and, below them, the row of the static tensors: [groups + 1, objectives]. Throws
+  // std::invalid_argument.
+  std::vector<float> table(const Weights& weights) const;
 
   // Rewrites a buffer of the routed tensors. Nothing is written if it throws.
   void merge(const Weights& weights, std::byte* routed) const;
@@ -55,7 +58,6 @@ class Model {
   void merge_statics() const;
   // The plan that merges some tensors, by rows of the groups, then of the static tensors.
   MergePlan plan(const std::vector<std::size_t>& tensors) const;
-  std::vector<float> table(const Weights& weights) const;
   void run(const MergePlan& plan, const Weights& weights, const std::vector<void*>& out) const;
 
   Store store_;
