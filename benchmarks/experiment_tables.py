@@ -103,12 +103,7 @@ def measure(experiment: Experiment, results: Sequence[Result]) -> list[Row]:
 
 def write(experiment: Experiment, results: Sequence[Result], rows: Sequence[Row], folder: Path) -> None:
     """Write experiment_NAME.csv (measures) and experiment_NAME_points.csv (every model's metrics)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = [f.name for f in fields(Row)]
-    with open(folder / f"experiment_{experiment.name}.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([[_cell(getattr(row, name)) for name in columns] for row in rows])
+    write_rows(rows, folder / f"experiment_{experiment.name}.csv")
     direction = "maximize" if experiment.maximize else "minimize"
     header = ["title", "metric", "contender", "kind", "seed"]
     header += [f"preference:{name}" for name in experiment.names]
@@ -122,8 +117,18 @@ def write(experiment: Experiment, results: Sequence[Result], rows: Sequence[Row]
                 writer.writerow([*about, *map(_cell, preference), *map(_cell, values)])
 
 
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write measures as CSV; `read` gives the same rows back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [f.name for f in fields(Row)]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([[_cell(getattr(row, name)) for name in columns] for row in rows])
+
+
 def read(path: Path) -> list[Row]:
-    """The rows that `write` wrote."""
+    """The rows that `write_rows` wrote."""
     with open(path, encoding="utf-8", newline="") as file:
         return [
             Row(**{f.name: _parsed(str(f.type), line[f.name]) for f in fields(Row)})
