@@ -102,19 +102,45 @@ def measure(experiment: Experiment, results: Sequence[Result]) -> list[Row]:
 
 
 def write(experiment: Experiment, results: Sequence[Result], rows: Sequence[Row], folder: Path) -> None:
-    """Write experiment_NAME.csv (measures) and experiment_NAME_points.csv (every model's metrics)."""
+    """Write experiment_NAME.csv (measures), ..._points.csv (every model's metrics) and ..._about.csv (what it is)."""
     write_rows(rows, folder / f"experiment_{experiment.name}.csv")
     direction = "maximize" if experiment.maximize else "minimize"
-    header = ["title", "metric", "contender", "kind", "seed"]
+    header = ["contender", "kind", "seed"]
     header += [f"preference:{name}" for name in experiment.names]
     header += [f"{direction}:{name}" for name in experiment.names]
     with open(folder / f"experiment_{experiment.name}_points.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for result in results:
-            about = [experiment.title, experiment.metric, result.contender, result.kind, result.seed]
+            about = [result.contender, result.kind, result.seed]
             for preference, values in zip(result.preferences, result.values, strict=True):
                 writer.writerow([*about, *map(_cell, preference), *map(_cell, values)])
+
+    with open(folder / f"experiment_{experiment.name}_about.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["what", "text"])
+        writer.writerow(["title", experiment.title])
+        writer.writerow(["metric", experiment.metric])
+        writer.writerow(["reference", ", ".join(f"{value:g}" for value in experiment.reference)])
+        writer.writerows([["note", note] for note in experiment.notes])
+
+
+def read_points(path: Path) -> dict[str, dict[int, pf.Front]]:
+    """Every contender's front for each seed, from a points file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *lines = list(csv.reader(file))
+    objectives = tuple(name.partition(":")[2] for name in header if name.startswith("preference:"))
+    maximize = header[-1].startswith("maximize:")
+    gathered: dict[tuple[str, int], list[list[float]]] = {}
+    for contender, _, seed, *numbers in lines:
+        gathered.setdefault((contender, int(seed)), []).append([float(number) for number in numbers])
+    found: dict[str, dict[int, pf.Front]] = {}
+    for (contender, seed), rows in gathered.items():
+        table = np.array(rows)
+        count = len(objectives)
+        front = pf.Front(table[:, :count], table[:, count:], objectives, objectives, maximize)
+        found.setdefault(contender, {})[seed] = front
+    return found
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

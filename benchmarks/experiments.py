@@ -7,7 +7,8 @@
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
 Models and results are kept in benchmarks/cache/experiments; a run that was stopped goes on where it was. Results go
-to benchmarks/data/experiment_NAME.csv (measures) and experiment_NAME_points.csv (every model's metrics).
+to benchmarks/data/experiment_NAME.csv (measures), experiment_NAME_points.csv (every model's metrics) and
+ablation_NAME.csv.
 """
 
 from __future__ import annotations
