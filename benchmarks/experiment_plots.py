@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def chosen(rows: Sequence[Row]) -> list[str]:
     }
     theirs = [name for name in means if name.startswith("PWEMoE")]
     best = max(theirs, key=lambda name: means[name]) if theirs else None
-    return [name for name in means if name == best or not name.startswith("PWEMoE")]
+    ours = runs_of_ours(list(means))
+    return [name for name in means if name == best or name in ours or not name.startswith(("PWEMoE", "ours"))]
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
@@ -63,10 +65,15 @@ def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.mean(row.hypervolume for row in rows if row.contender == name)
 
 
+def runs_of_ours(names: Sequence[str]) -> list[str]:
+    """Ours with so many steps, nothing else about it, the shortest first."""
+    found = [name for name in names if re.fullmatch(r"ours, \d+ steps", name)]
+    return sorted(found, key=lambda name: int(name.split()[1]))
+
+
 def longest(names: Sequence[str]) -> str:
-    """The longest run of ours."""
-    ours = [name for name in names if name.startswith("ours")]
-    return max(ours, key=lambda name: int(name.split()[1])) if ours else ""
+    """The longest run of ours; "" if there is none."""
+    return ["", *runs_of_ours(names)][-1]
 
 
 def _fronts(ax: Axes, fronts: Fronts, shown: Sequence[str], metric: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import experiment_ablation, experiment_plots
-from benchmarks.experiment_plots import longest, mean
+from benchmarks.experiment_plots import longest, mean, runs_of_ours
 from benchmarks.experiment_tables import Row, markdown, read, read_points, spread_of
 
 ORDER = ("vision", "vision3", "text", "lm", "openclip")
@@ -91,10 +91,10 @@ def section(name: str, data: Path, docs: Path) -> str:
 def targets(rows: Sequence[Row]) -> list[str]:
     """What was to be reached, and whether it was."""
     names = list(dict.fromkeys(row.contender for row in rows))
-    ours = [name for name in names if name.startswith("ours")]
+    ours = runs_of_ours(names)
     if not ours:
         return []
-    shared = [name for name in names if name not in ours and name != "dense scalarization"]
+    shared = [name for name in names if not name.startswith("ours") and name != "dense scalarization"]
     said = []
     best = max(shared, key=lambda name: mean(rows, name))
     final = longest(names)

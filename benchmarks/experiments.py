@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments vision             MNIST / Fashion-MNIST, three seeds
     python -m benchmarks.experiments vision3            the same with a third task
+    python -m benchmarks.experiments openclip           a small CLIP, end to end
     python -m benchmarks.experiments vision --quick     tiny, to see that it works; the numbers mean nothing
     python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
@@ -25,6 +26,7 @@ from benchmarks.experiment_run import Load, Plan, run
 EXPERIMENTS = {
     "vision": "benchmarks.experiment_vision:two",
     "vision3": "benchmarks.experiment_vision:three",
+    "openclip": "benchmarks.experiment_openclip:load",
 }
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
 
