@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from benchmarks.experiment_tables import Row
 INK, GREY, PALE = "#222222", "#8a8a8a", "#e4e4e4"
 OURS, SHORT, THEIRS, SOUPS, DENSE = "#1b6ca8", "#7fb2d9", "#d1495b", "#4f9d69", "#7d5ba6"
 SMALL = 8
+MARKERS = "s^v<>oDXP*"
 
 Fronts = Mapping[str, Mapping[int, pf.Front]]
 
@@ -88,17 +90,14 @@ def _fronts(ax: Axes, fronts: Fronts, shown: Sequence[str], metric: str) -> None
                 ax.plot(*one.values.T, color=tint, lw=0.5, alpha=0.35, zorder=2)
         style = "-" if name == longest(shown) else "--"
         ax.plot(*average.T, style, color=tint, lw=1.6, marker="o", ms=3.2, label=name, zorder=4)
-    for name, seeds in fronts.items():
-        if all(len(front) == 1 for front in seeds.values()):
-            x, y = np.mean([front.values[0] for front in seeds.values()], axis=0)
-            ax.plot(x, y, ls="", marker="s", ms=4, color=GREY, zorder=3)
-            ax.annotate(
-                name, (x, y), fontsize=SMALL - 1, color=GREY, xytext=(4, 3), textcoords="offset points"
-            )
+    singles = [name for name, seeds in fronts.items() if all(len(front) == 1 for front in seeds.values())]
+    for name, marker in zip(singles, cycle(MARKERS)):
+        x, y = np.mean([front.values[0] for front in fronts[name].values()], axis=0)
+        ax.plot(x, y, ls="", marker=marker, ms=5, color=GREY, mfc="white", zorder=5, label=name)
     ax.set_xlabel(f"{first[0]} {metric}", fontsize=SMALL + 1)
     ax.set_ylabel(f"{first[1]} {metric}", fontsize=SMALL + 1)
     _plain(ax)
-    ax.legend(fontsize=SMALL, frameon=False, loc="best")
+    ax.legend(fontsize=SMALL - 1, frameon=False, loc="best")
 
 
 def _following(ax: Axes, fronts: Fronts, shown: Sequence[str], index: int, metric: str) -> None:
@@ -156,6 +155,21 @@ def ablation(changes: Mapping[str, Sequence[float]], title: str, path: Path) -> 
         ax.barh(place, height, color=OURS if height > 0 else THEIRS, alpha=0.55, height=0.7)
         ax.plot(changes[name], [place] * len(changes[name]), ls="", marker="o", ms=3, color=INK)
     ax.axvline(0, color=INK, lw=0.8)
+    every = [value for values in changes.values() for value in values]
+    low, high = min([0.0, *every]), max([0.0, *every])
+    cut = -2.5 * high
+    if high > 0 and low < cut:  # one harmful setting would hide all differences between the others
+        ax.set_xlim(cut, 1.12 * high)
+        for place, name in enumerate(names):
+            if min(changes[name]) < cut:
+                ax.text(
+                    cut,
+                    place,
+                    f" ← {statistics.mean(changes[name]):.3f}",
+                    va="center",
+                    fontsize=SMALL,
+                    color=INK,
+                )
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("change of hypervolume; dots are seeds", fontsize=SMALL + 1)
     ax.set_title(title, fontsize=10, color=INK)
