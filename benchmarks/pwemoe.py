@@ -55,16 +55,35 @@ def learn(
         steps: optimizer steps.
         seed: of the routers, the preferences and the data's order.
     """
-    engine = pf.stack(base, experts, route=GROUPINGS[grouping], init="constant", static_weight=START)
+    return learn_routed(base, experts, objectives, GROUPINGS[grouping], steps=steps, seed=seed)
+
+
+def learn_routed(
+    base: nn.Module,
+    experts: Mapping[str, nn.Module],
+    objectives: Sequence[pf.Objective],
+    route: str | Callable[[str], str | None],
+    *,
+    method: str = "ls",
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: bool = True,
+) -> pf.Engine:
+    """The same for any model, by a route of its own and either of PWEMoE's solvers ("ls", "epo")."""
+    engine = pf.stack(base, experts, route=route, init="constant", static_weight=START)
     engine.routers.reset(seed)
     pf.fit(
         engine,
         objectives,
-        method="ls",
+        method=method,
         steps=steps,
         lr=LEARNING_RATE,
         lr_end=LEARNING_RATE_END,
+        sampler="dirichlet",
         alpha=DIRICHLET,
+        corner_every=0,
+        preferences_per_step=1,
         seed=seed,
+        progress=progress,
     )
     return engine
