@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import paretofuse as pf
@@ -81,8 +82,8 @@ def windows(tokens: Tensor, context: int) -> Tensor:
 
 def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """The mean negative log-likelihood of a token of ids [B, T], each given those before it in its sequence."""
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def perplexities(tests: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
@@ -180,7 +181,6 @@ def make_model(sizes: Sizes) -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        loss_type="ForCausalLM",
     )
     return GPT2LMHeadModel(config)
 
@@ -227,6 +227,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         scalarized=pf.simplex_grid(3, 3),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
+        first_seed_only=("PWEMoE-LS mlp", "PWEMoE-EPO mlp", "PWEMoE-EPO module"),
     )
 
 

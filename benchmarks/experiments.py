@@ -24,6 +24,8 @@ from benchmarks.experiment_run import Load, Plan, run
 EXPERIMENTS = {
     "vision": "benchmarks.experiment_vision:two",
     "vision3": "benchmarks.experiment_vision:three",
+    "text": "benchmarks.experiment_text:make",
+    "language": "benchmarks.experiment_language:make",
 }
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
 
