@@ -61,6 +61,16 @@ SETTINGS = (
     Setting(
         "tensor, lr 0.03, low_discrepancy", {"route": "tensor"}, {"lr": 3e-2, "sampler": "low_discrepancy"}
     ),
+    Setting(
+        "tensor, lr 0.06, low_discrepancy", {"route": "tensor"}, {"lr": 6e-2, "sampler": "low_discrepancy"}
+    ),
+    Setting(
+        "tensor, lr 0.1, low_discrepancy", {"route": "tensor"}, {"lr": 1e-1, "sampler": "low_discrepancy"}
+    ),
+    Setting("tensor, lr 0.1, stratified", {"route": "tensor"}, {"lr": 1e-1, "sampler": "stratified"}),
+    Setting(
+        "tensor, lr 0.2, low_discrepancy", {"route": "tensor"}, {"lr": 2e-1, "sampler": "low_discrepancy"}
+    ),
     Setting("tensor, lr 0.03, antithetic", {"route": "tensor"}, {"lr": 3e-2, "sampler": "antithetic"}),
 )
 

@@ -102,19 +102,45 @@ def measure(experiment: Experiment, results: Sequence[Result]) -> list[Row]:
 
 
 def write(experiment: Experiment, results: Sequence[Result], rows: Sequence[Row], folder: Path) -> None:
-    """Write experiment_NAME.csv (measures) and experiment_NAME_points.csv (every model's metrics)."""
+    """Write experiment_NAME.csv (measures), ..._points.csv (every model's metrics) and ..._about.csv (what it is)."""
     write_rows(rows, folder / f"experiment_{experiment.name}.csv")
     direction = "maximize" if experiment.maximize else "minimize"
-    header = ["title", "metric", "contender", "kind", "seed"]
+    header = ["contender", "kind", "seed"]
     header += [f"preference:{name}" for name in experiment.names]
     header += [f"{direction}:{name}" for name in experiment.names]
     with open(folder / f"experiment_{experiment.name}_points.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for result in results:
-            about = [experiment.title, experiment.metric, result.contender, result.kind, result.seed]
+            about = [result.contender, result.kind, result.seed]
             for preference, values in zip(result.preferences, result.values, strict=True):
                 writer.writerow([*about, *map(_cell, preference), *map(_cell, values)])
+
+    with open(folder / f"experiment_{experiment.name}_about.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["what", "text"])
+        writer.writerow(["title", experiment.title])
+        writer.writerow(["metric", experiment.metric])
+        writer.writerow(["reference", ", ".join(f"{value:g}" for value in experiment.reference)])
+        writer.writerows([["note", note] for note in experiment.notes])
+
+
+def read_points(path: Path) -> dict[str, dict[int, pf.Front]]:
+    """Every contender's front for each seed, from a points file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *lines = list(csv.reader(file))
+    objectives = tuple(name.partition(":")[2] for name in header if name.startswith("preference:"))
+    maximize = header[-1].startswith("maximize:")
+    gathered: dict[tuple[str, int], list[list[float]]] = {}
+    for contender, _, seed, *numbers in lines:
+        gathered.setdefault((contender, int(seed)), []).append([float(number) for number in numbers])
+    found: dict[str, dict[int, pf.Front]] = {}
+    for (contender, seed), rows in gathered.items():
+        table = np.array(rows)
+        count = len(objectives)
+        front = pf.Front(table[:, :count], table[:, count:], objectives, objectives, maximize)
+        found.setdefault(contender, {})[seed] = front
+    return found
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -149,15 +175,17 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     heading += ["spacing", "steps", "trained numbers", "learning s", "CPU s", "peak MB"]
     lines = [heading]
+    seeds = len({row.seed for row in rows})
     for name in dict.fromkeys(row.contender for row in rows):
         group = [row for row in rows if row.contender == name]
+        fewer = len(group) < seeds
 
         def cell(get: Callable[[Row], Number], digits: int, group: Sequence[Row] = group) -> str:
             return spread_of([value for row in group if (value := get(row)) is not None], digits)
 
         lines.append(
             [
-                name,
+                f"{name} (seed {group[0].seed} alone)" if fewer else name,
                 cell(lambda row: row.hypervolume, 4),
                 _means([row.best for row in group]),
                 _means([row.middle for row in group]),

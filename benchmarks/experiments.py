@@ -2,12 +2,16 @@
 
     python -m benchmarks.experiments vision             MNIST / Fashion-MNIST, three seeds
     python -m benchmarks.experiments vision3            the same with a third task
+    python -m benchmarks.experiments openclip           a small CLIP, end to end
     python -m benchmarks.experiments vision --quick     tiny, to see that it works; the numbers mean nothing
+    python -m benchmarks.experiments text               MiniLM on three text tasks
+    python -m benchmarks.experiments language           a small GPT-2 and three styles of English
     python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
 Models and results are kept in benchmarks/cache/experiments; a run that was stopped goes on where it was. Results go
-to benchmarks/data/experiment_NAME.csv (measures) and experiment_NAME_points.csv (every model's metrics).
+to benchmarks/data/experiment_NAME.csv (measures), experiment_NAME_points.csv (every model's metrics) and
+ablation_NAME.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ EXPERIMENTS = {
     "vision3": "benchmarks.experiment_vision:three",
     "text": "benchmarks.experiment_text:make",
     "language": "benchmarks.experiment_language:make",
+    "openclip": "benchmarks.experiment_openclip:load",
 }
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
 

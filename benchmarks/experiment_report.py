@@ -1,0 +1,189 @@
+"""docs/experiments.md and its pictures, from the CSV files in benchmarks/data alone: nothing is measured here."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import experiment_ablation, experiment_plots
+from benchmarks.experiment_plots import longest, mean, runs_of_ours
+from benchmarks.experiment_tables import Row, markdown, read, read_points, spread_of
+
+ORDER = ("vision", "vision3", "text", "lm", "openclip")
+"""Sections first; others follow by name."""
+
+INTRODUCTION = """# Experiments
+
+Real tasks, small models, every baseline beside ours. This page is written by `python -m benchmarks.experiments report`
+from the CSV files in `benchmarks/data`; each experiment is one command, which trains and measures everything anew or
+goes on where it was stopped.
+
+- *Hypervolume* is of the metrics on held-out data, from the reference point named below; a single model has one too.
+- *non-dominated*: share of swept preferences that no other dominates; one whose model is no other than an earlier
+  one's does not count. *follows*: Spearman's correlation between preference and metric, the lowest over objectives.
+  *spread*: extent of the front, as a share of the distance between the experts. *spacing*: Schott's, in metric units.
+- *trained numbers*: router parameters; for whole models those of one model. *learning s*: wall seconds; *peak MB*:
+  memory in use during learning above what libraries and data hold. Every contender has a process of its own.
+- PWEMoE is its procedure with its own hyperparameters (1500 steps, Adam at 1e-2, constant start at 0.3, Dirichlet(1)
+  preferences) on this engine's arithmetic, so its seconds are faster than its own code's. *mlp* routes the MLPs and
+  merges the rest at 0.3; *module* routes every module, which is kinder than the publication.
+- Task arithmetic, TIES and DARE (PEFT's, density 0.2) take the best of ten coefficients, chosen on the test data in
+  their favour. *Dense scalarization* fine-tunes a whole model from the base for each of a few preferences: it does not
+  share the experts, and is the bound to look at rather than a rival.
+- Numbers are mean ± standard deviation over seeds; each seed has a base and experts of its own.
+"""
+
+
+def write(data: Path, docs: Path) -> Path:
+    """Write the page and its pictures, and return the page's path.
+
+    Raises:
+        FileNotFoundError: there is no experiment's CSV file in `data`.
+    """
+    names = [
+        p.stem.removeprefix("experiment_").removesuffix("_points")
+        for p in data.glob("experiment_*_points.csv")
+    ]
+    names.sort(key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    if not names:
+        raise FileNotFoundError(f"{data} holds no experiment_*.csv; run an experiment first")
+    parts = [INTRODUCTION]
+    parts += [section(name, data, docs) for name in names]
+    ablations = [name for name in names if (data / f"ablation_{name}.csv").exists()]
+    if ablations:
+        parts.append(ABLATION_INTRODUCTION)
+        parts += [ablation_section(name, data, docs) for name in ablations]
+    page = docs / "experiments.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+def section(name: str, data: Path, docs: Path) -> str:
+    """One experiment: what it is, picture, table, targets."""
+    about = _about(data / f"experiment_{name}_about.csv")
+    rows = read(data / f"experiment_{name}.csv")
+    fronts = read_points(data / f"experiment_{name}_points.csv")
+    title, metric = about["title"][0], about["metric"][0]
+    picture = docs / f"experiment-{name}.png"
+    experiment_plots.picture(fronts, rows, metric, title, picture)
+    objectives = next(iter(next(iter(fronts.values())).values())).objectives
+    seeds = sorted({row.seed for row in rows})
+    machines = "; ".join(
+        sorted({f"{row.cpu}, {row.threads} thread(s) a process, torch {row.torch}" for row in rows})
+    )
+    lines = [
+        f"\n## {name}: {title}\n",
+        f"    python -m benchmarks.experiments {name}\n",
+        *(f"{note}\n" for note in about.get("note", [])),
+        f"Metric: {metric} ({', '.join(objectives)}, in this order in the columns). Reference point: "
+        f"{about['reference'][0]}. Seeds: {', '.join(map(str, seeds))}. Measured on {machines}.\n",
+        f"![Fronts and hypervolumes of {name}]({picture.name})\n",
+        markdown(rows),
+        "",
+        *(f"- {target}" for target in targets(rows)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def targets(rows: Sequence[Row]) -> list[str]:
+    """What was to be reached, and whether it was."""
+    names = list(dict.fromkeys(row.contender for row in rows))
+    ours = runs_of_ours(names)
+    if not ours:
+        return []
+    shared = [name for name in names if not name.startswith("ours") and name != "dense scalarization"]
+    said = []
+    best = max(shared, key=lambda name: mean(rows, name))
+    final = longest(names)
+    said.append(
+        f"Hypervolume above every baseline that shares the experts: {_verdict(mean(rows, final) > mean(rows, best))}; "
+        f"{final}: {mean(rows, final):.4f}, best of theirs ({best}): {mean(rows, best):.4f}"
+        f"{_paired(rows, final, best)}."
+    )
+    theirs = [name for name in names if name.startswith("PWEMoE")]
+    if theirs:
+        rival = max(theirs, key=lambda name: mean(rows, name))
+        steps = next(row.steps or 0 for row in rows if row.contender == rival)
+        short = [n for n in ours if int(n.split()[1]) * 20 <= steps]
+        if short:
+            said.append(
+                f"PWEMoE's final value within 1/20 of its steps: "
+                f"{_verdict(mean(rows, short[-1]) >= mean(rows, rival))}; {short[-1]}: {mean(rows, short[-1]):.4f}, "
+                f"best PWEMoE ({rival}) after {steps}: {mean(rows, rival):.4f}{_paired(rows, short[-1], rival)}."
+            )
+    for name in ours:
+        shares = [row.non_dominated or 0.0 for row in rows if row.contender == name]
+        said.append(
+            f"Share of non-dominated preferences at least 0.9, {name}: {_verdict(statistics.mean(shares) >= 0.9)} "
+            f"({spread_of(shares, 2)})."
+        )
+    return said
+
+
+ABLATION_INTRODUCTION = """
+## What helped, what did not
+
+One setting changed at a time, on the same base and experts; *plain* is `route="module"`, `init="identity"`, one
+Dirichlet(1)
+preference a step, Adam at 1e-2, linear scalarization. *change* is the mean over seeds of the difference in
+hypervolume to plain with the same seed and the same budget of backward passes. Written from `ablation_*.csv`, which
+`python -m benchmarks.experiments ablation NAME` makes.
+"""
+
+
+def ablation_section(name: str, data: Path, docs: Path) -> str:
+    """One experiment's ablation: for each budget a picture, a table and a sentence."""
+    rows = read(data / f"ablation_{name}.csv")
+    lines = []
+    for budget in sorted({int(row.contender.rpartition(" @ ")[2]) for row in rows}):
+        part = [row for row in rows if row.contender.endswith(f" @ {budget}")]
+        settings = list(dict.fromkeys(row.contender for row in part))
+        changes = {s: experiment_ablation.differences(part, s) for s in settings}
+        named = {
+            s.removeprefix("ablation ").rpartition(" @ ")[0]: change
+            for s, change in changes.items()
+            if change
+        }
+        picture = docs / f"ablation-{name}-{budget}.png"
+        experiment_plots.ablation(named, f"{name}, {budget} steps: change against plain", picture)
+        lines += [
+            f"\n### {name}, {budget} steps\n",
+            f"![Change of hypervolume by setting]({picture.name})\n",
+            experiment_ablation.table(part),
+            "",
+            *verdicts(named),
+        ]
+    return "\n".join(lines)
+
+
+def verdicts(changes: dict[str, list[float]]) -> list[str]:
+    """Which settings helped with every seed, which harmed with every seed, and which did neither."""
+    groups: dict[str, list[str]] = {"Helped": [], "Did not help": [], "Harmed": []}
+    for name, values in sorted(changes.items(), key=lambda item: -statistics.mean(item[1])):
+        every = "Helped" if min(values) > 0 else "Harmed" if max(values) < 0 else "Did not help"
+        groups[every].append(f"{name} ({statistics.mean(values):+.4f})")
+    when = {"Helped": "with every seed", "Did not help": "consistently", "Harmed": "with every seed"}
+    return [f"- {word} {when[word]}: {', '.join(found) or 'none'}." for word, found in groups.items()]
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def _paired(rows: Sequence[Row], ours: str, theirs: str) -> str:
+    """How many seeds ours was ahead in."""
+    values = {(row.contender, row.seed): row.hypervolume for row in rows}
+    seeds = sorted({row.seed for row in rows})
+    ahead = sum(values[ours, seed] > values[theirs, seed] for seed in seeds)
+    return f" (ahead with {ahead} of {len(seeds)} seeds)"
+
+
+def _about(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["what"], []).append(line["text"])
+    return found
