@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,13 +53,13 @@ class Sizes:
     expert_batch: int = 16
     expert_lr: float = 1e-3
     learning_batch: int = 4
-    points: int = 5
+    points: int = 4
     pwemoe_steps: int = pwemoe.STEPS
     ours_steps: tuple[int, ...] = (75, 400)
     reference: tuple[float, ...] = ()
 
 
-QUICK = Sizes(260, 16, 16, 1, 3000, 4, 4, 6, 3e-3, 4, 4, 1e-3, 2, 2, 3, (2, 3))
+QUICK = Sizes(260, 16, 16, 1, 3000, 4, 4, 6, 3e-3, 4, 4, 1e-3, 2, 4, 3, (2, 3))
 
 
 class Windows:
@@ -224,7 +225,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         fine_tune=tune,
         identity=json.dumps([{k: v for k, v in asdict(sizes).items() if k not in _LATER}, quick]),
         preferences=pf.simplex_grid(3, sizes.points),
-        scalarized=pf.simplex_grid(3, 3),
+        scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
         first_seed_only=("PWEMoE-LS mlp", "PWEMoE-EPO mlp", "PWEMoE-EPO module"),

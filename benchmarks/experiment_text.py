@@ -49,7 +49,7 @@ class Sizes:
     ours_steps: tuple[int, ...] = (75, 400)
 
 
-QUICK = Sizes(24, 12, 8, 1, 4, 8, 1e-3, 2, 2, 3, (2, 3))
+QUICK = Sizes(24, 12, 8, 1, 4, 8, 1e-3, 2, 4, 3, (2, 3))
 _LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps")
 """Sizes that base and experts do not depend on."""
 
@@ -269,7 +269,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         fine_tune=tune,
         identity=json.dumps([{k: v for k, v in asdict(sizes).items() if k not in _LATER}, TASKS, quick]),
         preferences=pf.simplex_grid(3, sizes.points),
-        scalarized=pf.simplex_grid(3, 3),
+        scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
         first_seed_only=("PWEMoE-LS mlp", "PWEMoE-EPO mlp", "PWEMoE-EPO module"),
