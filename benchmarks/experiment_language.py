@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -189,6 +190,9 @@ def make_model(sizes: Sizes) -> GPT2LMHeadModel:
 def load(sizes: Sizes, quick: bool) -> Experiment:
     """The experiment in some sizes; quick: on made-up text."""
     tokens = tokenized(sizes, quick)
+    of_models = {name: value for name, value in asdict(sizes).items() if name not in _LATER}
+    of_base = {name: value for name, value in of_models.items() if not name.startswith("expert")}
+    identity = json.dumps([of_base, quick])
     tests = {s: windows(tokens[f"test/{s}"], sizes.context)[: sizes.windows] for s in STYLES}
 
     def objectives(batch: int) -> tuple[pf.Objective, ...]:
@@ -198,12 +202,19 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         )
 
     def train_base(seed: int) -> nn.Module:
+        del seed  # one pretrained model for all seeds, as one that is downloaded would be
+        path = CACHE / f"language-base-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             model = make_model(sizes)
-        data, equal = objectives(sizes.base_batch // 3), [1 / 3] * 3
-        fine_tune(model, data, equal, steps=sizes.base_steps, lr=sizes.base_lr, seed=seed, clip=1.0)
-        return model
+        if not path.exists():
+            data, equal = objectives(max(1, sizes.base_batch // 3)), [1 / 3] * 3
+            fine_tune(model, data, equal, steps=sizes.base_steps, lr=sizes.base_lr, seed=0, clip=1.0)
+            beside = path.with_suffix(f".{os.getpid()}")
+            save_model(model, str(beside))
+            beside.replace(path)
+        load_model(model, path)
+        return model.eval()
 
     def tune(model: nn.Module, preference: Sequence[float], seed: int) -> None:
         # The sequences of a step are shared out among the styles that count, so that each model sees as many.
@@ -223,7 +234,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         make=lambda: make_model(sizes),
         train_base=train_base,
         fine_tune=tune,
-        identity=json.dumps([{k: v for k, v in asdict(sizes).items() if k not in _LATER}, quick]),
+        identity=json.dumps([of_models, quick]),
         preferences=pf.simplex_grid(3, sizes.points),
         scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
