@@ -47,6 +47,7 @@ class Experiment:
         pwemoe_routes: PWEMoE's two modes in this model: routes by name.
         pwemoe_steps: 1500 as published.
         ours_steps: steps of ours, each a contender.
+        first_seed_only: names of contenders too slow to be run for each seed; they are run for seed 0.
         more: further contenders by name, such as base + probe.
         notes: sentences for the report.
     """
@@ -69,6 +70,7 @@ class Experiment:
     )
     pwemoe_steps: int = 1500
     ours_steps: tuple[int, ...] = (75, 400)
+    first_seed_only: tuple[str, ...] = ()
     more: Mapping[str, Contend] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

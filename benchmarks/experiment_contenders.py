@@ -35,12 +35,14 @@ class Contender:
         run: does it all; what learning costs is measured by the context's meter.
         cost: roughly how long it takes beside the others; the longest begin first.
         settings: what the result depends on besides the experiment; other settings are measured anew.
+        every_seed: False: too slow for that; it is run for seed 0 alone.
     """
 
     name: str
     run: Contend
     cost: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    every_seed: bool = True
 
 
 def contenders(experiment: Experiment) -> list[Contender]:
@@ -60,7 +62,8 @@ def contenders(experiment: Experiment) -> list[Contender]:
         for mode in ("mlp", "module"):
             name = f"PWEMoE-{method.upper()} {mode}"
             run = _pwemoe(method, mode)
-            found.append(Contender(name, run, 10.0, {"steps": experiment.pwemoe_steps}))
+            every_seed = name not in experiment.first_seed_only
+            found.append(Contender(name, run, 10.0, {"steps": experiment.pwemoe_steps}, every_seed))
     found.append(Contender("dense scalarization", dense_scalarization, 20.0))
     for steps in experiment.ours_steps:
         settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": dict(OURS_FIT)}
@@ -107,18 +110,24 @@ def rewarded_soups(context: Context) -> Outcome:
 
 
 def dense_scalarization(context: Context) -> Outcome:
-    """For each of a few preferences a whole model, fine-tuned from the base on the weighted sum of losses."""
-    experiment, values, size = context.experiment, [], 0
-    models = []
+    """For each of a few preferences a whole model, fine-tuned from the base on the weighted sum of losses.
+
+    With all weight on one objective that is the very expert, which is not trained again.
+    """
+    experiment, size = context.experiment, 0
+    models, fresh = [], 0
     with context.meter:
         for preference in experiment.scalarized:
+            if preference.max() == 1:
+                models.append(context.models.expert(experiment.names[int(preference.argmax())]))
+                continue
             model = context.models.base()
             experiment.fine_tune(model, [float(share) for share in preference], context.seed)
             models.append(model)
-            size = trainable(model)
-    values = [context.measured(model) for model in models]
-    front = context.front(values, experiment.scalarized)
-    return Outcome(front, "front", parameters=size, note=f"{len(values)} models, one after the other")
+            size, fresh = trainable(model), fresh + 1
+    front = context.front([context.measured(model) for model in models], experiment.scalarized)
+    note = f"{len(models)} models; costs are of {fresh}, the others are experts"
+    return Outcome(front, "front", parameters=size, note=note)
 
 
 def _expert(name: str) -> Contend:

@@ -113,7 +113,7 @@ def run_contenders(
     todo = [
         (contender, seed)
         for contender in sorted(chosen, key=lambda c: -c.cost)
-        for seed in plan.seeds
+        for seed in _seeds(contender, plan)
         if _kept(folder, contender, seed) is None
     ]
 
@@ -124,12 +124,16 @@ def run_contenders(
     _each(plan, [(_contend, (load, plan, seed, contender.name, find)) for contender, seed in todo], done)
     found = []
     for contender in chosen:
-        for seed in plan.seeds:
+        for seed in _seeds(contender, plan):
             result = _kept(folder, contender, seed)
             if result is None:
                 raise BenchmarkError(f"{contender.name}, seed {seed}: no result in {folder}")
             found.append(result)
     return found
+
+
+def _seeds(contender: Contender, plan: Plan) -> Sequence[int]:
+    return plan.seeds if contender.every_seed else [seed for seed in plan.seeds if seed == 0]
 
 
 def _each(

@@ -175,15 +175,17 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     heading += ["spacing", "steps", "trained numbers", "learning s", "CPU s", "peak MB"]
     lines = [heading]
+    seeds = len({row.seed for row in rows})
     for name in dict.fromkeys(row.contender for row in rows):
         group = [row for row in rows if row.contender == name]
+        fewer = len(group) < seeds
 
         def cell(get: Callable[[Row], Number], digits: int, group: Sequence[Row] = group) -> str:
             return spread_of([value for row in group if (value := get(row)) is not None], digits)
 
         lines.append(
             [
-                name,
+                f"{name} (seed {group[0].seed} alone)" if fewer else name,
                 cell(lambda row: row.hypervolume, 4),
                 _means([row.best for row in group]),
                 _means([row.middle for row in group]),

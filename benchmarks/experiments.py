@@ -4,6 +4,8 @@
     python -m benchmarks.experiments vision3            the same with a third task
     python -m benchmarks.experiments openclip           a small CLIP, end to end
     python -m benchmarks.experiments vision --quick     tiny, to see that it works; the numbers mean nothing
+    python -m benchmarks.experiments text               MiniLM on three text tasks
+    python -m benchmarks.experiments language           a small GPT-2 and three styles of English
     python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
@@ -26,6 +28,8 @@ from benchmarks.experiment_run import Load, Plan, run
 EXPERIMENTS = {
     "vision": "benchmarks.experiment_vision:two",
     "vision3": "benchmarks.experiment_vision:three",
+    "text": "benchmarks.experiment_text:make",
+    "language": "benchmarks.experiment_language:make",
     "openclip": "benchmarks.experiment_openclip:load",
 }
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
