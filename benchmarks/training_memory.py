@@ -319,7 +319,10 @@ def plot(path: Path = DATA / "training_memory.csv", picture: Path = PICTURE) -> 
         for axis in axes[:, column]:
             axis.set_xlabel(label)
             axis.set_ylim(bottom=0)
+            axis.margins(y=0.1)
             axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_xticks([2, 4, 8, 16])
     axes[0, 0].legend(frameon=False)
     figure.savefig(picture, dpi=140, facecolor="white")
 
