@@ -69,6 +69,7 @@ def test_files_stay_small() -> None:
         for folder in ("python", "engine", "kernels", "csrc", "benchmarks")
         for p in (ROOT / folder).rglob("*")
         if p.suffix in (".py", ".cpp", ".h")
+        and "cache" not in p.parts  # other projects, fetched to compare with
     }
     assert {name: lines for name, lines in long.items() if lines > 450} == {}
 
