@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
-from benchmarks.gpu_cases import Call, Case, Tools, grad_case, linear_case, merge_case, rows_case
+from benchmarks.gpu_cases import Call, Case, Tools, grad_case, merge_case
+from benchmarks.gpu_products import linear_case, rows_case
 
 MINUTES = 7.0
 """No further case is begun after this long."""
