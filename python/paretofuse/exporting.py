@@ -82,10 +82,10 @@ def _program(
     count = len(engine.objectives)
     module: nn.Module = engine.merge(preference or [1 / count] * count, head=head).eval()
     if inputs is None:
-        inputs, axes = _text_inputs(engine, module), (0, 1)
+        inputs, usual = _text_inputs(engine, module), [0, 1]
     else:
-        axes = (0,)
-    axes = axes if dynamic is None else tuple(dynamic)
+        usual = [0]
+    axes = usual if dynamic is None else list(dynamic)
     arguments, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     shapes = (
         {name: _dynamic(value, axes) for name, value in named.items()}
