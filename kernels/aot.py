@@ -84,15 +84,29 @@ def describe(variant: Variant, architecture: str, compiled: Any, binary: bytes) 
     }
 
 
-def export(architecture: str, directory: Path, dtypes: Iterable[str] = FLOATS) -> Path:
+def variants(dtypes: Iterable[str], deltas: Iterable[str] = ()) -> list[Variant]:
+    """What `export` writes for dtypes of base and output, and for further dtypes of deltas."""
+    chosen = {}
+    for dtype in dtypes:
+        own = [variant for make in (merge_variants, grad_variants) for variant in make((dtype,))]
+        mixed = [v for d in deltas for v in merge_variants((dtype, d)) if v.arguments["deltas"] == f"*{d}"]
+        same = [v for v in mixed if v.arguments["base"] == v.arguments["out"] == f"*{dtype}"]
+        chosen.update({variant.name: variant for variant in (*own, *same)})
+    return list(chosen.values())
+
+
+def export(
+    architecture: str, directory: Path, dtypes: Iterable[str] = FLOATS, deltas: Iterable[str] = ()
+) -> Path:
     """Write the merge and gradient kernels for one architecture, with `manifest.json`.
 
-    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte.
+    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte, or one of `deltas`.
 
     Args:
         architecture: one of `ARCHITECTURES`.
         directory: made if missing; files of the same names are replaced.
         dtypes: "fp32", "bf16", "fp16".
+        deltas: dtypes of deltas, besides, for merges of stores made with `delta_dtype`.
 
     Returns:
         The manifest's path.
@@ -103,13 +117,10 @@ def export(architecture: str, directory: Path, dtypes: Iterable[str] = FLOATS) -
     if triton is None or not hasattr(triton, "knobs"):
         raise ImportError(MISSING)
     directory.mkdir(parents=True, exist_ok=True)
-    chosen = {
-        v.name: v for dtype in dtypes for make in (merge_variants, grad_variants) for v in make((dtype,))
-    }
     entries = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # line tables hold this checkout's path
-        for variant in chosen.values():
+        for variant in variants(dtypes, deltas):
             if not supports(variant, architecture):
                 continue
             compiled = compile_variant(variant, architecture)
@@ -133,10 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m paretofuse.kernels.aot", description=__doc__)
     parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPU's architecture")
     parser.add_argument("--dtype", action="append", choices=FLOATS, help="only this dtype; may be repeated")
+    parser.add_argument(
+        "--delta-dtype",
+        action="append",
+        default=[],
+        choices=FLOATS,
+        help="of deltas, besides; may be repeated",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write")
     options = parser.parse_args(arguments)
     try:
-        path = export(options.arch, options.output, options.dtype or FLOATS)
+        path = export(options.arch, options.output, options.dtype or FLOATS, options.delta_dtype)
     except (ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -69,6 +69,14 @@ def test_manifest_describes_the_binaries(exported):
         } <= known
 
 
+def test_deltas_of_another_dtype_are_written_when_asked_for():
+    plain, mixed = ({v.name for v in aot.variants(("fp32",), deltas)} for deltas in ((), ("bf16", "fp32")))
+    assert plain < mixed
+    assert {name.split("_", 1)[0] for name in mixed - plain} == {"merge"}
+    assert all(name.endswith("_fp32_bf16_fp32") for name in mixed - plain)
+    assert "merge_one_few_experts_fp32_bf16_fp32" in mixed
+
+
 def test_two_runs_write_the_same_bytes(exported, tmp_path):
     """The second in another process, with another working directory and an empty cache of compiled kernels."""
     module, options = "paretofuse.kernels.aot", ["--arch", "sm_90", "--dtype", "bf16"]

@@ -81,11 +81,11 @@ def _program(
     """The dense model as a graph whose weights a compiler leaves alone."""
     count = len(engine.objectives)
     module: nn.Module = engine.merge(preference or [1 / count] * count, head=head).eval()
-    axes: tuple[int, ...] = (0,)
     if inputs is None:
-        inputs, axes = _text_inputs(engine, module), (0, 1)
-    if dynamic is not None:
-        axes = tuple(dynamic)
+        inputs, usual = _text_inputs(engine, module), [0, 1]
+    else:
+        usual = [0]
+    axes = usual if dynamic is None else list(dynamic)
     arguments, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     shapes = (
         {name: _dynamic(value, axes) for name, value in named.items()}

@@ -149,7 +149,8 @@ const MergeKernel& MergeKernels::choose(DType base, DType delta, DType out, std:
   static constexpr const char* names[] = {"fp32", "bf16", "fp16"};
   const auto name = [](DType dtype) { return std::string(names[static_cast<int>(dtype)]); };
   throw CudaError(folder + ": has no merge of base " + name(base) + " and deltas " + name(delta) +
-                  "; write the kernels for all dtypes by `python -m paretofuse.kernels.aot`");
+                  "; write it by `python -m paretofuse.kernels.aot --dtype " + name(base) +
+                  " --delta-dtype " + name(delta) + "`");
 }
 
 }  // namespace paretofuse
