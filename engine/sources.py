@@ -6,6 +6,7 @@ therefore never holds more than a few blocks above its result, whatever the size
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,13 +131,6 @@ def from_module(module: nn.Module, label: str) -> Source:
         raise CheckpointError(f"{label}: tensor {on_meta[0]!r} is on the meta device; load its weights first")
     plain = from_state_dict(state, label)
     skeleton = make_skeleton(module) if can_copy(module) else None
-    config: Any = getattr(module, "config", None)
-    files: dict[str, bytes] = {}
-    if hasattr(config, "to_json_string"):
-        files["config.json"] = config.to_json_string(use_diff=False).encode()
-        generation = getattr(module, "generation_config", None)
-        if generation is not None:
-            files["generation_config.json"] = generation.to_json_string().encode()
     buffers = dict(module.named_buffers())
     return Source(
         label=label,
@@ -146,12 +140,29 @@ def from_module(module: nn.Module, label: str) -> Source:
         scalar_buffers=frozenset(n for n, b in buffers.items() if b.dim() == 0),
         card=ModelCard(
             skeleton=None if skeleton is None else lambda: skeleton,
-            files=files,
+            files=_configuration(module),
             model_class=f"{type(module).__module__}.{type(module).__qualname__}",
             shardings=plain.card.shardings,
         ),
         devices=plain.devices,
     )
+
+
+def _configuration(module: nn.Module) -> dict[str, bytes]:
+    """The files that save_pretrained would write beside an HF model's weights; none for other modules."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    # Only save_pretrained notes the class and the dtype in the configuration; a model in memory may lack both.
+    settings = json.loads(config.to_json_string(use_diff=False))
+    settings["architectures"] = settings.get("architectures") or [type(module).__name__]
+    if settings.get("dtype") is None and hasattr(module, "dtype"):
+        settings["dtype"] = str(module.dtype).removeprefix("torch.")
+    files = {"config.json": json.dumps(settings, indent=2).encode()}
+    generation: Any = getattr(module, "generation_config", None)
+    if generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
 
 
 def from_safetensors(paths: list[Path], label: str) -> Source:

@@ -235,3 +235,19 @@ def test_a_class_that_this_transformers_does_not_have(tmp_path: Path) -> None:
         torch.testing.assert_close(merged[name], tensor * 1.5)
     merge_store(tmp_path / "store", [1.0], tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config
+
+
+def test_a_model_in_memory_leaves_complete_model_directories(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_gpt2()  # made of a configuration, never saved
+    engine = pf.stack(base, {"one": perturbed(base, 1), "two": perturbed(base, 2)})
+    engine.save(tmp_path / "store")
+    loaded = pf.load(tmp_path / "store")
+    assert type(loaded.module) is type(base)
+    assert same(loaded.merge([0.3, 0.7]), engine.merge([0.3, 0.7]))
+    merge_store(tmp_path / "store", [0.3, 0.7], tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == base.dtype
+    ids = torch.arange(12).view(1, 12)
+    torch.testing.assert_close(model(ids).logits, engine.merge([0.3, 0.7])(ids).logits)
