@@ -71,6 +71,12 @@ SETTINGS = (
     Setting(
         "tensor, lr 0.2, low_discrepancy", {"route": "tensor"}, {"lr": 2e-1, "sampler": "low_discrepancy"}
     ),
+    Setting("tensor, lr 0.06, antithetic", {"route": "tensor"}, {"lr": 6e-2, "sampler": "antithetic"}),
+    Setting(
+        "tensor, lr 0.06, low_discrepancy, 2 preferences a step (twice the cost)",
+        {"route": "tensor"},
+        {"lr": 6e-2, "sampler": "low_discrepancy", "preferences_per_step": 2},
+    ),
     Setting("tensor, lr 0.03, antithetic", {"route": "tensor"}, {"lr": 3e-2, "sampler": "antithetic"}),
 )
 

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = load(chosen.quick)
     rows = experiment_tables.measure(experiment, results)
     print(experiment_tables.markdown(rows))
-    if not chosen.only:
+    if not chosen.only or chosen.out:
         experiment_tables.write(experiment, results, rows, out)
         print(f"wrote {out / f'experiment_{name}'}*.csv")
     return 0
