@@ -11,7 +11,7 @@ from benchmarks import experiment_ablation, experiment_plots
 from benchmarks.experiment_plots import longest, mean, runs_of_ours
 from benchmarks.experiment_tables import Row, markdown, read, read_points, spread_of
 
-ORDER = ("vision", "vision3", "text", "lm", "openclip")
+ORDER = ("vision", "vision3", "text", "language", "openclip")
 """Sections first; others follow by name."""
 
 INTRODUCTION = """# Experiments
