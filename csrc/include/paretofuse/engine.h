@@ -62,7 +62,7 @@ struct Target {
 };
 
 struct Options {
-  int threads = 0;   // of one merge; 0: as many as this process may use
+  int threads = 0;   // of one merge; 0: as many as the model is worth and the machine has
   int replicas = 2;  // how many sets of merged weights `acquire` may keep
   std::string isa;   // forces an instruction set, see isa.h
 };

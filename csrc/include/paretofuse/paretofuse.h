@@ -41,7 +41,7 @@ typedef struct paretofuse_engine paretofuse_engine;
 typedef struct paretofuse_replica paretofuse_replica;
 
 typedef struct {
-  int32_t threads;  /* of one merge; 0: as many as this process may use */
+  int32_t threads;  /* of one merge; 0: as many as the model is worth and the machine has */
   int32_t replicas; /* sets of merged weights for paretofuse_acquire; 0: two */
   const char* isa;  /* forces an instruction set; null: the best of this machine */
 } paretofuse_options;

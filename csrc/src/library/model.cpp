@@ -14,12 +14,16 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-int thread_count(int wanted) {
+constexpr std::int64_t kBytesPerThread = 4 << 20;  // less is merged before a second thread has started
+
+// moved: bytes that a merge reads and writes.
+int thread_count(int wanted, std::int64_t moved) {
   if (wanted < 0 || wanted > 1024) {
     throw std::invalid_argument("threads: got " + std::to_string(wanted) + ", expected 0 to 1024");
   }
   if (wanted > 0) return wanted;
-  return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 1024u));
+  const std::int64_t useful = std::clamp<std::int64_t>(moved / kBytesPerThread, 1, 1024);
+  return static_cast<int>(std::clamp<std::int64_t>(std::thread::hardware_concurrency(), 1, useful));
 }
 
 // Bytes of the tensors of one role, each on a cache line.
@@ -32,7 +36,7 @@ std::size_t reserve(std::size_t* end, std::int64_t nbytes) {
 }  // namespace
 
 Model::Model(Store store, const Options& options)
-    : store_(std::move(store)), threads_(thread_count(options.threads)), isa_(options.isa) {
+    : store_(std::move(store)), threads_(options.threads), isa_(options.isa) {
   chosen_isa(isa_);  // refuses one that this machine lacks
   for (const std::string& group : store_.manifest.groups) {
     rows_.emplace(group, static_cast<std::int64_t>(rows_.size()));
@@ -61,6 +65,8 @@ Model::Model(Store store, const Options& options)
     }
     places_.push_back(place);
   }
+  const auto moved = static_cast<std::int64_t>(routed_bytes_ * (store_.manifest.objectives.size() + 2));
+  threads_ = thread_count(options.threads, moved);
   statics_ = std::make_unique<const Buffer>(static_bytes);
   routed_plan_ = std::make_unique<MergePlan>(plan(routed_));
 }
