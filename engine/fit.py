@@ -31,10 +31,10 @@ def fit(
     method: str | Solver = "ls",
     *,
     steps: int = 400,
-    lr: float = 1e-2,
+    lr: float = 6e-2,
     lr_end: float = 0.1,
     options: Mapping[str, Any] | None = None,
-    sampler: SamplerName = "dirichlet",
+    sampler: SamplerName = "low_discrepancy",
     alpha: float = 1.0,
     corner_every: int = 0,
     preferences_per_step: int = 1,
@@ -67,8 +67,9 @@ def fit(
         lr: Adam's learning rate at the start.
         lr_end: its share left at the end, 0 to 1.
         options: the solver's own options, by name; only with a solver's name.
-        sampler: how preferences are drawn: "dirichlet", "antithetic", "stratified" or "low_discrepancy".
-        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners.
+        sampler: how preferences are drawn: "low_discrepancy", "dirichlet", "antithetic" or "stratified".
+        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners, with
+            "dirichlet" or "antithetic".
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
         preferences_per_step: preferences in one step; each costs as much as a step with one.
         accumulate: batches of each objective for each preference.
