@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import experiment_tables
+from benchmarks.demo import as_text
 from benchmarks.experiment import Experiment
 from benchmarks.experiment_contenders import Contender, contenders, learned
 from benchmarks.experiment_run import Load, Plan, run_contenders
-from benchmarks.experiment_tables import Row, as_text, spread_of
+from benchmarks.experiment_tables import Row, spread_of
 
 PLAIN = "plain"
 PLAIN_STACK: Mapping[str, Any] = {"route": "module", "init": "identity"}

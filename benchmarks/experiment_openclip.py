@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paretofuse as pf
+from benchmarks.demo import Shuffled
 from benchmarks.experiment import Context, Experiment, Outcome, fine_tune
 from benchmarks.experiment_contenders import OURS_FIT, OURS_STACK, trainable
-from benchmarks.experiment_vision import Shuffled, Sizes, tasks_of
+from benchmarks.experiment_vision import Sizes, tasks_of
 from benchmarks.images import Part, Task
 from benchmarks.record import BenchmarkError
 from paretofuse.engine.stream import merge_store

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import paretofuse as pf
+from benchmarks.demo import as_text
 from benchmarks.experiment import Experiment
 from benchmarks.experiment_run import Result
 
@@ -208,19 +209,6 @@ def spread_of(values: Sequence[float], digits: int) -> str:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def as_text(cells: Sequence[Sequence[str]]) -> str:
-    """Aligned Markdown, which reads well in a terminal too."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [row[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
 def _span(experiment: Experiment, results: Sequence[Result]) -> list[float] | None:

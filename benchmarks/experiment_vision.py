@@ -7,16 +7,16 @@ negative and counted from the other end (label 9 - d): as they are, they would b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import paretofuse as pf
 from benchmarks import pwemoe
+from benchmarks.demo import Shuffled, cross_entropy
 from benchmarks.experiment import Experiment, fine_tune
 from benchmarks.images import Part, Task, digits_tasks, load_tasks
 from benchmarks.record import ROOT
@@ -41,24 +41,6 @@ class Sizes:
 
 
 QUICK = Sizes(4, 6, 8, 4, 40, 4, (2, 3), 3)
-
-
-class Shuffled:
-    """A task's training images as batches, in a new order (torch's random state) each time it is iterated."""
-
-    def __init__(self, part: Part, size: int) -> None:
-        self._part = part
-        self._size = size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(self._part.labels)).split(self._size):
-            yield self._part.images[rows], self._part.labels[rows]
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of a batch (images, labels)."""
-    images, labels = batch
-    return F.cross_entropy(model(images), labels)
 
 
 def accuracies(tasks: Sequence[Task], model: nn.Module) -> dict[str, float]:
