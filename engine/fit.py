@@ -34,7 +34,7 @@ def fit(
     lr: float = 6e-2,
     lr_end: float = 0.1,
     options: Mapping[str, Any] | None = None,
-    sampler: SamplerName = "low_discrepancy",
+    sampler: SamplerName | None = None,
     alpha: float = 1.0,
     corner_every: int = 0,
     preferences_per_step: int = 1,
@@ -67,7 +67,8 @@ def fit(
         lr: Adam's learning rate at the start.
         lr_end: its share left at the end, 0 to 1.
         options: the solver's own options, by name; only with a solver's name.
-        sampler: how preferences are drawn: "low_discrepancy", "dirichlet", "antithetic" or "stratified".
+        sampler: how preferences are drawn: "low_discrepancy", "dirichlet", "antithetic" or "stratified"; by default
+            "low_discrepancy", or "dirichlet" where alpha is given.
         alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners, with
             "dirichlet" or "antithetic".
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
@@ -99,7 +100,7 @@ def fit(
         steps=steps,
         lr=lr,
         lr_end=lr_end,
-        sampler=sampler,
+        sampler=sampler or ("low_discrepancy" if alpha == 1 else "dirichlet"),
         alpha=alpha,
         corner_every=corner_every,
         preferences_per_step=preferences_per_step,

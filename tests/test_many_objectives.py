@@ -52,6 +52,7 @@ def test_fit_and_sweep(count: int, method: str) -> None:
         steps=120 if method == "ls" else 40,
         preferences_per_step=2,
         alpha=0.3,
+        lr=1e-2,
         progress=False,
     )
     after = front_of()
@@ -75,5 +76,5 @@ def scalarized_optimum(r: np.ndarray, objectives: dict[str, Any]) -> float:
 def test_validation_of_sixteen_objectives() -> None:
     engine, objectives = problem(16)
     validation = pf.Validation(lambda m: pf.evaluate(m, objectives), every=10, patience=3)
-    records = pf.fit(engine, objectives, steps=30, validation=validation, progress=False)
+    records = pf.fit(engine, objectives, steps=30, lr=1e-2, validation=validation, progress=False)
     assert records[-1]["validation"] > records[0]["validation"] > 0

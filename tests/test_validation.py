@@ -15,17 +15,21 @@ from paretofuse.engine.engine import Engine
 from tests.test_fit import Point, StopError, equal, problem, state
 
 
+WORST = 3.0
+"""The reference of every hypervolume here."""
+
+
 def losses_of(objectives: list[pf.Objective]) -> Any:
     return lambda module: pf.evaluate(module, objectives)
 
 
 def held_out(objectives: list[pf.Objective], every: int = 5, patience: int = 2) -> pf.Validation:
-    return pf.Validation(losses_of(objectives), every=every, patience=patience)
+    return pf.Validation(losses_of(objectives), every=every, patience=patience, reference=(WORST, WORST))
 
 
 def volume(engine: Engine, objectives: list[pf.Objective]) -> float:
     front = pf.sweep(engine, losses_of(objectives), pf.simplex_grid(2, 5), maximize=False, progress=False)
-    return front.hypervolume(3.0)
+    return front.hypervolume(WORST)
 
 
 def worse_after(count: int) -> Any:
