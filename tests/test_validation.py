@@ -14,7 +14,6 @@ import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from tests.test_fit import Point, StopError, equal, problem, state
 
-
 WORST = 3.0
 """The reference of every hypervolume here."""
 
