@@ -323,7 +323,7 @@ def plot(path: Path = DATA / "training_memory.csv", picture: Path = PICTURE) -> 
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_xticks([2, 4, 8, 16])
-    axes[0, 0].legend(frameon=False)
+    axes[0, 1].legend(frameon=False, loc="upper left")
     figure.savefig(picture, dpi=140, facecolor="white")
 
 
