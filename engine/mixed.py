@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paretofuse.kernels.reference import merge_tensor_reference
 from paretofuse.kernels.routed_linear import routed_linear
 
 
@@ -55,10 +56,7 @@ class RoutedWeight:
 
     def dense(self) -> Tensor:
         """Mixed anew each time, differentiable in the routing weights."""
-        mixed = self.base.float()
-        for weight, delta in zip(self.mix[self.row], self.deltas, strict=True):
-            mixed = mixed + weight * delta.float()
-        return mixed.to(self.base.dtype)
+        return merge_tensor_reference(self.base, list(self.deltas), self.mix[self.row], self.base.dtype)
 
 
 class RoutedLinear(nn.Module):

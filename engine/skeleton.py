@@ -7,6 +7,7 @@ any module, ties and hooks included, that holds the given tensors and never a se
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Collection, Mapping
 
 import torch
@@ -20,9 +21,9 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def can_copy(module: nn.Module) -> bool:
     """Whether a module can be copied; what FSDP2's fully_shard has taken hold of cannot."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return not any(isinstance(part, FSDPModule) for part in module.modules())
+    # Whoever has sharded a module has imported FSDP; importing it for everybody else would take half a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is None or not any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
 def make_skeleton(module: nn.Module) -> nn.Module:
