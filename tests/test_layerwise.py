@@ -244,7 +244,9 @@ def test_peak_memory_is_a_layer_or_two(tmp_path: Path) -> None:
     for mode in ("layerwise", "merged"):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(store), mode],
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            # glibc raises its threshold for giving freed blocks back as it sees large ones, so that its peak would depend
+            # on chance (10 to 19 layers here); a fixed one shows what is alive.
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
             capture_output=True,
             text=True,
             check=False,
@@ -254,8 +256,8 @@ def test_peak_memory_is_a_layer_or_two(tmp_path: Path) -> None:
         if mode == "layerwise":
             assert mapped < 10e6  # the pages were let go
     layer = 4 * 1024 * 1024
-    # One layer's base and deltas (5), its weight, the gradient's product, and a few for the allocator.
-    assert peaks["layerwise"] < 15 * layer
+    # One layer's base and deltas (5), its weight or the gradient's product, and a little.
+    assert peaks["layerwise"] < 9 * layer
     assert peaks["merged"] > 60 * layer
 
 
