@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+import paretofuse as pf
 from benchmarks import experiment_tables
 from benchmarks.demo import as_text
-from benchmarks.experiment import Experiment
-from benchmarks.experiment_contenders import Contender, contenders, learned
+from benchmarks.experiment import Contend, Context, Experiment, Outcome
+from benchmarks.experiment_contenders import OURS_FIT, OURS_STACK, Contender, contenders, learned
 from benchmarks.experiment_run import Load, Plan, run_contenders
 from benchmarks.experiment_tables import Row, spread_of
+from paretofuse.engine.data import Batches
 
 PLAIN = "plain"
 PLAIN_STACK: Mapping[str, Any] = {"route": "module", "init": "identity"}
@@ -30,12 +34,13 @@ PLAIN_FIT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A change of the plain setting: arguments of pf.stack and of pf.fit, and the length of the run."""
+    """A change of the plain setting: arguments of pf.stack and of pf.fit, the length of the run, early stopping."""
 
     name: str
     stack: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     longer: float = 1.0
+    stop: bool = False
 
 
 SETTINGS = (
@@ -79,7 +84,33 @@ SETTINGS = (
         {"lr": 6e-2, "sampler": "low_discrepancy", "preferences_per_step": 2},
     ),
     Setting("tensor, lr 0.03, antithetic", {"route": "tensor"}, {"lr": 3e-2, "sampler": "antithetic"}),
+    Setting("regularization 0.01", fit={"regularization": 1e-2}),
+    Setting("regularization 0.1", fit={"regularization": 1e-1}),
+    Setting("early stop", stop=True),
+    Setting("ours", OURS_STACK, OURS_FIT),
+    Setting("ours, module", {}, OURS_FIT),
+    Setting("ours, dirichlet", OURS_STACK, {**OURS_FIT, "sampler": "dirichlet"}),
+    Setting("ours, sqrt", {**OURS_STACK, "init": "sqrt"}, OURS_FIT),
+    Setting("ours, corner every 4", OURS_STACK, {**OURS_FIT, "corner_every": 4}),
+    Setting("ours, regularization 0.1", OURS_STACK, {**OURS_FIT, "regularization": 1e-1}),
+    Setting("ours, early stop", OURS_STACK, OURS_FIT, stop=True),
+    Setting("ours, epo", OURS_STACK, {**OURS_FIT, "method": "epo"}),
+    Setting(
+        "ours, 4 preferences a step, a quarter of the steps",
+        OURS_STACK,
+        {**OURS_FIT, "preferences_per_step": 4},
+        0.25,
+    ),
+    Setting(
+        "ours, 4 preferences a step (four times the cost)",
+        OURS_STACK,
+        {**OURS_FIT, "preferences_per_step": 4},
+    ),
 )
+
+JUDGING_BATCHES = 20
+"""Of each objective, that early stopping judges by: drawn from what routers learn from, but not in their order."""
+STOP_EVERY, STOP_PATIENCE = 25, 3
 
 
 def label(setting: str, budget: int) -> str:
@@ -94,12 +125,36 @@ def listed(experiment: Experiment) -> list[Contender]:
         for setting in SETTINGS:
             stack, fit = {**PLAIN_STACK, **setting.stack}, {**PLAIN_FIT, **setting.fit}
             taken = max(1, round(steps * setting.longer))
-            settings = {"steps": taken, "stack": stack, "fit": fit}
+            settings: dict[str, Any] = {"steps": taken, "stack": stack, "fit": fit}
+            run = learned(taken, stack, fit)
+            if setting.stop:
+                settings |= {"stop": [JUDGING_BATCHES, STOP_EVERY, STOP_PATIENCE]}
+                run = stopping(taken, stack, fit)
             # Short runs first: they are the first to say something.
-            found.append(
-                Contender(label(setting.name, steps), learned(taken, stack, fit), 1 / steps, settings)
-            )
+            found.append(Contender(label(setting.name, steps), run, 1 / steps, settings))
     return found
+
+
+def stopping(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:
+    """As `learned`, but the routers that judged best are kept, and training ends when they stay the best."""
+
+    def run(context: Context) -> Outcome:
+        objectives = context.experiment.objectives
+        batches = []
+        for index, objective in enumerate(objectives):
+            stream = Batches(objective.data, objective.name, context.seed + 1000, index)
+            batches.append([stream.take() for _ in range(JUDGING_BATCHES)])
+
+        def judge(module: nn.Module) -> dict[str, float]:
+            return {
+                objective.name: statistics.mean(float(objective.loss(module, batch)) for batch in own)
+                for objective, own in zip(objectives, batches, strict=True)
+            }
+
+        watched = {**fit, "validation": pf.Validation(judge, every=STOP_EVERY, patience=STOP_PATIENCE)}
+        return learned(steps, stack, watched)(context)
+
+    return run
 
 
 def run(load: Load, plan: Plan, out: Path, say: Callable[[str], None] = print) -> list[Row]:

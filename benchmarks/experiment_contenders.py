@@ -19,6 +19,8 @@ OURS_STACK: Mapping[str, Any] = {"route": "tensor"}
 """Arguments of pf.stack for ours: the best of the ablation on vision, and the same in every experiment."""
 OURS_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
 """The same of pf.fit."""
+SEVERAL = 4
+"""Preferences in one step of the second of our short runs, which so costs as much as that many of the first."""
 
 DENSITY = 0.2
 """Share of each delta that TIES keeps, and that DARE keeps and rescales: TIES's own."""
@@ -65,12 +67,17 @@ def contenders(experiment: Experiment) -> list[Contender]:
             every_seed = name not in experiment.first_seed_only
             found.append(Contender(name, run, 10.0, {"steps": experiment.pwemoe_steps}, every_seed))
     found.append(Contender("dense scalarization", dense_scalarization, 20.0))
-    for steps in experiment.ours_steps:
-        settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": dict(OURS_FIT)}
-        found.append(
-            Contender(f"ours, {steps} steps", learned(steps, OURS_STACK, OURS_FIT), steps / 75, settings)
-        )
+    short = min(experiment.ours_steps)
+    found += [_ours(short), _ours(short, SEVERAL)]
+    found += [_ours(steps) for steps in experiment.ours_steps if steps > short]
     return found
+
+
+def _ours(steps: int, several: int = 1) -> Contender:
+    fit = dict(OURS_FIT) if several == 1 else {**OURS_FIT, "preferences_per_step": several}
+    settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": fit}
+    name = f"ours, {steps} steps" + (f" of {several} preferences" if several > 1 else "")
+    return Contender(name, learned(steps, OURS_STACK, fit), steps * several / 75, settings)
 
 
 def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:

@@ -68,9 +68,9 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def runs_of_ours(names: Sequence[str]) -> list[str]:
-    """Ours with so many steps, nothing else about it, the shortest first."""
-    found = [name for name in names if re.fullmatch(r"ours, \d+ steps", name)]
-    return sorted(found, key=lambda name: int(name.split()[1]))
+    """Ours with so many steps, of one preference or of several, the shortest first."""
+    found = [name for name in names if re.fullmatch(r"ours, \d+ steps( of \d+ preferences)?", name)]
+    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 def longest(names: Sequence[str]) -> str:

@@ -36,13 +36,13 @@ NEUTRAL = 0.4
 class Sizes:
     """Of data and training: sentences of a task, tokens of a sentence, the encoder's layers, steps and batches."""
 
-    train: int = 1500
-    test: int = 300
+    train: int = 2500
+    test: int = 500
     tokens: int = 24
     layers: int = 2
-    expert_steps: int = 80
-    expert_batch: int = 32
-    expert_lr: float = 2e-4
+    expert_steps: int = 300
+    expert_batch: int = 16
+    expert_lr: float = 5e-4
     learning_batch: int = 4
     points: int = 4
     pwemoe_steps: int = pwemoe.STEPS

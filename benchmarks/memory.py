@@ -7,6 +7,7 @@ pages of mapped files. "step" is the peak over two steps (the kernel's VmHWM, re
     ours                    pf.stack, deltas in float32
     ours, bf16 deltas       pf.stack(delta_dtype=bfloat16): float32 base and merges
     ours, mapped store      pf.load: the files are mapped, their pages belong to the page cache and count here too
+    ours, layer by layer    the same with materialize=False: a layer is merged when it runs, then its pages are let go
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from benchmarks.record import (
     resident,
 )
 
-OURS = ("ours", "ours, bf16 deltas", "ours, mapped store")
+LAYERWISE = "ours, layer by layer"
+OURS = ("ours", "ours, bf16 deltas", "ours, mapped store", LAYERWISE)
 CONTENDERS = (*OURS, "plain dense", "PWEMoE")
 TARGET = "<= 0.65"
 
@@ -97,8 +99,7 @@ def measure(name: str, folder: Path, options: Options) -> dict[str, float]:
         step = train_step.pwemoe_step(base, batches)
     else:
         engine = _engine(name, base, experts, folder)
-        assert engine.module is not None  # the live module belongs to the weights
-        step = train_step.our_step(engine, batches)
+        step = train_step.our_step(engine, batches, materialize=name != LAYERWISE)
     del base
     before = resident()
     reset_peak()
@@ -109,7 +110,7 @@ def measure(name: str, folder: Path, options: Options) -> dict[str, float]:
 
 
 def _engine(name: str, base: torch.nn.Module, experts: dict[str, Path], folder: Path) -> pf.Engine:
-    if name == "ours, mapped store":
+    if name in ("ours, mapped store", LAYERWISE):
         return pf.load(folder / "store", module=base)
     return pf.stack(base, experts, delta_dtype=torch.bfloat16 if "bf16" in name else None)
 

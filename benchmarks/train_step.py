@@ -31,14 +31,15 @@ def batch_size(options: Options) -> int:
     return 2 if options.quick else 16
 
 
-def our_step(engine: pf.Engine, batches: list[Batch]) -> Callable[[], object]:
-    """A router step as `pf.fit` takes it, by linear scalarization."""
+def our_step(engine: pf.Engine, batches: list[Batch], *, materialize: bool = True) -> Callable[[], object]:
+    """A router step as `pf.fit` takes it, by linear scalarization; through the fused module unless `materialize`."""
+    module = engine.module if materialize else engine.fused_module
     optimizer = torch.optim.Adam(engine.routers.parameters(), lr=1e-4)
     shares = torch.tensor(PREFERENCE[: len(batches)], dtype=torch.float64)
 
     def step() -> None:
-        weights = engine.train_at(PREFERENCE)
-        rows = [engine.jacobian([clip.classify(engine.module, batch)])[0] for batch in batches]
+        weights = engine.train_at(PREFERENCE, materialize=materialize)
+        rows = [engine.jacobian([clip.classify(module, batch)])[0] for batch in batches]
         direction = torch.tensordot(shares, torch.stack(rows), 1)
         optimizer.zero_grad()
         weights.backward(direction.to(weights.dtype))
