@@ -20,6 +20,23 @@ def beside(target: Path) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
 
 
+def replaceable(target: Path) -> Path:
+    """The directory that `target` is or links to, so that a link stays and what it points to is replaced.
+
+    Raises:
+        ValueError: a directory that cannot be exchanged for another: a mount point, or the current one.
+    """
+    if not target.is_dir():
+        return target
+    target = target.resolve()
+    if target.is_mount() or target == Path.cwd():
+        kind = "a mount point" if target.is_mount() else "the current directory"
+        raise ValueError(
+            f"got {target}, which is {kind} and cannot be replaced as a whole; name a new directory in it"
+        )
+    return target
+
+
 def sync(path: Path) -> None:
     """Wait until a file's data, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -95,6 +95,7 @@ def plan(
     if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):
         raise ValueError(f"got static_weight={static_weight!r}, expected a finite number such as 0.3")
 
+    _check_heads(base, experts, heads)
     own = {objective: _check_names(base, expert, heads) for objective, expert in experts.items()}
     is_head = {name for name in base.infos if _matches(name, heads)}
     merged: list[tuple[str, str]] = []
@@ -145,7 +146,7 @@ def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
     for block in plan.base.blocks(spec.name):
         if block.is_floating_point():
             _check_finite(block, plan.base.label, spec.name)
-        yield block.to(dtype)
+        yield _converted(block, dtype, plan.base.label, spec.name)
 
 
 def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tensor] | None:
@@ -192,10 +193,15 @@ def head_blocks(plan: Plan, objective: str, name: str) -> Iterator[Tensor]:
         CheckpointError: a value is NaN or infinite.
     """
     dtype = head_infos(plan, objective)[name].dtype
-    for block in plan.experts[objective].blocks(name):
+    expert = plan.experts[objective]
+    blocks = expert.blocks(name)
+    if expert.is_delta and name not in expert.replaced:
+        ours = plan.base.blocks(name)
+        blocks = (a.float() + b.to(a.device).float() for a, b in zip(blocks, ours, strict=True))
+    for block in blocks:
         if block.is_floating_point():
-            _check_finite(block, plan.experts[objective].label, name)
-        yield block.to(dtype)
+            _check_finite(block, expert.label, name)
+        yield _converted(block, dtype, expert.label, name)
 
 
 def build(plan: Plan, device: torch.device | None) -> Stack:
@@ -234,7 +240,7 @@ def _constant_dtype(info: TensorInfo, label: str, name: str, dtype: str | None) 
 
 def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Iterator[Tensor]:
     """expert - base, block by block in float32; for sources of deltas, their own blocks."""
-    if expert.is_delta:
+    if expert.is_delta and name not in expert.replaced:
         yield from expert.blocks(name)
         return
     stored = TO_TORCH[spec.dtype]
@@ -270,6 +276,16 @@ def _gather(
     return result
 
 
+def _converted(block: Tensor, dtype: torch.dtype, label: str, name: str) -> Tensor:
+    """A finite block in the dtype that it is stored in, or an error where that makes it infinite."""
+    converted = block.to(dtype)
+    if converted.is_floating_point() and not _is_finite(converted):
+        raise CheckpointError(
+            f"{label}: tensor {name!r} overflows {dtype}; pass dtype=torch.bfloat16 or float32"
+        )
+    return converted
+
+
 def _is_finite(block: Tensor) -> bool:
     """Whether no value is NaN or infinite: both extremes tell, twenty times faster than torch.isfinite."""
     if block.numel() == 0:
@@ -297,6 +313,28 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
+def _check_heads(base: Source, experts: Mapping[str, Source], heads: Sequence[str]) -> None:
+    """ValueError where a pattern names no stored tensor: what was meant would be merged like any other."""
+    sources = (base, *experts.values())
+    names = {name for source in sources for name in source.infos}
+    ties = {alias: name for source in sources for alias, name in source.aliases.items()}
+    for pattern in heads:
+        if any(_matches(name, [pattern]) for name in names):
+            continue
+        tied = next(
+            (
+                f"; {alias!r} is tied to {name!r}"
+                for alias, name in ties.items()
+                if _matches(alias, [pattern])
+            ),
+            "",
+        )
+        raise ValueError(
+            f"got heads={list(heads)}, but {pattern!r} matches no tensor{tied}; correct the name, or name what it "
+            "is tied to"
+        )
+
+
 def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[str, ...]:
     """Compare names and shapes; returns the expert's own tensors (its head).
 
@@ -309,7 +347,8 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
     theirs = {**expert.infos, **{a: expert.infos[n] for a, n in expert.aliases.items()}}
     ours = {**base.infos, **{a: base.infos[n] for a, n in base.aliases.items()}}
     head = tuple(name for name in expert.infos if _matches(name, heads))
-    extra = [n for n in theirs if n not in ours and n not in head and expert.aliases.get(n) not in ours]
+    known = {*ours, *head}
+    extra = [name for name in theirs if name not in known and expert.aliases.get(name) not in known]
     missing = (
         []
         if expert.is_delta

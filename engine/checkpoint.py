@@ -59,14 +59,16 @@ def write_checkpoint(
         beside.unlink(missing_ok=True)
 
 
-def read_checkpoint(
-    path: Path, routers: Routers, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Restore routers, optimizer and random states; returns the rest of the state, and the copies.
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` was given as `state`; restores nothing.
 
     Raises:
-        StoreError: the file is damaged or is not a checkpoint of such routers.
+        StoreError: the file is damaged or is not a checkpoint.
     """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -77,6 +79,18 @@ def read_checkpoint(
         raise StoreError(
             f"{path}: not a ParetoFuse checkpoint (format {metadata.get('format')!r}, not {FORMAT!r})"
         )
+    return tensors, json.loads(metadata["state"])
+
+
+def read_checkpoint(
+    path: Path, routers: Routers, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Restore routers, optimizer and random states; returns the rest of the state, and the copies.
+
+    Raises:
+        StoreError: the file is damaged or is not a checkpoint of such routers.
+    """
+    tensors, state = _read(path)
     own = {name: tensors[f"routers.{name}"] for name in routers.state_dict() if f"routers.{name}" in tensors}
     try:
         routers.load_state_dict(own)
@@ -99,4 +113,4 @@ def read_checkpoint(
         if name.startswith("copy."):
             _, label, own_name = name.split(".", 2)
             copies.setdefault(label, {})[own_name] = tensor
-    return json.loads(metadata["state"]), copies
+    return state, copies

@@ -208,7 +208,10 @@ class Engine:
             for spec in self.layout.tensors:
                 tensor = whole[spec.name]
                 state.update(dict.fromkeys((spec.name, *spec.aliases), tensor))
-            state.update({name: tensor.clone() for name, tensor in own.items()})
+            for name, tensor in own.items():
+                shared = self.layout.by_name.get(name)
+                names = (name, *shared.aliases) if shared is not None else (name,)
+                state.update(dict.fromkeys(names, tensor.clone()))
             states.append(state)
         return states if self._many(preference, weights) else states[0]
 

@@ -181,7 +181,7 @@ class LayerwiseWeight:
 
     def dense(self) -> Tensor:
         """[O, I], merged anew each time, for code that asks a layer for its weight."""
-        weight = merge_tensor_reference(self.base, self.deltas, self.mix.detach()[self.row], self.base.dtype)
+        weight = merge_tensor_reference(self.base, self.deltas, self.mix[self.row], self.base.dtype)
         return weight.T if self.transposed else weight
 
 

@@ -74,6 +74,7 @@ class Source:
         scalar_buffers: names of 0-dim buffers, taken from the base as they are.
         card: what is known of the model besides its tensors.
         is_delta: the tensors are deltas already, and absent ones are zero (LoRA).
+        replaced: with is_delta, names of tensors that are no deltas but stand for the base's (modules_to_save).
     """
 
     label: str
@@ -83,6 +84,7 @@ class Source:
     scalar_buffers: frozenset[str] = frozenset()
     card: ModelCard = field(default_factory=ModelCard)
     is_delta: bool = False
+    replaced: frozenset[str] = frozenset()
     devices: Mapping[str, torch.device] = field(default_factory=dict)
 
     def blocks(self, name: str) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import numpy as np
 
-from paretofuse.engine.atomic import beside, place_directory, sync, sync_tree
+from paretofuse.engine.atomic import beside, place_directory, replaceable, sync, sync_tree
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout
 from paretofuse.engine.manifest import (
@@ -239,6 +239,23 @@ def is_store(path: Path) -> bool:
         return False
 
 
+def _foreign_file(path: Path) -> str | None:
+    """A file in a store's directory that is not the store's, if there is one."""
+    try:
+        own = {MANIFEST, *read_manifest(path).files}
+    except StoreError:  # damaged or of another version: which files are its own, only their places tell
+        own = None
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_dir():
+            continue
+        if own is not None and name.as_posix() not in own:
+            return name.as_posix()
+        if own is None and name.parts[0] not in (MANIFEST, BASE, ROUTERS, "experts", "heads", "model"):
+            return name.as_posix()
+    return None
+
+
 class StoreWriter:
     """Writes a store beside its place and puts it there whole when it is finished.
 
@@ -259,7 +276,7 @@ class StoreWriter:
         Raises:
             ValueError: something stands there that is no store, or a store and `overwrite` is False.
         """
-        self.path = Path(path)
+        self.path = replaceable(Path(path))
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
@@ -359,6 +376,11 @@ class StoreWriter:
         if not self.path.is_dir() or (any(self.path.iterdir()) and not is_store(self.path)):
             raise ValueError(
                 f"got {self.path}, which exists and is not a store; choose another place or remove it"
+            )
+        if other := _foreign_file(self.path):
+            raise ValueError(
+                f"got {self.path}, which holds a file that is not its own ({other}) and would be lost; move it, or "
+                "choose another place"
             )
         if not self._overwrite and is_store(self.path):
             raise ValueError(f"got {self.path}, which is a store already; remove it or allow overwriting")

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from paretofuse.engine import native
-from paretofuse.engine.atomic import beside, place_directory, place_file, sync, sync_tree
+from paretofuse.engine.atomic import beside, place_directory, place_file, replaceable, sync, sync_tree
+from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, TensorSpec
 from paretofuse.engine.preference import Preference, as_preference
 from paretofuse.engine.routing import routing_weights
-from paretofuse.engine.safetensors_file import SafetensorsWriter, TensorView
+from paretofuse.engine.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorView
 from paretofuse.engine.store import Progress, Store
 
 WEIGHTS_FILES = {"open_clip_config.json": "open_clip_model.safetensors"}
@@ -27,6 +28,9 @@ WEIGHTS_FILES = {"open_clip_config.json": "open_clip_model.safetensors"}
 
 HUGGING_FACE_WEIGHTS = "model.safetensors"
 """Their name in all other directories, as Hugging Face's from_pretrained expects it."""
+
+METADATA = {"format": "pt", "written_by": "paretofuse merge"}
+"""In the header of every merge: the first for transformers, the second so that only merges are replaced by merges."""
 
 BATCH_BYTES = 8 << 20
 """Output bytes merged at once."""
@@ -89,7 +93,7 @@ def merge_store(
         store: the store, or its directory.
         preference: the preference, if no weights are given.
         out: a directory (the weights and the model's own files), or a path that ends in .safetensors.
-            An earlier merge there is replaced.
+            An earlier merge there is replaced, and nothing else is.
         weights: routing weights [G, E] instead of a preference.
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
@@ -105,7 +109,7 @@ def merge_store(
     table = _weight_rows(store, preference, weights)
     sources = _sources(store, head)
     native.chosen_isa(isa)  # refuses before anything is written
-    target = Path(os.path.abspath(out))
+    target = replaceable(Path(os.path.abspath(out)))
     files = store.model_files(head)
     weights_file = next(
         (WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS
@@ -115,6 +119,7 @@ def merge_store(
         _check_directory(target, {weights_file, *files})
     elif target.is_dir():
         raise ValueError(f"got {target}, which is a directory, expected a file; choose another name")
+    _check_ours(target if is_file else target / weights_file)
     new = beside(target)
     try:
         if is_file:
@@ -191,6 +196,20 @@ def _check_directory(target: Path, names: set[str]) -> None:
                 )
 
 
+def _check_ours(weights: Path) -> None:
+    """ValueError where a weights file stands that no merge has written: it may be somebody's original."""
+    if not weights.exists():
+        return
+    try:
+        ours = SafetensorsFile(weights).metadata == METADATA
+    except StoreError:
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"got {weights}, which exists and was not written by a merge; choose another place or remove it"
+        )
+
+
 def _write_weights(
     store: Store,
     sources: Sequence[_Source],
@@ -211,7 +230,7 @@ def _write_weights(
     syncing: Future[None] | None = None
     ran: str | None = None
     with (
-        SafetensorsWriter(path, metadata={"format": "pt"}, reserve=1024 + 256 * len(sources)) as writer,
+        SafetensorsWriter(path, metadata=METADATA, reserve=1024 + 256 * len(sources)) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="paretofuse-sync") as syncer,
         ThreadPoolExecutor(1, thread_name_prefix="paretofuse-write") as pen,
     ):

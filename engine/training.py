@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.checkpoint import read_checkpoint, write_checkpoint
+from paretofuse.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from paretofuse.engine.data import Batches, Objective
 from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
 from paretofuse.engine.engine import Engine
@@ -174,8 +177,8 @@ class Run:
             ValueError: it belongs to a run with other settings.
             StoreError: it is damaged.
         """
+        _check_same(path, read_state(path)["settings"], self._identity())
         state, copies = read_checkpoint(path, self.engine.routers, self.optimizer)
-        _check_same(path, state["settings"], self._identity())
         if self.settings.regularization:
             self.start.load_state_dict(copies["start"])
         if self.watch is not None:
@@ -226,10 +229,36 @@ class Run:
         record |= {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}
         return record if self.watch is None else record | {"validation": self.watch.score}
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Tells one base and its experts from others, by the first numbers of each tensor."""
+        digest = hashlib.sha256()
+        for tensors in (self.engine._stack.base, *self.engine._stack.deltas):
+            for name, tensor in tensors.items():
+                first = tensor.detach().flatten()[:64].contiguous().cpu()
+                digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to belong to this run."""
+        """What must be the same for a checkpoint to belong to this run, as JSON gives it back."""
         watch = None if self.watch is None else self.watch.identity()
-        return {"objectives": list(self.engine.objectives), "validation": watch, **asdict(self.settings)}
+        identity = {
+            "objectives": list(self.engine.objectives),
+            "groups": list(self.engine.groups),
+            "init": self.engine.routers.init,
+            "weights": self._fingerprint,
+            "validation": watch,
+            **asdict(self.settings),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(identity, default=_plain))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, such as a solver's options: arrays as lists, functions and objects by name."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _check_loss(loss: Tensor, name: str) -> None:

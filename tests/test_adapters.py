@@ -99,6 +99,43 @@ def test_lora_errors(tmp_path: Path) -> None:
         pf.stack(base, {"x": tmp_path / "lora"})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_changed_the_base_is_refused(start: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(6, 5))
+    lora(base, tmp_path / "lora", 1, target_modules=["0"], init_lora_weights=start)
+    with pytest.raises(pf.CheckpointError, match=f"init_lora_weights='{start}'.*merge_and_unload"):
+        pf.stack(base, {"x": tmp_path / "lora"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_lora_experts(tmp_path: Path) -> None:
+    """A classifier's LoRA keeps its head whole (modules_to_save); the merge holds that head, bit for bit."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )  # fmt: skip
+    base = GPT2ForSequenceClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    settings = {"task_type": "SEQ_CLS", "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    trained = {
+        name: lora(base, tmp_path / name, i, **settings).eval() for i, name in enumerate(("cola", "sst2"))
+    }
+    experts = {name: tmp_path / name for name in trained}
+    ids = torch.arange(8).unsqueeze(0)
+    pf.stack(tmp_path / "base", experts, heads=["score"]).save(tmp_path / "store")
+    for engine in (pf.stack(tmp_path / "base", experts, heads=["score"]), pf.load(tmp_path / "store")):
+        for name, model in trained.items():
+            merged = engine.merge({name: 1.0}, head=name)
+            assert torch.equal(merged.score.weight, model.score.weight)
+            torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    merge_store(tmp_path / "store", {"cola": 1}, tmp_path / "out", head="cola")
+    again = GPT2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(ids).logits, trained["cola"](ids).logits, rtol=1e-5, atol=1e-6)
+
+
 CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,61 @@ def test_heads_that_only_experts_have() -> None:
     merged = engine.merge({"b": 1.0}, head="b")
     x = torch.randn(5, 4)
     torch.testing.assert_close(merged(x), experts["b"](x))
+
+
+def test_heads_whose_tensors_are_tied() -> None:
+    class Twice(Classifier):
+        def __init__(self, seed: int) -> None:
+            torch.manual_seed(seed)
+            super().__init__(2)
+            self.again = nn.Linear(4, 2)
+            self.again.weight = self.classifier.weight
+
+    base, expert = Twice(0), Twice(1)
+    engine = pf.stack(base, {"a": expert}, heads=["classifier", "again"])
+    merged, tensors = engine.merge([1.0], head="a"), engine.merge_state_dict([1.0], head="a")
+    assert merged.again.weight is merged.classifier.weight
+    for found in (merged.classifier.weight, tensors["classifier.weight"], tensors["again.weight"]):
+        assert torch.equal(found, expert.classifier.weight)
+    # The same where the base has no head at all.
+    body = {name: t for name, t in base.state_dict().items() if name.startswith("body")}
+    engine = pf.stack(body, {"a": expert}, heads=["classifier", "again"])
+    torch.testing.assert_close(engine.merge([1.0], head="a").classifier.weight, expert.classifier.weight)
+
+
+def test_head_names_that_match_nothing() -> None:
+    base, experts = Classifier(2), {"a": Classifier(2)}
+    with pytest.raises(ValueError, match=r"'clasifier' matches no tensor; correct"):
+        pf.stack(base, experts, heads=["clasifier"])
+    gpt2 = tiny_gpt2()
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is tied to 'transformer.wte.weight'"):
+        pf.stack(gpt2, {"a": perturbed(gpt2, 1)}, heads=["lm_head"])
+
+
+def test_a_store_with_heads_and_a_given_module(tmp_path: Path) -> None:
+    base, experts = Classifier(2), {"a": Classifier(2), "b": Classifier(3)}
+    pf.stack(base, experts, heads=["classifier"]).save(tmp_path / "store")
+    engine = pf.load(tmp_path / "store", module=Classifier(2))
+    assert torch.equal(engine.merge([0, 1], head="b").classifier.weight, experts["b"].classifier.weight)
+    with pytest.raises(ValueError, match="the store's tensors and Linear do not fit"):
+        pf.load(tmp_path / "store", module=nn.Linear(7, 7))
+
+
+def test_float16_that_overflows_is_an_error() -> None:
+    large = {"w": torch.tensor([1e5, 1.0]), "head": torch.tensor([1.0])}
+    fine = {"w": torch.tensor([0.0, 1.0]), "head": torch.tensor([1e5])}
+    with pytest.raises(
+        pf.CheckpointError, match=r"the base: tensor 'w' overflows torch.float16; pass dtype="
+    ):
+        pf.stack(large, {"a": large}, dtype=torch.float16)
+    with pytest.raises(pf.CheckpointError, match=r"expert 'a': tensor 'head' overflows torch.float16"):
+        pf.stack({**fine, "head": torch.ones(1)}, {"a": fine}, heads=["head"], dtype=torch.float16)
+
+
+def test_expert_names_that_are_one_as_text() -> None:
+    base, experts = net_and_experts(count=2)
+    with pytest.raises(ValueError, match="differ as text"):
+        pf.stack(base, {1: experts["a"], "1": experts["b"]})
 
 
 def test_a_tied_gpt2_stays_tied() -> None:

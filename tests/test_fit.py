@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,9 @@ def loss(module: nn.Module, batch: Any) -> Tensor:
     return nn.functional.mse_loss(module(x), y)
 
 
-def problem() -> tuple[Engine, list[pf.Objective]]:
+def problem(seed: int = 0, **stacked: Any) -> tuple[Engine, list[pf.Objective]]:
     """Two regression tasks, each with an expert that was really trained on it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base = Noisy()
     x = torch.randn(64, 6)
     targets = {"left": x[:, :1].sin(), "right": -x[:, :1].sin() + 0.5 * x[:, 1:2]}
@@ -48,7 +49,7 @@ def problem() -> tuple[Engine, list[pf.Objective]]:
             loss(expert, (x, y)).backward()
             optimizer.step()
         experts[name] = expert
-    engine = pf.stack(base, experts)
+    engine = pf.stack(base, experts, **stacked)
     engine.module.train()
     objectives = [
         pf.Objective(name, DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True), loss)
@@ -163,10 +164,39 @@ def test_wrong_checkpoints(tmp_path: Path) -> None:
     pf.fit(engine, objectives, steps=2, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match=r"seed=0 \(now 5\)"):
         pf.fit(engine, objectives, steps=2, seed=5, checkpoint=path, progress=False)
+    kept = path.read_bytes()
+    other, _ = problem()
+    with torch.no_grad():
+        other.routers.output.bias.add_(1)
+    before = state(other)
+    for change in ({"seed": 5}, {"steps": 3}):
+        with pytest.raises(ValueError, match="use the same settings"):
+            pf.fit(other, objectives, **{"steps": 2, "checkpoint": path, "progress": False, **change})
+    assert equal(before, state(other))  # a refusal changes nothing
+    assert path.read_bytes() == kept
+    starts = {"init": {"init": "sqrt"}, "groups": {"route": "tensor"}}
+    for word, settings in starts.items():
+        with pytest.raises(ValueError, match=word):
+            pf.fit(problem(**settings)[0], objectives, steps=2, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="weights="):  # experts that were trained anew
+        pf.fit(problem(seed=7)[0], objectives, steps=2, checkpoint=path, progress=False)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(pf.StoreError, match="not a readable checkpoint"):
         pf.fit(engine, objectives, steps=2, checkpoint=path, progress=False)
     assert not list(tmp_path.glob(".*tmp"))
+
+
+@pytest.mark.parametrize("ideal", [(0.0, 0.0), np.zeros(2)])
+def test_solver_options_of_any_kind_are_kept_and_resumed(tmp_path: Path, ideal: Any) -> None:
+    engine, objectives = problem()
+    settings = {
+        "method": "stch",
+        "options": {"ideal": ideal},
+        "checkpoint": tmp_path / "c",
+        "progress": False,
+    }
+    assert len(pf.fit(engine, objectives, steps=2, **settings)) == 2
+    assert pf.fit(engine, objectives, steps=2, **settings) == []
 
 
 def test_callback_ends_the_training(tmp_path: Path) -> None:

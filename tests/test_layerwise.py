@@ -179,6 +179,26 @@ def test_deltas_stay_where_they_are_mapped(tmp_path: Path) -> None:
             assert torch.equal(own[name], value)
 
 
+def test_a_weight_that_the_model_reads_itself_has_its_gradient() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.body(x)), self.out.weight)
+
+    base = Reads()
+    engine = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)})
+    x, found = torch.randn(5, 4), []
+    for materialize in (True, False):
+        engine.train_at([0.3, 0.7], materialize=materialize)
+        module = engine.module if materialize else engine.fused_module
+        found.append(engine.jacobian([module(x).square().sum()]))
+    assert (found[0] != 0).all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_the_live_module_never_holds_two_gradients() -> None:
     """The other mode: hooks reduce each merged weight's gradient before autograd makes the next one's."""
     base = Stairs(6, 32)
@@ -244,9 +264,14 @@ def test_peak_memory_is_a_layer_or_two(tmp_path: Path) -> None:
     for mode in ("layerwise", "merged"):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(store), mode],
-            # glibc raises its threshold for giving freed blocks back as it sees large ones, so that its peak would depend
-            # on chance (10 to 19 layers here); a fixed one shows what is alive.
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+            # glibc raises its threshold for giving freed blocks back as it sees large ones, so that the peak would
+            # depend on chance (10 to 19 layers here); a fixed one shows what is alive.
+            env={
+                **os.environ,
+                "PYTHONPATH": root,
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_MMAP_THRESHOLD_": "1000000",
+            },
             capture_output=True,
             text=True,
             check=False,

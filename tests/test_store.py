@@ -635,6 +635,45 @@ def test_other_things_are_not_replaced(tmp_path: Path, kind: str) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("harm", [None, "damaged", "newer"])
+def test_files_that_are_not_the_stores_own_are_not_lost(store: Path, harm: str | None) -> None:
+    manifest = store / "manifest.json"
+    if harm == "damaged":
+        manifest.write_bytes(manifest.read_bytes()[:-20])
+    elif harm == "newer":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 999}))
+    StoreWriter(store, objectives=OBJECTIVES).__exit__(None, None, None)  # would be replaced
+    (store / "notes").mkdir()
+    (store / "notes" / "front.csv").write_text("precious")
+    with pytest.raises(ValueError, match=r"not its own \(notes/front\.csv\)"):
+        StoreWriter(store, objectives=OBJECTIVES)
+    assert (store / "notes" / "front.csv").read_text() == "precious"
+
+
+def test_another_projects_manifest(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "paretofuse"}')
+    (tmp_path / "app" / "main.js").write_text("precious")
+    with pytest.raises(ValueError, match=r"main\.js"):
+        StoreWriter(tmp_path / "app", objectives=OBJECTIVES)
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    write_store(tmp_path / "v1")
+    (tmp_path / "latest").symlink_to("v1")
+    before = (tmp_path / "v1").stat().st_ino
+    write_store(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "v1").stat().st_ino != before
+    assert leftovers(tmp_path) == []
+
+
+def test_the_current_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the current directory"):
+        StoreWriter(".", objectives=OBJECTIVES)
+
+
 def test_an_empty_directory_is_a_fine_place(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     write_store(tmp_path / "store")

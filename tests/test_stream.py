@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 
 from paretofuse.engine import native, stream
 from paretofuse.engine.dtypes import TO_TORCH
@@ -224,6 +225,23 @@ def test_earlier_merges_are_replaced_and_nothing_else(tmp_path: Path, parts: Par
     with pytest.raises(ValueError, match="is a directory"):
         merge_store(store, {"x": 1}, tmp_path / "d.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors", "file", "out", "store"]
+
+
+def test_models_that_no_merge_wrote_are_not_replaced(tmp_path: Path, parts: Parts) -> None:
+    store = parts.write(tmp_path / "store")
+    merge_store(store, {"x": 1}, tmp_path / "out")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    save_file({"w": torch.ones(2)}, mine / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "cut.safetensors").write_bytes(b"precious")
+    for target in (mine, mine / "model.safetensors", tmp_path / "cut.safetensors"):
+        with pytest.raises(ValueError, match="not written by a merge"):
+            merge_store(store, {"x": 1}, target)
+    assert torch.equal(load_file(mine / "model.safetensors")["w"], torch.ones(2))
+    (tmp_path / "link").symlink_to("out")
+    merge_store(store, {"y": 1}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors", "link", "mine", "out", "store"]
 
 
 @pytest.mark.parametrize("target", ["out", "out.safetensors"])

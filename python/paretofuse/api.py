@@ -20,7 +20,7 @@ from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Cards, Engine
 from paretofuse.engine.routers import INITS, Routers
 from paretofuse.engine.routes import Route
-from paretofuse.engine.skeleton import make_skeleton
+from paretofuse.engine.skeleton import make_skeleton, materialize
 from paretofuse.engine.sources import ModelCard
 
 
@@ -133,11 +133,21 @@ def load(
     base, heads = _card_of(opened.files, opened.model_class), {}
     if module is not None:
         skeleton = make_skeleton(module)
+        _check_fits(skeleton, opened.stack)
         base = ModelCard(lambda: skeleton, base.files, base.model_class)
     for objective, files in opened.head_files.items():
-        heads[objective] = _card_of(files, None)
+        card = _card_of(files, None)
+        heads[objective] = replace(card, skeleton=card.skeleton or base.skeleton)
     return Engine(
         opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend, replicas=replicas
+    )
+
+
+def _check_fits(skeleton: nn.Module, stack: build.Stack) -> None:
+    """ValueError unless a module has the store's tensors, in their shapes (heads may have another)."""
+    tensors = {name: torch.empty(s.shape, device="meta") for name, s in stack.layout.by_name.items()}
+    materialize(
+        skeleton, tensors, "the store's tensors", {name for own in stack.heads.values() for name in own}
     )
 
 
@@ -159,6 +169,8 @@ def _plan(
         raise ValueError(f"got init={init!r}, expected one of {list(INITS)}")
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
     source = resolve(base, "the base")
+    if len({str(name) for name in experts}) < len(experts):
+        raise ValueError(f"got experts named {list(experts)}, expected names that differ as text")
     sources = {str(name): resolve(model, f"expert {name!r}", source) for name, model in experts.items()}
     return build.plan(
         source,
@@ -173,7 +185,11 @@ def _plan(
 
 def _cards(plan: build.Plan) -> Cards:
     dtype = TO_TORCH[plan.dtype] if plan.dtype else None
-    heads = {o: plan.experts[o].card for o, names in plan.heads.items() if names}
+    heads = {}
+    for objective, names in plan.heads.items():
+        expert = plan.experts[objective]
+        if names:  # an adapter is no model by itself
+            heads[objective] = (plan.base if expert.is_delta else expert).card
     return Cards(_converted(plan.base.card, dtype), {o: _converted(card, dtype) for o, card in heads.items()})
 
 

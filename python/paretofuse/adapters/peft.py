@@ -25,6 +25,9 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?:\.weight)?$")
 
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start a LoRA that change the weights that it is added to."""
+
 
 @dataclass(frozen=True)
 class _Pair:
@@ -48,14 +51,7 @@ def from_directory(path: Path, label: str, base: Source) -> Source:
         CheckpointError: not a LoRA, a kind that is not a plain sum (DoRA), or factors that do not fit the base.
     """
     config = json.loads((path / CONFIG).read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
-        kind = (
-            "DoRA"
-            if config.get("use_dora")
-            else "LoRA with bias"
-            if config.get("lora_bias")
-            else config.get("peft_type")
-        )
+    if kind := _no_plain_sum(config):
         raise CheckpointError(
             f"{label}: {kind} is not of the form scale * B A; call merge_and_unload() and stack the merged model"
         )
@@ -92,11 +88,31 @@ def from_directory(path: Path, label: str, base: Source) -> Source:
     def read(name: str, start: int, stop: int) -> Tensor:
         if name in pairs:
             return product(name).reshape(-1)[start:stop]
-        theirs = files.read(whole[name], start, stop).to(torch.float32)
-        return theirs - base.read(name, start, stop).to(torch.float32)
+        return files.read(whole[name], start, stop)
 
-    infos = {name: TensorInfo(base.infos[name].shape, torch.float32) for name in (*pairs, *whole)}
-    return Source(label=label, infos=infos, read=read, is_delta=True)
+    infos = {name: TensorInfo(base.infos[name].shape, torch.float32) for name in pairs}
+    infos |= {name: files.infos[own] for name, own in whole.items()}
+    return Source(label=label, infos=infos, read=read, is_delta=True, replaced=frozenset(whole))
+
+
+def _no_plain_sum(config: dict[str, Any]) -> str | None:
+    """The adapter's kind where base + scale * B A is not what it computes, else None."""
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type"))
+    kinds = {
+        "use_dora": "DoRA",
+        "lora_bias": "LoRA with bias",
+        "alora_invocation_tokens": "activated LoRA",
+        "use_qalora": "QA-LoRA",
+        "use_bdlora": "block-diagonal LoRA",
+        "kasa_config": "KaSA",
+    }
+    found = next((name for key, name in kinds.items() if config.get(key)), None)
+    start = config.get("init_lora_weights", True)
+    if found is None and isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        # Saved with path_initial_model_for_weight_conversion, PEFT says True here, and the sum is right again.
+        found = f"LoRA started by init_lora_weights={start!r}, which takes its start away from the base's weights,"
+    return found
 
 
 def _scale(module: str, config: dict[str, Any]) -> float:
