@@ -21,7 +21,7 @@ from benchmarks.demo import as_text
 from benchmarks.experiment import Contend, Context, Experiment, Outcome
 from benchmarks.experiment_contenders import OURS_FIT, OURS_STACK, Contender, contenders, learned
 from benchmarks.experiment_run import Load, Plan, run_contenders
-from benchmarks.experiment_tables import Row, spread_of
+from benchmarks.experiment_tables import Row, shown, spread_of
 from paretofuse.engine.data import Batches
 
 PLAIN = "plain"
@@ -190,8 +190,8 @@ def table(rows: Sequence[Row]) -> str:
             [
                 name.removeprefix("ablation ").split(" @ ")[0],
                 str(next(iter(group.values())).steps),
-                spread_of([row.hypervolume for row in group.values()], 4),
-                "" if not changes else f"{statistics.mean(changes):+.4f}",
+                spread_of([row.hypervolume for row in group.values()]),
+                "" if not changes else shown(statistics.mean(changes), "+"),
                 "" if not changes else f"{sum(c > 0 for c in changes)} of {len(changes)}",
                 spread_of([row.non_dominated or 0.0 for row in group.values()], 2),
                 spread_of([row.follows or 0.0 for row in group.values()], 2),

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import experiment_ablation, experiment_plots
-from benchmarks.experiment_plots import longest, mean, runs_of_ours
-from benchmarks.experiment_tables import Row, markdown, read, read_points, spread_of
+from benchmarks.experiment_plots import Fronts, chosen, longest, mean, runs_of_ours
+from benchmarks.experiment_tables import Row, markdown, read, read_points, shown, spread_of
 
 ORDER = ("vision", "vision3", "text", "language", "openclip")
 """Sections first; others follow by name."""
@@ -87,9 +89,28 @@ def section(name: str, data: Path, docs: Path) -> str:
         markdown(rows),
         "",
         *(f"- {target}" for target in targets(rows)),
+        *near_base(fronts, rows),
         "",
     ]
     return "\n".join(lines)
+
+
+def near_base(fronts: Fronts, rows: Sequence[Row]) -> list[str]:
+    """Where less is better: hypervolumes within 1.1 times the base's metrics, a reference that rewards the middle."""
+    base = fronts.get("base")
+    if base is None or np.any(next(iter(base.values())).maximize):
+        return []
+    corner = 1.1 * np.mean([front.values[0] for front in base.values()], axis=0)
+    volumes = {
+        name: statistics.mean(front.hypervolume(corner) for front in fronts[name].values())
+        for name in chosen(rows)
+    }
+    ranked = sorted(volumes.items(), key=lambda item: -item[1])
+    where = ", ".join(f"{value:.1f}" for value in corner)
+    said = ", ".join(f"{name} {value:.4g}" for name, value in ranked)
+    return [
+        f"- Hypervolume below 1.1 times the base's metrics alone ({where}), where no expert lies: {said}."
+    ]
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
@@ -104,7 +125,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
     final = longest(names)
     said.append(
         f"Hypervolume above every baseline that shares the experts: {_verdict(mean(rows, final) > mean(rows, best))}; "
-        f"{final}: {mean(rows, final):.4f}, best of theirs ({best}): {mean(rows, best):.4f}"
+        f"{final}: {shown(mean(rows, final))}, best of theirs ({best}): {shown(mean(rows, best))}"
         f"{_paired(rows, final, best)}."
     )
     rival = max((name for name in names if name.startswith("PWEMoE")), key=lambda name: mean(rows, name))
@@ -112,7 +133,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
     for name in [n for n in ours if int(n.split()[1]) * 20 <= steps]:
         said.append(
             f"PWEMoE's final value within 1/20 of its steps: {_verdict(mean(rows, name) >= mean(rows, rival))}; "
-            f"{name}: {mean(rows, name):.4f}, best PWEMoE ({rival}) after {steps}: {mean(rows, rival):.4f}"
+            f"{name}: {shown(mean(rows, name))}, best PWEMoE ({rival}) after {steps}: {shown(mean(rows, rival))}"
             f"{_paired(rows, name, rival)}."
         )
     for name in ours:
@@ -165,7 +186,7 @@ def verdicts(changes: dict[str, list[float]]) -> list[str]:
     groups: dict[str, list[str]] = {"Helped": [], "Did not help": [], "Harmed": []}
     for name, values in sorted(changes.items(), key=lambda item: -statistics.mean(item[1])):
         every = "Helped" if min(values) > 0 else "Harmed" if max(values) < 0 else "Did not help"
-        groups[every].append(f"{name} ({statistics.mean(values):+.4f})")
+        groups[every].append(f"{name} ({shown(statistics.mean(values), '+')})")
     when = {"Helped": "with every seed", "Did not help": "consistently", "Harmed": "with every seed"}
     return [f"- {word} {when[word]}: {', '.join(found) or 'none'}." for word, found in groups.items()]
 

@@ -181,19 +181,21 @@ def markdown(rows: Sequence[Row]) -> str:
         group = [row for row in rows if row.contender == name]
         fewer = len(group) < seeds
 
-        def cell(get: Callable[[Row], Number], digits: int, group: Sequence[Row] = group) -> str:
+        def cell(
+            get: Callable[[Row], Number], digits: int | None = None, group: Sequence[Row] = group
+        ) -> str:
             return spread_of([value for row in group if (value := get(row)) is not None], digits)
 
         lines.append(
             [
                 f"{name} (seed {group[0].seed} alone)" if fewer else name,
-                cell(lambda row: row.hypervolume, 4),
+                cell(lambda row: row.hypervolume),
                 _means([row.best for row in group]),
                 _means([row.middle for row in group]),
                 cell(lambda row: row.non_dominated, 2),
                 cell(lambda row: row.follows, 2),
                 cell(lambda row: row.spread, 2),
-                cell(lambda row: row.spacing, 4),
+                cell(lambda row: row.spacing),
                 *("" if value is None else f"{value:,}" for value in (group[0].steps, group[0].parameters)),
                 cell(lambda row: row.wall_s, 1),
                 cell(lambda row: row.cpu_s, 1),
@@ -203,12 +205,24 @@ def markdown(rows: Sequence[Row]) -> str:
     return as_text(lines)
 
 
-def spread_of(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value, nothing of none."""
+def spread_of(values: Sequence[float], digits: int | None = None) -> str:
+    """Mean ± standard deviation with so many decimals, as their size asks for by default; one value: it; none: ""."""
     if not values:
         return ""
+    if digits is None:
+        digits = decimals(statistics.mean(values))
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def decimals(value: float) -> int:
+    """Decimals to show: four of a number below 10, fewer of a larger one."""
+    return max(0, 5 - len(str(int(abs(value)))))
+
+
+def shown(value: float, sign: str = "") -> str:
+    """A hypervolume, or with sign "+" a difference of two, as text."""
+    return f"{value:{sign}.{decimals(value)}f}"
 
 
 def _span(experiment: Experiment, results: Sequence[Result]) -> list[float] | None:
