@@ -17,7 +17,8 @@ from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.safetensors_file import TensorData, TensorView
 from paretofuse.engine.sources import BLOCK, ModelCard
-from paretofuse.engine.store import Store, StoreWriter
+from paretofuse.engine.store import Store
+from paretofuse.engine.store_writer import StoreWriter
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
 from paretofuse.engine.manifest import file_stems, is_safe_path
 from paretofuse.engine.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorData
-from paretofuse.engine.store import Store, StoreWriter
+from paretofuse.engine.store import Store
+from paretofuse.engine.store_writer import StoreWriter
 
 SPECS = (
     TensorSpec("steps", (), "I64", "constant", None, "I64"),
@@ -577,7 +578,7 @@ def test_a_killed_save_leaves_the_old_store_whole(store: Path) -> None:
     script = f"""
 import sys, time
 import numpy as np
-from paretofuse.engine.store import StoreWriter
+from paretofuse.engine.store_writer import StoreWriter
 def endless():
     yield "a.weight", "F32", (3, 5), [np.zeros(15, np.float32)]
     while True:

@@ -20,7 +20,8 @@ from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout, TensorSpec
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.routing import routing_weights
-from paretofuse.engine.store import Store, StoreWriter
+from paretofuse.engine.store import Store
+from paretofuse.engine.store_writer import StoreWriter
 from paretofuse.engine.stream import merge_store
 
 EPSILON = {"F32": 2**-23, "BF16": 2**-7, "F16": 2**-10}
