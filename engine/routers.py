@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ class Routers(nn.Module):
         if is_grid(preference):
             if len(preference) == 0:
                 raise ValueError("got no preferences [0, E], expected at least one")
-            rows = np.stack([as_preference(row, self.objectives) for row in preference])
+            several: Any = preference
+            rows = np.stack([as_preference(row, self.objectives) for row in several])
         else:
             rows = as_preference(preference, self.objectives)
         r = torch.from_numpy(rows).to(self.output.bias.device).unsqueeze(-2)

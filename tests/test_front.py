@@ -94,6 +94,11 @@ def test_csv_is_an_exact_round_trip(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_csv_makes_missing_parents(tmp_path: Path) -> None:
+    front_of(np.ones((2, 2))).to_csv(tmp_path / "new" / "deep" / "f.csv")
+    assert len(Front.from_csv(tmp_path / "new" / "deep" / "f.csv")) == 2
+
+
 def test_csv_reads_well(tmp_path: Path) -> None:
     Front(np.array([[0.25, 0.75]]), np.array([[0.5, 3.0]]), ("a", "b"), ("acc", "ppl"), (True, False)).to_csv(
         tmp_path / "f.csv"

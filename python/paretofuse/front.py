@@ -160,7 +160,7 @@ class Front:
         return Front(self.preferences[keep], self.values[keep], self.objectives, self.metrics, self.maximize)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the front as UTF-8 CSV; `from_csv` gives the very same numbers back.
+        """Write the front as UTF-8 CSV, making missing parents; `from_csv` gives the very same numbers back.
 
         Columns: "preference:NAME" for each objective, "maximize:NAME" or "minimize:NAME" for each metric.
         """
@@ -168,6 +168,7 @@ class Front:
         for name, larger in zip(self.metrics, self.directions, strict=True):
             header.append(f"{'maximize' if larger else 'minimize'}:{name}")
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(beside, "w", encoding="utf-8", newline="") as file:
@@ -225,7 +226,8 @@ class Front:
         """Draw the front: 2 objectives as a curve, 3 as ternary heat maps, more as parallel coordinates.
 
         Args:
-            path: where to save the picture; the suffix (.png, .svg, .pdf) says how. Not saved if None.
+            path: where to save the picture; the suffix (.png, .svg, .pdf) says how; missing parents are
+                made. Not saved if None.
             ax: draw into these axes instead of a new figure; not for ternary heat maps, which need several.
             points: values [M] of single models by label: experts, the base, averages.
             others: further fronts by label, on the same metrics.
