@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,13 @@ from paretofuse.engine.binding import Binding
 from paretofuse.engine.build import Stack
 from paretofuse.engine.live import LiveModule
 from paretofuse.engine.merge import choose_backend
-from paretofuse.engine.preference import as_preference
+from paretofuse.engine.preference import as_preference, is_grid
 from paretofuse.engine.replicas import ReplicaPool
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.skeleton import materialize
 from paretofuse.engine.sources import ModelCard
 
-Preference = Tensor | Sequence[float] | Mapping[str, float]
+Preference = Tensor | np.ndarray | Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class Engine:
         """A new, independent dense model for a preference, or for given routing weights [G, E].
 
         Args:
-            preference: by objective name, or in the order of `objectives`; [K, E] gives a list of K models.
+            preference: by objective name, or in the order of `objectives`; a tensor or array [K, E], such as
+                `pf.simplex_grid` makes, gives a list of K models.
             weights: routing weights instead, [G, E] or [K, G, E].
             head: the objective whose own tensors the model gets.
 
@@ -395,8 +397,7 @@ class Engine:
 
     def _many(self, preference: Preference | None, weights: Tensor | None) -> bool:
         """Whether K preferences were asked for, rather than one."""
-        given = weights if weights is not None else preference
-        return isinstance(given, Tensor) and given.dim() == (3 if weights is not None else 2)
+        return is_grid(preference) if weights is None else torch.as_tensor(weights).dim() == 3
 
     def _only_whole(self, what: str) -> None:
         if self._binding.shardings:

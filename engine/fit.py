@@ -82,7 +82,8 @@ def fit(
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
         checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps and at the end.
         checkpoint_every: steps between checkpoints.
-        log: a .csv file or a TensorBoard directory.
+        log: a .csv file or a TensorBoard directory. A run that resumes goes on in it, a new one replaces it; a file
+            that is no such log is left alone.
         callback: called with each step's record; returning True ends the training after it.
         progress: show a progress bar on stderr.
 
@@ -91,7 +92,7 @@ def fit(
 
     Raises:
         ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar,
-            or the checkpoint belongs to a run with other settings.
+            the checkpoint belongs to a run with other settings, or `log` is some other file that is there already.
         StoreError: the checkpoint is damaged.
         RuntimeError: another process of the run has ended.
     """

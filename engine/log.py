@@ -27,6 +27,7 @@ def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
         resumed_step: records after this step come from a run that was cut short, and are dropped (0: a new run).
 
     Raises:
+        ValueError: the path is a file that is no log of `pf.fit`; it is left as it is.
         ImportError: the path is a directory and tensorboard is not installed.
     """
     path = Path(path)
@@ -34,15 +35,13 @@ def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
 
 
 class CsvLog:
-    """One line a step; the first line names the columns."""
+    """One line a step; the first line names the columns. Only an earlier log is written over."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[dict[str, str]] = []
-        if resumed_step and path.is_file():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
-        self._file = path.open("w", newline="")
+        earlier = _earlier_steps(path) if path.is_file() else []
+        kept = [row for row in earlier if int(row["step"]) <= resumed_step]
+        self._file = path.open("w", newline="", encoding="utf-8")
         self._writer: csv.DictWriter[str] | None = None
         for row in kept:
             self._write(row)
@@ -61,6 +60,29 @@ class CsvLog:
             self._writer.writeheader()
         self._writer.writerow(row)
         self._file.flush()
+
+
+def _earlier_steps(path: Path) -> list[dict[str, str]]:
+    """The lines of an earlier log, none of an empty file.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error):
+        lines = [[]]
+    if not lines:
+        return []
+    header, rows = lines[0], lines[1:]
+    ours = header[:2] == ["step", "lr"] and any(name.startswith("loss/") for name in header)
+    if not ours or not all(row and row[0].isdecimal() for row in rows):
+        raise ValueError(
+            f"got log={str(path)!r}, which is there already and is no log of pf.fit; give another name, or move the "
+            "file away"
+        )
+    return [dict(zip(header, row, strict=False)) for row in rows]  # the last line may have been cut short
 
 
 class TensorBoardLog:

@@ -87,6 +87,11 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
     return np.array(numbers, dtype=np.float64)
 
 
+def is_grid(preference: object) -> bool:
+    """Whether these are preferences [K, E], a tensor or an array such as `simplex_grid` makes, rather than one [E]."""
+    return getattr(preference, "ndim", 1) == 2
+
+
 def simplex_grid(objectives: int, points: int) -> np.ndarray:
     """Evenly spaced preferences (Das and Dennis, 1998): all multiples of 1 / (points - 1) that sum to 1.
 
@@ -132,6 +137,11 @@ def simplex_grid(objectives: int, points: int) -> np.ndarray:
 
 
 def _entries(preference: Any) -> list[Any]:
+    if is_grid(preference):
+        raise TypeError(
+            f"got preferences of shape {list(preference.shape)}, expected one preference: a number for each objective; "
+            "take a row at a time"
+        )
     if hasattr(preference, "tolist"):
         preference = preference.tolist()
     if isinstance(preference, str | bytes) or not isinstance(preference, Sequence):

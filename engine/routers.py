@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.preference import as_preference
+from paretofuse.engine.preference import as_preference, is_grid
 
 INITS = ("identity", "sqrt", "constant")
 
@@ -83,14 +84,15 @@ class Routers(nn.Module):
         self.output.weight.zero_()
         self.output.bias.zero_()
 
-    def forward(self, preference: Tensor | Sequence[float] | Mapping[str, float]) -> Tensor:
+    def forward(self, preference: Tensor | np.ndarray | Sequence[float] | Mapping[str, float]) -> Tensor:
         """Routing weights of one preference or of several.
 
         Computed in float64 and rounded once, so that every implementation (this one, the torch-free one, C++) gives
         the same bits.
 
         Args:
-            preference: [E] or [K, E], or a dict by objective name; non-negative, each row summing to 1.
+            preference: [E], or a tensor or array [K, E], or a dict by objective name; non-negative, each row summing
+                to 1.
 
         Returns:
             float32 [G, E] or [K, G, E].
@@ -98,8 +100,11 @@ class Routers(nn.Module):
         Raises:
             ValueError: a preference is not valid.
         """
-        if isinstance(preference, Tensor) and preference.dim() == 2:
-            rows = np.stack([as_preference(row, self.objectives) for row in preference])
+        if is_grid(preference):
+            if len(preference) == 0:
+                raise ValueError("got no preferences [0, E], expected at least one")
+            several: Any = preference
+            rows = np.stack([as_preference(row, self.objectives) for row in several])
         else:
             rows = as_preference(preference, self.objectives)
         r = torch.from_numpy(rows).to(self.output.bias.device).unsqueeze(-2)

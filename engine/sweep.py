@@ -37,6 +37,7 @@ def evaluate_preferences(
     evaluate: Evaluate,
     preferences: Sequence[Sequence[float]] | np.ndarray,
     progress: bool = True,
+    on_metrics: Callable[[tuple[str, ...]], object] | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Evaluate the live module at each preference.
 
@@ -50,6 +51,7 @@ def evaluate_preferences(
             name, or a sequence or tensor of numbers; E numbers without names are named by objective.
         preferences: [P, E], P >= 1.
         progress: show a progress bar on stderr.
+        on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
 
     Returns:
         The values [P, M] in float64 and the names of the M metrics. If the names are those of the objectives,
@@ -76,6 +78,8 @@ def evaluate_preferences(
         numbers = _named_numbers(result, objectives, shown)
         if metrics is None:
             metrics = objectives if set(numbers) == set(objectives) else tuple(numbers)
+            if on_metrics is not None:
+                on_metrics(metrics)
         if set(numbers) != set(metrics):
             raise ValueError(
                 f"got metrics {sorted(numbers)} from evaluate at preference {shown}, expected "

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine import measures
+from paretofuse.engine.metrics import (
+    Maximize,
+    Point,
+    directions,
+    plain_maximize,
+    plain_point,
+    reference_point,
+)
 from paretofuse.engine.preference import as_preference, simplex_grid
 from paretofuse.engine.routers import Routers
 from paretofuse.engine.sampling import layered_grid
@@ -33,20 +41,22 @@ class Validation:
         evaluate: as for `pf.sweep`: takes the module, returns its metrics. It sees the same random state each time.
         preferences: [P, E], or a sequence of preferences in any form; None for 5 (two objectives), 10 (three or
             four) or 2 E (more: each corner, and half-way from it to equal preferences).
-        maximize: whether larger metrics are better; for each metric if they differ.
-        reference: the hypervolume's reference point; None for a point a tenth of its extent beyond the first
-            judgement's worst values.
+        maximize: whether larger metrics are better; for each metric if they differ, in order or by name.
+        reference: the hypervolume's reference point: a number for each metric in order, a dict by metric name, or one
+            number for all; None for a point a tenth of its extent beyond the first judgement's worst values.
         every: steps between judgements.
         patience: judgements in a row without a better one that end the training.
 
     Raises:
-        ValueError: `every` or `patience` is below 1.
+        ValueError: `every` or `patience` is below 1, or `reference` is not finite. Once training has evaluated for the
+            first time: `maximize` or `reference` does not fit the metrics.
+        TypeError: `maximize` holds something else than booleans, or `reference` something else than numbers.
     """
 
     evaluate: Evaluate
     preferences: Sequence[Any] | np.ndarray | None = None
-    maximize: bool | Sequence[bool] = False
-    reference: Sequence[float] | None = None
+    maximize: Maximize = False
+    reference: Point | None = None
     every: int = 50
     patience: int = 5
 
@@ -54,6 +64,9 @@ class Validation:
         for name in ("every", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
+        plain_maximize(self.maximize)
+        if self.reference is not None:
+            plain_point(self.reference)
 
     def grid(self, objectives: Sequence[str]) -> np.ndarray:
         """The preferences, [P, E] float64.
@@ -86,7 +99,7 @@ class Watch:
         self._routers = routers
         self._seed = seed
         self._grid = validation.grid(engine.objectives)
-        self._reference = None if validation.reference is None else [float(x) for x in validation.reference]
+        self._reference: list[float] | None = None
         self._since = 0
         self._scores: list[float] = []
         self.best: dict[str, Tensor] = {}
@@ -106,8 +119,10 @@ class Watch:
         if step % self._validation.every:
             return
         with torch.random.fork_rng():
-            values, _ = evaluate_preferences(self._engine, self._evaluate, self._grid, False)
-        score = self._hypervolume(values)
+            values, metrics = evaluate_preferences(
+                self._engine, self._evaluate, self._grid, False, self._resolve
+            )
+        score = self._hypervolume(values, metrics)
         better = not self._scores or score > max(self._scores)
         self._scores.append(score)
         self._since = 0 if better else self._since + 1
@@ -129,10 +144,9 @@ class Watch:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run, JSON only."""
-        maximize = self._validation.maximize
         return {
             "preferences": self._grid.tolist(),
-            "maximize": maximize if isinstance(maximize, bool) else [bool(larger) for larger in maximize],
+            "maximize": plain_maximize(self._validation.maximize),
             "every": self._validation.every,
             "patience": self._validation.patience,
         }
@@ -141,23 +155,20 @@ class Watch:
         torch.manual_seed(self._seed)  # at each preference, whichever process has its turn
         return self._validation.evaluate(module)
 
-    def _hypervolume(self, values: np.ndarray) -> float:
-        metrics = values.shape[1]
-        maximize = self._validation.maximize
-        larger = [maximize] * metrics if isinstance(maximize, bool) else list(maximize)
-        if len(larger) != metrics:
-            raise ValueError(
-                f"got {len(larger)} entries in maximize, expected one for each of {metrics} metrics"
-            )
-        if self._reference is None:
-            self._reference = _beyond(values, larger)
-        if len(self._reference) != metrics:
-            raise ValueError(
-                f"got reference={self._reference}, expected one number for each of {metrics} metrics"
-            )
-        if metrics <= _EXACT_METRICS:
-            return measures.exact_hypervolume(values, self._reference, larger)
-        return measures.estimate_hypervolume(values, self._reference, larger)[0]
+    def _resolve(self, metrics: Sequence[str]) -> tuple[tuple[bool, ...], list[float] | None]:
+        """Which metrics are better when larger, and the reference point where one is known, in the metrics' order."""
+        larger = directions(self._validation.maximize, metrics)
+        if self._reference is None and self._validation.reference is not None:
+            self._reference = reference_point(self._validation.reference, metrics)
+        return larger, self._reference
+
+    def _hypervolume(self, values: np.ndarray, metrics: Sequence[str]) -> float:
+        larger, reference = self._resolve(metrics)
+        if reference is None:
+            reference = self._reference = _beyond(values, larger)
+        if len(metrics) <= _EXACT_METRICS:
+            return measures.exact_hypervolume(values, reference, larger)
+        return measures.estimate_hypervolume(values, reference, larger)[0]
 
 
 def _beyond(values: np.ndarray, larger: Sequence[bool]) -> list[float]:

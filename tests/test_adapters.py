@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -235,6 +236,48 @@ def test_half_precision_directories_say_so(tmp_path: Path) -> None:
     merged = pf.load(tmp_path / "store").merge([1.0])
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert engine.merge([1.0]).lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "gp', "config.json is no JSON"),
+        ("config.json", "", "config.json is no JSON"),
+        ("config.json", "[1]", "config.json holds a list"),
+        ("model.safetensors.index.json", '{"weight_map": {', "index.json is no JSON"),
+        ("model.safetensors.index.json", "{}", "index.json has no 'weight_map'"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 1}}', "index.json has no 'weight_map'"),
+    ],
+)
+def test_damaged_json_names_the_file_and_what_to_do(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    (tmp_path / "base" / name).write_text(content)
+    with pytest.raises(pf.CheckpointError, match=rf"^the base \(.*base\): .*{message}.*; .*copy it again"):
+        pf.stack(tmp_path / "base", {"one": tmp_path / "base"})
+
+
+@pytest.mark.parametrize("content", ['{"model_cfg"', "{}"])
+def test_damaged_open_clip_configuration(tmp_path: Path, content: str) -> None:
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(pf.CheckpointError, match=r"the base .*open_clip_config\.json .*copy it again"):
+        pf.stack(tmp_path, {"one": {"x": torch.ones(2)}})
+
+
+def test_one_file_goes_before_the_shards_beside_it(tmp_path: Path) -> None:
+    """A model saved anew into an old directory leaves the old shards and their index there."""
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    newer = perturbed(base, 1)
+    newer.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "base" / "model.safetensors")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    theirs = type(base).from_pretrained(tmp_path / "base")
+    ours = pf.stack(base, {"one": tmp_path / "base"}).merge([1.0])
+    assert torch.equal(theirs.lm_head.weight, newer.lm_head.weight)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
 def test_opening_a_store_imports_no_model_library(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -139,6 +140,8 @@ def test_options_of_stack(capsys: pytest.CaptureFixture[str], models: Path, tmp_
         "0.4",
         "--dtype",
         "bfloat16",
+        "--delta-dtype",
+        "float16",
         "--json",
     ]
     code, out, _ = call(capsys, *stack_arguments(models, tmp_path / "s"), *words)
@@ -148,6 +151,7 @@ def test_options_of_stack(capsys: pytest.CaptureFixture[str], models: Path, tmp_
     assert document["init"] == "constant"
     assert document["static_weight"] == 0.4
     assert document["dtypes"] == ["BF16"]
+    assert document["delta_dtypes"] == ["F16"]
     assert document["notes"]  # that float32 became bfloat16
 
 
@@ -205,6 +209,7 @@ def test_work_that_fails(
         (["stack", "b", "--expert", "a=x", "-o", "o", "--route", "magic"], "invalid choice"),
         (["stack", "b", "--expert", "a=x", "-o", "o", "--dtype", "int8"], "invalid choice"),
         (["stack", "b", "--expert", "a=x", "-o", "o", "--static-weight", "heavy"], "invalid float"),
+        (["stack", "b", "--expert", "a=x", "-o", "o", "--delta-dtype", "int8"], "invalid choice"),
         (["sweep", "s", "--evaluate", "module", "-o", "o"], "expected MODULE:FUNCTION"),
         (["info"], "STORE"),
     ],
@@ -256,6 +261,51 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "magic" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 141), (["sweep", "--help"], 141), (["doctor"], 141), (["info", "{store}"], 141),
+        (["info", "{store}", "--json"], 141),
+        (["merge", "{store}", "--preference", "cola=1", "-o", "{tmp}/o"], 141), (["info", "{tmp}/none"], 1),
+    ],
+)  # fmt: skip
+def test_a_pipe_that_nobody_reads(store: Path, tmp_path: Path, words: list[str], code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # before the first word, as a `head` that has read enough
+    command = [
+        sys.executable,
+        "-m",
+        "paretofuse",
+        *(word.format(store=store, tmp=tmp_path) for word in words),
+    ]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False, env=buffered
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == code
+    if code == 141:
+        assert done.stderr == ""
+    else:
+        assert done.stderr.startswith("paretofuse: error: ")
+        assert done.stderr.count("\n") == 1
+    assert (tmp_path / "o").is_dir() == (words[0] == "merge")  # the work is done all the same
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_stdout_on_a_full_disk(store: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "paretofuse", "info", str(store)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("paretofuse: error: stdout: ")
+    assert done.stderr.count("\n") == 1
+
+
 EVALUATE = """
 import torch
 
@@ -271,26 +321,70 @@ def build():
 
 def breaks(module):
     raise KeyError("labels")
+
+def counted(module):
+    with open("count", "a") as file:
+        file.write("x")
+    return Results.norms(module)
+
+def one(module):
+    with open("count", "a") as file:
+        file.write("x")
+    return {"accuracy": 1.0}
 """
 
 
-def test_sweep(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.py").write_text(EVALUATE)
+def sweep_folder(folder: Path) -> Path:
+    """A folder with a store "s" and a module "evaluation"."""
+    (folder / "evaluation.py").write_text(EVALUATE)
     torch.manual_seed(0)
-    make = (
-        "import torch, paretofuse as pf; torch.manual_seed(0);"
-        "models = [torch.nn.Linear(3, 2) for _ in range(3)];"
-        "pf.stack(models[0], {'cola': models[1], 'sst2': models[2]}, route='tensor').save('s')"
-    )
-    subprocess.run([sys.executable, "-c", make], check=True, cwd=tmp_path)
-    words = ["sweep", "s", "--points", "5", "-o", "front.csv", "--module", "evaluation:build"]
+    models = [torch.nn.Linear(3, 2) for _ in range(3)]
+    engine = paretofuse.stack(models[0], {"cola": models[1], "sst2": models[2]}, route="tensor")
+    engine.save(folder / "s")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "evaluations"),
+    [
+        (["-o", "s"], "s: Is a directory", 0),
+        (["-o", "evaluation.py/new/front.csv"], "front.csv: Not a directory", 0),
+        (["-o", "/proc/none/front.csv"], "/proc/none/front.csv: ", 0),
+        (["-o", "f.csv", "--plot", "/proc/none/front.png"], "/proc/none/front.png: ", 0),
+        (["-o", "f.csv", "--plot", "front.xyz"], "expected a name that ends in one of", 0),
+        (["-o", "f.csv", "--plot", "front"], "expected a name that ends in one of", 0),
+        (["-o", "f.csv", "--reference", "cola=nan,sst2=0"], "expected finite numbers", 0),
+        (["-o", "f.csv", "--reference", "cola=0,mrpc=0"], "got a reference point for ['cola', 'mrpc']", 1),
+        (["-o", "f.csv", "--plot", "f.png", "--evaluate", "evaluation:one"], "expected at least two metrics", 1),
+    ],
+)  # fmt: skip
+def test_sweep_finds_out_early_what_would_fail_at_the_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str],
+    message: str, evaluations: int,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(sweep_folder(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+    usual = ["sweep", "s", "--module", "evaluation:build", "--evaluate", "evaluation:counted"]
+    code, out, err = call(capsys, *usual, *words)
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+    assert (code, out) == (1, "")
+    assert message in err
+    count = tmp_path / "count"
+    assert (len(count.read_text()) if count.exists() else 0) == evaluations
+    assert not list(tmp_path.glob("f.*"))
+
+
+def test_sweep(tmp_path: Path) -> None:
+    sweep_folder(tmp_path)
+    words = ["sweep", "s", "--points", "5", "-o", "new/front.csv", "--module", "evaluation:build"]
     done = run(
         [
             *words,
             "--evaluate",
             "evaluation:Results.norms",
             "--plot",
-            "front.png",
+            "pictures/front.png",
             "--reference",
             "cola=-99,sst2=-99",
             "--json",
@@ -302,8 +396,8 @@ def test_sweep(tmp_path: Path) -> None:
     assert [row[0] for row in front["preferences"]] == [1, 0.75, 0.5, 0.25, 0]
     assert len({row[0] for row in front["values"]}) == 5
     assert front["hypervolume"] > 0
-    assert len((tmp_path / "front.csv").read_text().splitlines()) == 6
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "new" / "front.csv").read_text().splitlines()) == 6
+    assert (tmp_path / "pictures" / "front.png").read_bytes().startswith(b"\x89PNG")
     done = run([*words, "--evaluate", "evaluation:breaks"], cwd=tmp_path)
     assert done.returncode == 1
     assert "KeyError: 'labels' (--traceback shows where)" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,13 @@ def test_bad_input_changes_nothing() -> None:
             engine.switch(weights=weights)
     with pytest.raises(ValueError, match="NaN"):
         engine.switch(weights=torch.full((len(engine.groups), 3), float("nan")))
+    for grid in (torch.eye(3), np.eye(3), pf.simplex_grid(3, 4)):
+        with pytest.raises(ValueError, match=r"got \d+ preferences, expected one"):
+            engine.switch(grid)
+        with pytest.raises(TypeError, match=r"got preferences of shape \[\d+, 3\], expected one"):
+            engine.replica(grid)
+    with pytest.raises(ValueError, match="got no preferences"):
+        engine.merge(np.empty((0, 3)))
     with pytest.raises(ValueError, match="either"):
         engine.switch()
     with pytest.raises(ValueError, match="one live module"):
@@ -111,6 +119,21 @@ def test_several_preferences_in_one_pass(backend: str) -> None:
     assert all(same(model, engine.merge(r)) for model, r in zip(together, grid, strict=True))
     states = engine.merge_state_dict(weights=engine.routers(grid))
     assert torch.equal(states[3]["token"], together[3].token)
+    for rows in (
+        grid.numpy(),
+        grid.float(),
+    ):  # an array is what simplex_grid makes, without a word about torch
+        again = engine.merge(rows)
+        assert len(again) == len(grid)
+        assert all(same(model, other) for model, other in zip(together, again, strict=True))
+        found = engine.merge_state_dict(rows)
+        assert [set(state) for state in found] == [set(state) for state in states]
+        assert torch.equal(found[3]["token"], together[3].token)
+    weights = engine.routers(grid).detach()
+    for given in (weights.numpy(), weights.tolist()):
+        assert len(engine.merge_state_dict(weights=given)) == len(grid)  # type: ignore[arg-type]
+    for one in (grid[:1], grid[:1].numpy()):
+        assert isinstance(engine.merge(one), list)
 
 
 def test_merge_is_independent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,17 @@ def test_text_models_need_no_example_inputs() -> None:
         torch.testing.assert_close(logits, engine.merge([0.25, 0.75])(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    "given", [torch.tensor([0.25, 0.75]), np.array([0.25, 0.75]), {"a": 0.25, "b": 0.75}]
+)
+def test_a_package_takes_preferences_of_every_kind(small_store: Path, given: Any) -> None:
+    engine = pf.load(small_store, module=exported.Small())
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        found = exporting._program(engine, exported.example(), [], given, None).module()(x)
+        torch.testing.assert_close(found, engine.merge([0.25, 0.75])(x))
+
+
 def test_a_package_needs_inputs_and_a_name(
     small_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +206,10 @@ def test_a_package_needs_inputs_and_a_name(
         pf.export(engine, tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="sum"):
         pf.export(engine, tmp_path / "model.pt2", exported.example(), preference=[0.5, 0.6])
+    with pytest.raises(ValueError, match="sum 0"):  # not equal shares
+        pf.export(engine, tmp_path / "model.pt2", exported.example(), preference={})
+    with pytest.raises(TypeError, match="expected one preference"):
+        pf.export(engine, tmp_path / "model.pt2", exported.example(), preference=np.eye(2))
     words = ["export", str(small_store), "-o", str(tmp_path / "model.pt2")]
     assert main(words) == 1
     assert "knows no module class" in capsys.readouterr().err

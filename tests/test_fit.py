@@ -219,6 +219,39 @@ def test_csv_and_tensorboard_logs(tmp_path: Path) -> None:
     assert len(events.Scalars("loss/left")) == 3
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"name,age\nann,3\n",
+        b"step,lr\n1,2\n",
+        b"\xff\xfe\x00",
+        b"step,lr,loss/left\nsoon,1,2\n",
+        b"\n\nhello\n",
+    ],
+)
+def test_a_log_never_replaces_another_file(tmp_path: Path, content: bytes) -> None:
+    engine, objectives = problem()
+    path = tmp_path / "mydata.csv"
+    path.write_bytes(content)
+    settings: dict[str, Any] = {"log": path, "checkpoint": tmp_path / "run.ckpt", "progress": False}
+    with pytest.raises(ValueError, match=r"got log=.*mydata\.csv.*no log of pf\.fit"):
+        pf.fit(engine, objectives, steps=2, **settings)
+    assert path.read_bytes() == content
+    pf.fit(engine, objectives, steps=2, **{**settings, "log": None})
+    with pytest.raises(ValueError, match="no log"):  # resuming
+        pf.fit(engine, objectives, steps=2, **settings)
+    assert path.read_bytes() == content
+
+
+def test_a_new_run_replaces_its_earlier_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.touch()  # a run that ended before its first step
+    for steps in (3, 2):
+        engine, objectives = problem()
+        pf.fit(engine, objectives, steps=steps, log=path, progress=False)
+        assert len(path.read_text().splitlines()) == 1 + steps
+
+
 def test_gradient_accumulation_is_one_larger_batch() -> None:
     engine, _ = problem()
     engine.module.eval()

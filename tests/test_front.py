@@ -94,6 +94,11 @@ def test_csv_is_an_exact_round_trip(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_csv_makes_missing_parents(tmp_path: Path) -> None:
+    front_of(np.ones((2, 2))).to_csv(tmp_path / "new" / "deep" / "f.csv")
+    assert len(Front.from_csv(tmp_path / "new" / "deep" / "f.csv")) == 2
+
+
 def test_csv_reads_well(tmp_path: Path) -> None:
     Front(np.array([[0.25, 0.75]]), np.array([[0.5, 3.0]]), ("a", "b"), ("acc", "ppl"), (True, False)).to_csv(
         tmp_path / "f.csv"
@@ -155,6 +160,8 @@ def test_validation(change: dict[str, object], message: str) -> None:
 
 @pytest.mark.parametrize("ref", [[0.0], [0, 0, 0], [0, float("nan")], {"cola": 0}, {"cola": 0, "x": 1}])
 def test_bad_reference_points(ref: object) -> None:
+    with pytest.raises(TypeError, match="reference point"):
+        front_of(np.ones((2, 2))).hypervolume("0")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reference point"):
         front_of(np.ones((2, 2))).hypervolume(ref)  # type: ignore[arg-type]
 
@@ -208,8 +215,29 @@ def test_sweep_maximize_by_name() -> None:
 
     front = sweep(Line(), metrics, maximize={"perplexity": False, "accuracy": True}, progress=False)
     assert front.directions == (True, False)
-    with pytest.raises(ValueError, match="got maximize for"):
-        sweep(Line(), metrics, maximize={"accuracy": True}, progress=False)
+    wrong = [
+        ({"accuracy": True}, "got maximize for"),
+        ({"accuracy": True, "perplexityy": False}, "got maximize for"),
+        ([True] * 3, "got 3 entries"),
+    ]
+    for maximize, message in wrong:
+        engine = Line()
+        with pytest.raises(ValueError, match=message):
+            sweep(engine, metrics, maximize=maximize, progress=False)  # type: ignore[arg-type]
+        assert engine.switches == 1  # not after the whole sweep
+    for flag in (np.True_, np.False_):
+        assert sweep(Line(), metrics, maximize=flag, progress=False).maximize is bool(flag)  # type: ignore[arg-type]
+    values, names = np.ones((2, 2)), ("perplexity", "accuracy")
+    by_name = Front(np.eye(2), values, ("a", "b"), names, {"accuracy": True, "perplexity": False})  # type: ignore[arg-type]
+    assert by_name.maximize == (False, True)
+
+
+def test_sweep_tells_the_metrics_after_the_first_evaluation() -> None:
+    engine, told = Line(), []
+    sweep(
+        engine, evaluate, progress=False, on_metrics=lambda metrics: told.append((metrics, engine.switches))
+    )
+    assert told == [(NAMES[:2], 1)]
 
 
 def test_sweep_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:

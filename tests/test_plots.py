@@ -142,6 +142,11 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
         front_of(2, 3).plot()
 
 
+def test_pictures_make_missing_parents(tmp_path: Path) -> None:
+    front_of(2, 3).plot(tmp_path / "new" / "deep" / "front.png")
+    assert (tmp_path / "new" / "deep" / "front.png").stat().st_size > 0
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     front = front_of(2, 3)
     with pytest.raises(ValueError, match="for point 'base', expected 2 finite numbers"):

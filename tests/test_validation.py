@@ -166,6 +166,65 @@ def test_many_metrics_are_estimated_alike_each_time() -> None:
     assert [r["validation"] for r in records] == [records[0]["validation"]] * 2
 
 
+def test_maximize_and_reference_by_name_are_those_in_order() -> None:
+    """A dict that says "smaller is better" once trained for the largest losses."""
+    scores = []
+    for options in (
+        {"maximize": [False, True], "reference": [WORST, 0.0]},
+        {"maximize": {"right": True, "left": False}, "reference": {"right": 0.0, "left": WORST}},
+        {"maximize": np.array([False, True]), "reference": torch.tensor([WORST, 0.0])},
+    ):
+        engine, objectives = problem()
+        validation = pf.Validation(losses_of(objectives), every=2, **options)  # type: ignore[arg-type]
+        records = pf.fit(engine, objectives, steps=4, validation=validation, progress=False)
+        scores.append([record["validation"] for record in records])
+    assert scores[0] == scores[1] == scores[2]
+    scores = []
+    for options in ({"maximize": np.False_, "reference": WORST}, {"reference": (WORST, WORST)}):
+        engine, objectives = problem()
+        validation = pf.Validation(losses_of(objectives), every=2, **options)  # type: ignore[arg-type]
+        records = pf.fit(engine, objectives, steps=4, validation=validation, progress=False)
+        scores.append([record["validation"] for record in records])
+    assert scores[0] == scores[1]
+    assert scores[0][0] > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"maximize": "yes"}, {"maximize": 1}, {"maximize": ["left"]}, {"maximize": {"left": "no"}},
+        {"maximize": {0: True}}, {"maximize": None}, {"reference": "3"}, {"reference": True},
+        {"reference": {"left": "1"}}, {"reference": [[1.0]]},
+    ],
+)  # fmt: skip
+def test_wrong_kinds_are_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(wrong)) + ".*expected"):
+        pf.Validation(lambda module: [0.0], **wrong)
+    if "maximize" in wrong:
+        engine, _ = problem()
+        with pytest.raises(TypeError, match="maximize"):
+            pf.sweep(engine, lambda module: pytest.fail("evaluated"), progress=False, **wrong)
+
+
+def test_wrong_names_end_after_the_first_evaluation() -> None:
+    engine, objectives = problem()
+    for options in ({"maximize": {"left": True}}, {"reference": {"left": 1.0}}):
+        seen: list[int] = []
+
+        def evaluate(module: nn.Module, seen: list[int] = seen) -> dict[str, float]:
+            seen.append(1)
+            return {"left": 1.0, "right": 1.0}
+
+        with pytest.raises(ValueError, match=r"got .* for"):
+            pf.fit(
+                engine,
+                objectives,
+                validation=pf.Validation(evaluate, **options),
+                progress=False,  # type: ignore[arg-type]
+            )
+        assert len(seen) == 1
+
+
 def test_wrong_input() -> None:
     engine, objectives = problem()
     for name in ("every", "patience"):
@@ -175,7 +234,9 @@ def test_wrong_input() -> None:
         "got no preferences for validation": {"preferences": []},
         "sum": {"preferences": [[0.5, 0.6]]},
         "got 3 entries in maximize": {"maximize": [True] * 3},
-        r"got reference=\[1.0\]": {"reference": [1.0]},
+        r"got reference point \[1.0\]": {"reference": [1.0]},
+        "got maximize for": {"maximize": {"left": True, "wrong": False}},
+        "got a reference point for": {"reference": {"left": 1.0}},
     }
     for match, options in wrong.items():
         with pytest.raises(ValueError, match=match):

@@ -1,6 +1,7 @@
 """The command line: stack, info, merge, sweep, export, doctor. Only stack, sweep and export import torch.
 
-Exit codes: 0 done, 1 the work failed (one message on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 the work failed (one message on stderr), 2 wrong usage, 130 interrupted, 141 nobody reads what it
+prints any more (as in `paretofuse info STORE | head -1`; the work itself is done).
 """
 
 from __future__ import annotations
@@ -27,6 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name; those of the process unless given.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:  # also after --help, which leaves by SystemExit
+            if sys.stdout is not None:  # a process may be started without one
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _silence()
+        return 141
+    except (
+        OSError
+    ) as error:  # the commands' own are reported already: stdout itself, on a full disk for example
+        print(f"paretofuse: error: stdout: {error.strerror}", file=sys.stderr)
+        _silence()
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         text, document, code = _COMMANDS[options.command](options)
@@ -40,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(document, indent=1) if options.json else text)
     return code
+
+
+def _silence() -> None:
+    """Send to nowhere what stdout or stderr cannot get rid of; Python would try once more as it exits, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 _Result = tuple[str, dict[str, Any], int]
@@ -69,6 +100,7 @@ def _stack(options: argparse.Namespace) -> _Result:
             init=options.init,
             static_weight=options.static_weight,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
+            delta_dtype=getattr(torch, options.delta_dtype) if options.delta_dtype else None,
             heads=options.head,
             progress=update,
         )
@@ -121,14 +153,37 @@ def _merge(options: argparse.Namespace) -> _Result:
 
 
 def _sweep(options: argparse.Namespace) -> _Result:
-    if options.plot and find_spec("matplotlib") is None:  # before the long work, not after it
+    from paretofuse.engine.metrics import plain_point, reference_point
+    from paretofuse.outputs import prepare_file
+
+    # All that can go wrong at the end is tried here, before the long work.
+    if options.plot and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib; pip install 'paretofuse[plot]'")
+    if options.reference is not None:
+        plain_point(options.reference)
     evaluate = _entry_point("--evaluate", options.evaluate)
     module = _entry_point("--module", options.module)() if options.module else None
+    if options.plot:
+        plots = import_module("paretofuse.plots")
+        plots.check_path(options.plot)
+        prepare_file(options.plot)
+    prepare_file(options.output)
     engine = paretofuse.load(options.store, device=options.device, module=module)
+
+    def check(metrics: tuple[str, ...]) -> None:
+        if options.reference is not None:
+            reference_point(options.reference, metrics)
+        if options.plot:
+            plots.check_shape(len(engine.objectives), len(metrics))
+
     grid = paretofuse.simplex_grid(len(engine.objectives), options.points)
     front = paretofuse.sweep(
-        engine, evaluate, grid, maximize=not options.minimize, progress=_shows_progress(options)
+        engine,
+        evaluate,
+        grid,
+        maximize=not options.minimize,
+        progress=_shows_progress(options),
+        on_metrics=check,
     )
     front.to_csv(options.output)
     if options.plot:

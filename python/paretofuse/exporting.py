@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind
 
 from paretofuse.adapters import hf
 from paretofuse.engine.engine import Engine, Preference
+from paretofuse.engine.preference import as_preference
 
 _INLINED = 8  # AOTInductor writes vectors of up to so many numbers into the code
 
@@ -80,7 +81,10 @@ def _program(
 ) -> ExportedProgram:
     """The dense model as a graph whose weights a compiler leaves alone."""
     count = len(engine.objectives)
-    module: nn.Module = engine.merge(preference or [1 / count] * count, head=head).eval()
+    shares = (
+        [1 / count] * count if preference is None else as_preference(preference, engine.objectives).tolist()
+    )
+    module: nn.Module = engine.merge(shares, head=head).eval()
     if inputs is None:
         inputs, usual = _text_inputs(engine, module), [0, 1]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import moocore
 import numpy as np
 
 from paretofuse.engine import measures
+from paretofuse.engine.metrics import Maximize, Point, directions, plain_maximize, reference_point
 from paretofuse.engine.preference import as_preference, simplex_grid
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Front:
 
     Raises:
         ValueError: shapes or names do not fit together, or a number is not finite.
+        TypeError: `maximize` holds something else than booleans.
     """
 
     preferences: np.ndarray
@@ -62,7 +64,8 @@ class Front:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "objectives", objectives)
         object.__setattr__(self, "metrics", metrics)
-        object.__setattr__(self, "maximize", _directions(self.maximize, metrics))
+        larger = directions(self.maximize, metrics)
+        object.__setattr__(self, "maximize", larger[0] if len(set(larger)) == 1 else larger)
 
     def __len__(self) -> int:
         return len(self.preferences)
@@ -88,7 +91,7 @@ class Front:
         """For each of the M metrics, whether larger is better."""
         return self.maximize if isinstance(self.maximize, tuple) else (self.maximize,) * len(self.metrics)
 
-    def hypervolume(self, ref: Mapping[str, float] | Sequence[float] | float) -> float:
+    def hypervolume(self, ref: Point) -> float:
         """The hypervolume between the front and a reference point, exactly (moocore).
 
         Args:
@@ -99,10 +102,10 @@ class Front:
             ValueError: the reference point does not fit the metrics or is not finite; or there are too many points
                 in too many metrics, as for a hundred points in 9 of them.
         """
-        return measures.exact_hypervolume(self.values, self._reference(ref), self.directions)
+        return measures.exact_hypervolume(self.values, reference_point(ref, self.metrics), self.directions)
 
     def hypervolume_estimate(
-        self, ref: Mapping[str, float] | Sequence[float] | float, *, samples: int = 100_000, seed: int = 0
+        self, ref: Point, *, samples: int = 100_000, seed: int = 0
     ) -> tuple[float, float]:
         """The hypervolume by Monte Carlo and its standard error, for fronts of many metrics.
 
@@ -112,7 +115,7 @@ class Front:
             seed: of the samples; the same seed gives the same estimate.
         """
         return measures.estimate_hypervolume(
-            self.values, self._reference(ref), self.directions, samples, seed
+            self.values, reference_point(ref, self.metrics), self.directions, samples, seed
         )
 
     def spacing(self) -> float:
@@ -157,7 +160,7 @@ class Front:
         return Front(self.preferences[keep], self.values[keep], self.objectives, self.metrics, self.maximize)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the front as UTF-8 CSV; `from_csv` gives the very same numbers back.
+        """Write the front as UTF-8 CSV, making missing parents; `from_csv` gives the very same numbers back.
 
         Columns: "preference:NAME" for each objective, "maximize:NAME" or "minimize:NAME" for each metric.
         """
@@ -165,6 +168,7 @@ class Front:
         for name, larger in zip(self.metrics, self.directions, strict=True):
             header.append(f"{'maximize' if larger else 'minimize'}:{name}")
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(beside, "w", encoding="utf-8", newline="") as file:
@@ -222,7 +226,8 @@ class Front:
         """Draw the front: 2 objectives as a curve, 3 as ternary heat maps, more as parallel coordinates.
 
         Args:
-            path: where to save the picture; the suffix (.png, .svg, .pdf) says how. Not saved if None.
+            path: where to save the picture; the suffix (.png, .svg, .pdf) says how; missing parents are
+                made. Not saved if None.
             ax: draw into these axes instead of a new figure; not for ternary heat maps, which need several.
             points: values [M] of single models by label: experts, the base, averages.
             others: further fronts by label, on the same metrics.
@@ -240,32 +245,15 @@ class Front:
             ) from error
         return plots.plot_front(self, path, ax=ax, points=points, others=others, title=title)
 
-    def _reference(self, ref: Mapping[str, float] | Sequence[float] | float) -> list[float]:
-        count = len(self.metrics)
-        if isinstance(ref, Mapping):
-            if set(ref) != set(self.metrics):
-                raise ValueError(
-                    f"got a reference point for {sorted(ref)}, expected one for {sorted(self.metrics)}"
-                )
-            point = np.array([ref[name] for name in self.metrics], dtype=np.float64)
-        else:
-            point = np.asarray(ref, dtype=np.float64)
-            point = np.full(count, point.item()) if point.ndim == 0 else point
-        if point.shape != (count,) or not np.isfinite(point).all():
-            raise ValueError(
-                f"got reference point {ref}, expected {count} finite numbers, one for each of "
-                f"{list(self.metrics)}; give the worst value that still counts"
-            )
-        return [float(x) for x in point]
-
 
 def sweep(
     engine: Switchable,
     evaluate: Evaluate,
     preferences: Sequence[Any] | np.ndarray | None = None,
     *,
-    maximize: bool | Sequence[bool] | Mapping[str, bool] = True,
+    maximize: Maximize = True,
     progress: bool = True,
+    on_metrics: Callable[[tuple[str, ...]], object] | None = None,
 ) -> Front:
     """Merge and evaluate a model for each preference.
 
@@ -278,13 +266,17 @@ def sweep(
         maximize: whether larger metrics are better (accuracy) or smaller ones (loss); for each metric if they
             differ, in order or by name.
         progress: show a progress bar.
+        on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
 
     Raises:
-        ValueError: a preference is invalid (before anything is evaluated), or a metric is not finite.
-        TypeError: `evaluate` returned no numbers.
+        ValueError: a preference is invalid (before anything is evaluated), `maximize` does not fit the metrics (after
+            the first evaluation), or a metric is not finite.
+        TypeError: `maximize` holds something else than booleans (before anything is evaluated), or `evaluate` returned
+            no numbers.
     """
     from paretofuse.engine.sweep import evaluate_preferences  # the only part of this file that needs torch
 
+    plain_maximize(maximize)
     objectives = tuple(engine.objectives)
     if preferences is None:
         grid = default_preferences(len(objectives))
@@ -292,15 +284,14 @@ def sweep(
         grid = np.array([as_preference(row, objectives) for row in preferences], dtype=np.float64)
         if len(grid) == 0:
             raise ValueError("got no preferences, expected at least one; leave them out for a default grid")
-    values, metrics = evaluate_preferences(engine, evaluate, grid, progress)
-    if isinstance(maximize, Mapping):
-        if set(maximize) != set(metrics):
-            raise ValueError(
-                f"got maximize for {sorted(maximize)}, expected it for the metrics {sorted(metrics)}"
-            )
-        maximize = [maximize[name] for name in metrics]
-    directions = maximize if isinstance(maximize, bool) else tuple(maximize)
-    return Front(grid, values, objectives, metrics, directions)
+
+    def check(metrics: tuple[str, ...]) -> None:
+        directions(maximize, metrics)
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check)
+    return Front(grid, values, objectives, metrics, directions(maximize, metrics))
 
 
 def default_preferences(objectives: int) -> np.ndarray:
@@ -318,14 +309,3 @@ def _table(what: str, given: Any, width: int, of: str) -> np.ndarray:
         raise ValueError(f"got {table[row, column]} in {what}[{row}, {column}], expected finite numbers")
     table.setflags(write=False)
     return table
-
-
-def _directions(maximize: bool | tuple[bool, ...], metrics: tuple[str, ...]) -> bool | tuple[bool, ...]:
-    if isinstance(maximize, bool):
-        return maximize
-    directions = tuple(bool(larger) for larger in maximize)
-    if len(directions) != len(metrics):
-        raise ValueError(
-            f"got {len(directions)} entries in maximize, expected one for each of {list(metrics)} or one bool"
-        )
-    return directions[0] if len(set(directions)) == 1 else directions

@@ -131,6 +131,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=_DTYPES, help="dtype of the merged model (default: that of the base)"
     )
     stack.add_argument(
+        "--delta-dtype", choices=_DTYPES,
+        help="dtype of the stored differences alone (default: that of the merged model)",
+    )  # fmt: skip
+    stack.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip

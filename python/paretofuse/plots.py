@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,24 @@ INK, GREY, PALE = "#222222", "#777777", "#dddddd"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A900", "#444444")
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 SMALL = 8.5
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a picture can be saved under this name, by its suffix."""
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if Path(path).suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(
+            f"got picture {str(path)!r}, expected a name that ends in one of .{', .'.join(formats)}"
+        )
+
+
+def check_shape(objectives: int, metrics: int) -> None:
+    """Raise ValueError where there is no picture for a front of so many objectives and metrics."""
+    if objectives != 3 and metrics < 2:
+        raise ValueError(
+            f"got a front of one metric over {objectives} objectives, expected at least two metrics; "
+            "plot front.values against front.preferences directly"
+        )
 
 
 def plot_front(
@@ -54,17 +73,13 @@ def plot_front(
                 "as in the plotted one"
             )
     objectives, metrics = front.preferences.shape[1], front.values.shape[1]
+    check_shape(objectives, metrics)
     if objectives == 3:
         if ax is not None:
             raise ValueError(
                 "got ax for 3 objectives, expected none: ternary heat maps need several axes; leave it out"
             )
         figure = _ternary(front, marked, fronts, title)
-    elif metrics < 2:
-        raise ValueError(
-            f"got a front of one metric over {objectives} objectives, expected at least two metrics; "
-            "plot front.values against front.preferences directly"
-        )
     else:
         figure, axes = _axes(ax, (6.4, 4.6) if metrics == 2 else (min(1.9 + 1.35 * metrics, 13.0), 4.2))
         if objectives == 2 and metrics == 2:
@@ -76,6 +91,7 @@ def plot_front(
                 title, loc="left", fontsize=11, color=INK, pad=12 if metrics == 2 and objectives == 2 else 28
             )
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
     return figure
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.skeleton import make_skeleton, stored_tensors
@@ -27,13 +27,14 @@ def from_directory(path: Path, label: str) -> Source:
     """A source over a Hugging Face directory, streamed from its files.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or a shard that the index names is missing.
+        CheckpointError: there are no safetensors weights, a shard that the index names is missing, or the index or
+            the configuration is damaged.
     """
     source = from_safetensors(_weight_files(path, label), label)
     config = path / CONFIG
     if not config.is_file():
         return source
-    card = card_from_files(companion_files(path))
+    card = card_from_files(companion_files(path), label)
     if card.skeleton is None or card.model_class is None or _find_class(card.model_class) is None:
         return replace(source, card=replace(card, skeleton=None))
     return replace(source, card=card, aliases=_ties(card.skeleton(), source))
@@ -52,12 +53,34 @@ def companion_files(path: Path) -> dict[str, bytes]:
     }
 
 
-def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
+def json_object(content: bytes, name: str, label: str) -> dict[str, Any]:
+    """What a model directory's JSON file holds.
+
+    Raises:
+        CheckpointError: no JSON, or no object of names; names the file.
+    """
+    try:
+        found = json.loads(content)
+    except ValueError as error:  # of JSON, or of UTF-8
+        reason = f"is no JSON ({error})"
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = f"holds a {type(found).__name__} instead of an object"
+    raise CheckpointError(
+        f"{label}: {name} {reason}; it may be truncated: copy it again, or save the model again"
+    )
+
+
+def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> ModelCard:
     """The card of a model whose config.json names a transformers class; without transformers, the files only.
 
     Imports nothing: transformers takes seconds to import, and opening a store takes milliseconds.
+
+    Raises:
+        CheckpointError: config.json is damaged; the message starts with the label.
     """
-    config = json.loads(files[CONFIG]) if CONFIG in files else {}
+    config = json_object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
     architectures = config.get("architectures") or []
     if not architectures or "model_type" not in config:
         return ModelCard(files=dict(files))
@@ -96,16 +119,16 @@ def _skeleton(name: str, config: dict[str, object]) -> nn.Module:
 
 
 def _weight_files(path: Path, label: str) -> list[Path]:
-    """The directory's safetensors files, by the index where there is one."""
+    """The directory's safetensors files; where both the file and an index are there, the file, as transformers does."""
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
     index = path / INDEX
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = _shards(index, label)
         missing = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
         if missing:
             raise CheckpointError(f"{label}: {INDEX} names {missing[0]!r}, which is not in the directory")
         return [path / shard for shard in shards]
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return found
@@ -116,6 +139,20 @@ def _weight_files(path: Path, label: str) -> list[Path]:
         else f"expected {WEIGHTS} or {INDEX}"
     )
     raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
+
+
+def _shards(index: Path, label: str) -> list[str]:
+    """The names of the files that an index spreads the tensors over."""
+    tensors = json_object(index.read_bytes(), INDEX, label).get("weight_map")
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(shard, str) for shard in tensors.values())
+    ):
+        raise CheckpointError(
+            f"{label}: {INDEX} has no 'weight_map' from each tensor to its file; copy it again, or save the model again"
+        )
+    return sorted(set(tensors.values()))
 
 
 def _ties(skeleton: nn.Module, source: Source) -> dict[str, str]:

@@ -5,7 +5,6 @@ In-memory open_clip models are ordinary modules and need no adapter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -13,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretofuse.adapters.hf import companion_files
+from paretofuse.adapters.hf import companion_files, json_object
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.skeleton import make_skeleton
 from paretofuse.engine.sources import ModelCard, Source, from_safetensors
@@ -29,16 +28,24 @@ def from_directory(path: Path, label: str) -> Source:
     """A source over an open_clip directory, streamed from its file.
 
     Raises:
-        CheckpointError: its weights are not safetensors.
+        CheckpointError: its weights are not safetensors, or its configuration is damaged.
     """
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{label}: expected {WEIGHTS} beside {CONFIG}; pickles are never read")
-    return replace(from_safetensors([path / WEIGHTS], label), card=card_from_files(companion_files(path)))
+    return replace(
+        from_safetensors([path / WEIGHTS], label), card=card_from_files(companion_files(path), label)
+    )
 
 
-def card_from_files(files: Mapping[str, bytes]) -> ModelCard:
-    """The card of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's card."""
-    settings = dict(json.loads(files[CONFIG])["model_cfg"])
+def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> ModelCard:
+    """The card of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's card.
+
+    Raises:
+        CheckpointError: its configuration is damaged; the message starts with the label.
+    """
+    settings = json_object(files[CONFIG], CONFIG, label).get("model_cfg")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{label}: {CONFIG} has no 'model_cfg'; copy it again from where it came from")
     custom = settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
     name = "CustomTextCLIP" if custom else "CLIP"
     skeleton = cache(lambda: _skeleton(name, settings)) if find_spec("open_clip") else None
