@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence()
         return 141
-    except (
-        OSError
-    ) as error:  # the commands' own are reported already: stdout itself, on a full disk for example
+    except OSError as error:  # of stdout itself (a full disk): the commands report their own
         print(f"paretofuse: error: stdout: {error.strerror}", file=sys.stderr)
         _silence()
         return 1
