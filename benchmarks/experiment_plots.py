@@ -17,7 +17,8 @@ import paretofuse as pf
 from benchmarks.experiment_tables import Row
 
 INK, GREY, PALE = "#222222", "#8a8a8a", "#e4e4e4"
-OURS, SHORT, THEIRS, SOUPS, DENSE = "#1b6ca8", "#7fb2d9", "#d1495b", "#4f9d69", "#7d5ba6"
+OURS, SHORT, SEVERAL = "#1b6ca8", "#9cc4e2", "#2aa6b8"
+THEIRS, SOUPS, DENSE = "#d1495b", "#4f9d69", "#7d5ba6"
 SMALL = 8
 MARKERS = "s^v<>oDXP*"
 
@@ -25,9 +26,9 @@ Fronts = Mapping[str, Mapping[int, pf.Front]]
 
 
 def colour(name: str, longest: str) -> str:
-    """A contender's colour: ours in blue (short runs paler), PWEMoE in red, single models in grey."""
+    """A contender's colour: ours in blues (short runs lighter), PWEMoE in red, single models in grey."""
     if name.startswith("ours"):
-        return OURS if name == longest else SHORT
+        return OURS if name == longest else SEVERAL if "preferences" in name else SHORT
     if name.startswith("PWEMoE"):
         return THEIRS
     return {"rewarded soups": SOUPS, "dense scalarization": DENSE}.get(name, GREY)
