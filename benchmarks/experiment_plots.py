@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -53,12 +54,13 @@ def picture(fronts: Fronts, rows: Sequence[Row], metric: str, title: str, path: 
 
 
 def chosen(rows: Sequence[Row]) -> list[str]:
-    """The fronts to draw: ours, rewarded soups, dense scalarization and the best PWEMoE."""
+    """The fronts to draw: ours, rewarded soups, dense scalarization, and the best PWEMoE of most seeds."""
     means = {
         name: mean(rows, name) for name in dict.fromkeys(row.contender for row in rows if row.kind == "front")
     }
     theirs = [name for name in means if name.startswith("PWEMoE")]
-    best = max(theirs, key=lambda name: means[name]) if theirs else None
+    seeds = Counter(row.contender for row in rows)
+    best = max(theirs, key=lambda name: (seeds[name], means[name])) if theirs else None
     ours = runs_of_ours(list(means)) or [name for name in means if name.startswith("ours")]
     return [name for name in means if name == best or name in ours or not name.startswith(("PWEMoE", "ours"))]
 

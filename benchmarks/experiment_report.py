@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import experiment_ablation, experiment_plots
-from benchmarks.experiment_plots import Fronts, chosen, longest, mean, runs_of_ours
+from benchmarks.experiment_plots import Fronts, chosen, longest, runs_of_ours
 from benchmarks.experiment_tables import Row, markdown, read, read_points, shown, spread_of
 
 ORDER = ("vision", "vision3", "text", "language", "openclip")
@@ -121,21 +121,18 @@ def targets(rows: Sequence[Row]) -> list[str]:
         return ["Not judged: PWEMoE or ours was not among the contenders of this run."]
     shared = [name for name in names if not name.startswith("ours") and name != "dense scalarization"]
     said = []
-    best = max(shared, key=lambda name: mean(rows, name))
-    final = longest(names)
-    said.append(
-        f"Hypervolume above every baseline that shares the experts: {_verdict(mean(rows, final) > mean(rows, best))}; "
-        f"{final}: {shown(mean(rows, final))}, best of theirs ({best}): {shown(mean(rows, best))}"
-        f"{_paired(rows, final, best)}."
-    )
-    rival = max((name for name in names if name.startswith("PWEMoE")), key=lambda name: mean(rows, name))
-    steps = next(row.steps or 0 for row in rows if row.contender == rival)
-    for name in [n for n in ours if int(n.split()[1]) * 20 <= steps]:
+    for name in [n for n in ours if "preferences" in n or n == longest(names)]:
         said.append(
-            f"PWEMoE's final value within 1/20 of its steps: {_verdict(mean(rows, name) >= mean(rows, rival))}; "
-            f"{name}: {shown(mean(rows, name))}, best PWEMoE ({rival}) after {steps}: {shown(mean(rows, rival))}"
-            f"{_paired(rows, name, rival)}."
+            "Hypervolume above every baseline that shares the experts: "
+            + _compared(rows, name, _hardest(rows, name, shared))
         )
+    theirs = [name for name in names if name.startswith("PWEMoE")]
+    for name in ours:
+        rival = _hardest(rows, name, theirs)
+        if int(name.split()[1]) * 20 <= next(row.steps or 0 for row in rows if row.contender == rival):
+            said.append(
+                f"PWEMoE's final value within 1/20 of its steps: {_compared(rows, name, rival, equal=True)}"
+            )
     for name in ours:
         shares = [row.non_dominated or 0.0 for row in rows if row.contender == name]
         said.append(
@@ -195,12 +192,31 @@ def _verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def _paired(rows: Sequence[Row], ours: str, theirs: str) -> str:
-    """How many seeds ours was ahead in."""
-    values = {(row.contender, row.seed): row.hypervolume for row in rows}
-    seeds = sorted({row.seed for row in rows})
-    ahead = sum(values[ours, seed] > values[theirs, seed] for seed in seeds)
-    return f" (ahead with {ahead} of {len(seeds)} seeds)"
+def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
+    return {row.seed: row.hypervolume for row in rows if row.contender == name}
+
+
+def _hardest(rows: Sequence[Row], ours: str, theirs: Sequence[str]) -> str:
+    """The contender that ours is least ahead of, over the seeds that it was run with."""
+    mine = _by_seed(rows, ours)
+
+    def ahead(name: str) -> float:
+        return statistics.mean(mine[seed] - value for seed, value in _by_seed(rows, name).items())
+
+    return min(theirs, key=ahead)
+
+
+def _compared(rows: Sequence[Row], ours: str, theirs: str, *, equal: bool = False) -> str:
+    """Whether ours is above (or equal to) theirs by the mean over the seeds of both, with both means."""
+    found = _by_seed(rows, theirs)
+    mine = {seed: value for seed, value in _by_seed(rows, ours).items() if seed in found}
+    means = statistics.mean(mine.values()), statistics.mean(found.values())
+    met = means[0] >= means[1] if equal else means[0] > means[1]
+    ahead = sum(value > found[seed] for seed, value in mine.items())
+    return (
+        f"{_verdict(met)}; {ours}: {shown(means[0])}, {theirs}: {shown(means[1])} "
+        f"(ahead with {ahead} of {len(mine)} seeds)."
+    )
 
 
 def _about(path: Path) -> dict[str, list[str]]:
