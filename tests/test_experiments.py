@@ -75,7 +75,6 @@ def test_a_run_goes_on_with_what_is_missing(plan, results):
     again = run(experiment_vision.two, plan, say=said.append)
     assert sorted(line.rpartition(": ")[2] for line in said) == [
         "ours, 2 steps",
-        "ours, 2 steps of 4 preferences",
         "rewarded soups",
     ]
     assert [(r.values, r.settings) for r in again] == [(r.values, r.settings) for r in results]
