@@ -166,6 +166,9 @@ def ablation_section(name: str, data: Path, docs: Path) -> str:
             for s, change in changes.items()
             if change
         }
+        if not named:  # nothing to compare with: the plain setting was not run for so long
+            lines += [f"\n### {name}, {budget} steps\n", experiment_ablation.table(part), ""]
+            continue
         picture = docs / f"ablation-{name}-{budget}.png"
         experiment_plots.ablation(named, f"{name}, {budget} steps: change against plain", picture)
         lines += [
