@@ -81,7 +81,7 @@ def section(name: str, data: Path, docs: Path) -> str:
     )
     lines = [
         f"\n## {name}: {title}\n",
-        f"    python -m benchmarks.experiments {name}\n",
+        f"    python -m benchmarks.experiments {name} --seeds {' '.join(map(str, seeds))}\n",
         *(f"{note}\n" for note in about.get("note", [])),
         f"Metric: {metric} ({', '.join(objectives)}, in this order in the columns). Reference point: "
         f"{about['reference'][0]}. Seeds: {', '.join(map(str, seeds))}. Measured on {machines}.\n",
@@ -149,7 +149,7 @@ One setting changed at a time, on the same base and experts; *plain* is `route="
 Dirichlet(1)
 preference a step, Adam at 1e-2, linear scalarization. *change* is the mean over seeds of the difference in
 hypervolume to plain with the same seed and the same budget of backward passes. Written from `ablation_*.csv`, which
-`python -m benchmarks.experiments ablation NAME` makes.
+`python -m benchmarks.experiments ablation NAME --seeds 0 1 2` makes.
 """
 
 
