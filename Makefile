@@ -17,7 +17,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks.run
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/src/* csrc/bindings/* csrc/include/paretofuse/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/src/*/* csrc/bindings/* csrc/include/paretofuse/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install torch==2.14.1 torchvision==0.29.1
 	$(PY) -m pip install --editable ".[hf,openclip,plot,test]"

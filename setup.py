@@ -1,4 +1,4 @@
-"""The native extension; everything else about the package is in pyproject.toml."""
+"""The native extension, and the packages found in the folders that pyproject.toml maps; all else is there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # Products and sums are rounded one by one (no contraction), so that all instruction sets give the same bits.
 COMPILE = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -14,9 +14,18 @@ COMPILE = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra"]
 # Apple's compiler has no OpenMP.
 THREADS = ["-DPARETOFUSE_STD_THREADS"] if sys.platform == "darwin" else ["-fopenmp"]
 
-core = sorted(Path("csrc/src").glob("*.cpp"))
+core = sorted(path for room in ("core", "simd") for path in Path("csrc/src", room).glob("*.cpp"))
+
+# pyproject.toml's own patterns know no package whose folder lies elsewhere than its name says.
+ROOMS = {"paretofuse": "python/paretofuse", "paretofuse.engine": "engine", "paretofuse.kernels": "kernels"}
+packages = [
+    name
+    for room, folder in ROOMS.items()
+    for name in (room, *(f"{room}.{found}" for found in find_packages(folder)))
+]
 
 setup(
+    packages=[*packages, "paretofuse.csrc"],
     ext_modules=[
         Pybind11Extension(
             "paretofuse._C",
@@ -27,5 +36,5 @@ setup(
             extra_compile_args=[*COMPILE, *THREADS],
             extra_link_args=THREADS,
         )
-    ]
+    ],
 )

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import paretofuse as pf
-from benchmarks import pwemoe
-from benchmarks.images import DataError, Part, Task, Tasks, digits_tasks, load_tasks
-from benchmarks.tiny_vit import TinyViT
+from benchmarks.data_sets.images import DataError, Part, Task, Tasks, digits_tasks, load_tasks
+from benchmarks.models import pwemoe
+from benchmarks.models.tiny_vit import TinyViT
 
 SHORT_STEPS = 50
 """Steps of the short run of ours, next to PWEMoE's 1500."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks.harness import record
 
 NAMES = (
     "merge_speed",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         print("QUICK RUN: tiny sizes, these numbers mean nothing")
     try:
-        rows = import_module(f"benchmarks.{names[0]}").run(chosen)
+        rows = import_module(f"benchmarks.speed.{names[0]}").run(chosen)
     except record.BenchmarkError as error:
         print(f"benchmark {names[0]} failed: {error}", file=sys.stderr)
         return 3 if isinstance(error, record.MissingContender) else 1

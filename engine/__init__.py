@@ -1,1 +1,1 @@
-"""The engine: layout, store, routers, merging, the live module, training and sweeps."""
+"""The engine: one base and its experts, ready to become any mixture of them; `engine.py` is its facade."""

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine import persist
-from paretofuse.engine.batched import batched_module
-from paretofuse.engine.binding import Binding
-from paretofuse.engine.build import Stack
-from paretofuse.engine.live import LiveModule
-from paretofuse.engine.merge import choose_backend
-from paretofuse.engine.preference import as_preference, is_grid
-from paretofuse.engine.replicas import ReplicaPool
-from paretofuse.engine.routers import Routers
-from paretofuse.engine.skeleton import materialize
-from paretofuse.engine.sources import ModelCard
+from paretofuse.engine.merging.backends import choose_backend
+from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.modules.batched.module import batched_module
+from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.modules.replicas import ReplicaPool
+from paretofuse.engine.routing.preference import as_preference, is_grid
+from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.stacking import persist
+from paretofuse.engine.stacking.skeleton import materialize
+from paretofuse.engine.stacking.sources import ModelCard
+from paretofuse.engine.stacking.stack import Stack
 
 Preference = Tensor | np.ndarray | Sequence[float] | Mapping[str, float]
 
@@ -62,9 +63,9 @@ class Engine:
         self.notes = notes
         self.cards = cards
         self.routers = routers.to(device)
-        self._binding = Binding(stack, backend, cards.base.shardings)
-        self.backend = self._binding.backends.get(device) or choose_backend(device, backend)
-        self._stack = self._binding.stack
+        self._bound = BoundStack(stack, backend, cards.base.shardings)
+        self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
+        self._stack = self._bound.stack
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
@@ -204,9 +205,9 @@ class Engine:
         own = self._head_tensors(head)
         constants = {spec.name: self._stack.base[spec.name] for spec in self.layout.with_role("constant")}
         states = []
-        for merged in self._binding.merge(full):
+        for merged in self._bound.merge(full):
             state: dict[str, Tensor] = {}
-            whole = self._binding.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
+            whole = self._bound.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
             for spec in self.layout.tensors:
                 tensor = whole[spec.name]
                 state.update(dict.fromkeys((spec.name, *spec.aliases), tensor))
@@ -289,7 +290,7 @@ class Engine:
         if weights.dim() != 3:
             raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
         routing = weights.to(self.device, torch.float32)
-        return batched_module(self._binding, self._skeleton(), routing, isolate=isolate)
+        return batched_module(self._bound, self._skeleton(), routing, isolate=isolate)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
@@ -359,7 +360,7 @@ class Engine:
     def _build_live(self, *, fused: bool, full: Tensor | None = None) -> LiveModule:
         """A module bound to its mergers, merged at full weights or at equal preferences."""
         weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if full is None else full
-        return self._binding.live(self._skeleton(), weights, fused=fused)
+        return live_module(self._bound, self._skeleton(), weights, fused=fused)
 
     def _skeleton(self) -> nn.Module:
         if self.cards.base.skeleton is None:
@@ -400,9 +401,9 @@ class Engine:
         return is_grid(preference) if weights is None else torch.as_tensor(weights).dim() == 3
 
     def _only_whole(self, what: str) -> None:
-        if self._binding.shardings:
+        if self._bound.shardings:
             raise ValueError(
-                f"got one process's shards of {next(iter(self._binding.shardings))!r} and others, expected whole "
+                f"got one process's shards of {next(iter(self._bound.shardings))!r} and others, expected whole "
                 f"tensors for {what}; stack the unsharded models for that"
             )
 

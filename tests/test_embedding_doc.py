@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import paretofuse as pf
-from tests import cpplib
-from tests.models import net_and_experts
+from tests.support import cpplib
+from tests.support.models import net_and_experts
 
 TEXT = (cpplib.ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
 

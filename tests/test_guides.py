@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import paretofuse as pf
-from tests.models import perturbed, tiny_gpt2
+from tests.support.models import perturbed, tiny_gpt2
 
 ROOT = Path(__file__).parents[1]
 

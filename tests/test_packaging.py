@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 USE = """
-import paretofuse, paretofuse._C, paretofuse.engine.native, paretofuse.kernels, paretofuse.adapters
+import paretofuse, paretofuse._C, paretofuse.engine.merging.native, paretofuse.kernels, paretofuse.adapters
 import paretofuse.engine.solvers
 import torch, paretofuse as pf
 engine = pf.stack({"w": torch.zeros(3)}, {"a": {"w": torch.ones(3)}}, route="tensor")
@@ -73,7 +73,7 @@ def test_sdist_and_wheel(checkout: Path, empty: Path, tmp_path: Path) -> None:
     assert any(name.startswith("csrc/include/paretofuse/") and name.endswith(".h") for name in names)
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
-    assert {"paretofuse/py.typed", "paretofuse/_C.pyi", "paretofuse/engine/store.py"} <= files
+    assert {"paretofuse/py.typed", "paretofuse/_C.pyi", "paretofuse/engine/store/reader.py"} <= files
     assert any(name.startswith("paretofuse/_C") and name.endswith(".so") for name in files)
     assert not any(name.startswith(("engine/", "kernels/", "tests/", "benchmarks/")) for name in files)
     install(empty, wheel)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import perturbed, tiny_gpt2
+from tests.support.models import perturbed, tiny_gpt2
 
 ROOT = Path(__file__).parents[1]
 

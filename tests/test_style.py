@@ -35,7 +35,7 @@ def test_ruff_format() -> None:
 
 
 def test_clang_format() -> None:
-    sources = [p for folder in ("csrc", "tests/cpp", "examples") for p in (ROOT / folder).rglob("*")]
+    sources = [p for folder in ("csrc", "tests/csrc", "examples") for p in (ROOT / folder).rglob("*")]
     clean(
         BIN / "clang-format",
         "--dry-run",

@@ -1,5 +1,5 @@
-// A vision transformer (benchmarks/tiny_vit.py) written against an engine's views: it keeps their addresses
-// and no weights of its own, so each switch of the engine changes the model at once.
+// A vision transformer (benchmarks/models/tiny_vit.py) written against an engine's views: it keeps their
+// addresses and no weights of its own, so each switch of the engine changes the model at once.
 #pragma once
 
 #include <paretofuse/engine.h>

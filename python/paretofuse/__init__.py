@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paretofuse.api import load, stack
-    from paretofuse.engine.data import Objective
     from paretofuse.engine.engine import Engine
     from paretofuse.engine.errors import CheckpointError, StoreError
-    from paretofuse.engine.evaluation import evaluate
-    from paretofuse.engine.fit import fit
-    from paretofuse.engine.preference import simplex_grid
-    from paretofuse.engine.sampling import layered_grid, sample_preferences
-    from paretofuse.engine.validation import Validation
+    from paretofuse.engine.evaluation.evaluate import evaluate
+    from paretofuse.engine.evaluation.objective import Objective
+    from paretofuse.engine.routing.preference import simplex_grid
+    from paretofuse.engine.routing.sampling import layered_grid, sample_preferences
+    from paretofuse.engine.training.fit import fit
+    from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
-    from paretofuse.front import Front, sweep
+    from paretofuse.fronts.front import Front, sweep
 
 __version__ = "0.1.0"
 
@@ -29,16 +29,16 @@ _HOMES = {
     "Engine": "paretofuse.engine.engine",
     "CheckpointError": "paretofuse.engine.errors",
     "StoreError": "paretofuse.engine.errors",
-    "Objective": "paretofuse.engine.data",
-    "Validation": "paretofuse.engine.validation",
-    "evaluate": "paretofuse.engine.evaluation",
+    "Objective": "paretofuse.engine.evaluation.objective",
+    "Validation": "paretofuse.engine.training.validation",
+    "evaluate": "paretofuse.engine.evaluation.evaluate",
     "export": "paretofuse.exporting",
-    "fit": "paretofuse.engine.fit",
-    "simplex_grid": "paretofuse.engine.preference",
-    "layered_grid": "paretofuse.engine.sampling",
-    "sample_preferences": "paretofuse.engine.sampling",
-    "Front": "paretofuse.front",
-    "sweep": "paretofuse.front",
+    "fit": "paretofuse.engine.training.fit",
+    "simplex_grid": "paretofuse.engine.routing.preference",
+    "layered_grid": "paretofuse.engine.routing.sampling",
+    "sample_preferences": "paretofuse.engine.routing.sampling",
+    "Front": "paretofuse.fronts.front",
+    "sweep": "paretofuse.fronts.front",
 }
 
 __all__ = [

@@ -15,13 +15,15 @@ from torch import nn
 
 from paretofuse.adapters import hf, openclip
 from paretofuse.adapters.resolve import resolve
-from paretofuse.engine import build, persist
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Cards, Engine
-from paretofuse.engine.routers import INITS, Routers
-from paretofuse.engine.routes import Route
-from paretofuse.engine.skeleton import make_skeleton, materialize
-from paretofuse.engine.sources import ModelCard
+from paretofuse.engine.routing.groups import Route
+from paretofuse.engine.routing.routers import INITS, Routers
+from paretofuse.engine.stacking import persist
+from paretofuse.engine.stacking.plan import Plan, make_plan
+from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
+from paretofuse.engine.stacking.sources import ModelCard
+from paretofuse.engine.stacking.stack import Stack, build
 
 
 def stack(
@@ -68,7 +70,7 @@ def stack(
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
     place = None if device is None else torch.device(device)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
-    built = build.build(plan, place)
+    built = build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
     return Engine(
         built, routers, _cards(plan), device=main, backend=backend, replicas=replicas, notes=plan.notes
@@ -143,7 +145,7 @@ def load(
     )
 
 
-def _check_fits(skeleton: nn.Module, stack: build.Stack) -> None:
+def _check_fits(skeleton: nn.Module, stack: Stack) -> None:
     """ValueError unless a module has the store's tensors, in their shapes (heads may have another)."""
     tensors = {name: torch.empty(s.shape, device="meta") for name, s in stack.layout.by_name.items()}
     materialize(
@@ -160,7 +162,7 @@ def _plan(
     dtype: torch.dtype | None,
     delta_dtype: torch.dtype | None,
     heads: Sequence[str],
-) -> build.Plan:
+) -> Plan:
     if not isinstance(experts, Mapping):
         raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{objective: model}}")
     if isinstance(heads, str):
@@ -172,7 +174,7 @@ def _plan(
     if len({str(name) for name in experts}) < len(experts):
         raise ValueError(f"got experts named {list(experts)}, expected names that differ as text")
     sources = {str(name): resolve(model, f"expert {name!r}", source) for name, model in experts.items()}
-    return build.plan(
+    return make_plan(
         source,
         sources,
         route=route,
@@ -183,7 +185,7 @@ def _plan(
     )
 
 
-def _cards(plan: build.Plan) -> Cards:
+def _cards(plan: Plan) -> Cards:
     dtype = TO_TORCH[plan.dtype] if plan.dtype else None
     heads = {}
     for objective, names in plan.heads.items():

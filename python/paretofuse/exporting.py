@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind
 
 from paretofuse.adapters import hf
 from paretofuse.engine.engine import Engine, Preference
-from paretofuse.engine.preference import as_preference
+from paretofuse.engine.routing.preference import as_preference
 
 _INLINED = 8  # AOTInductor writes vectors of up to so many numbers into the code
 

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "library/buffer.h"
-#include "library/cuda_weights.h"
+#include "library/cuda/weights.h"
 #include "library/model.h"
 #include "library/replica_pool.h"
 #include "library/writer.h"

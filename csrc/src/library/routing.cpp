@@ -9,7 +9,7 @@
 namespace paretofuse {
 namespace {
 
-constexpr double kSumTolerance = 1e-5;  // as in engine/preference.py
+constexpr double kSumTolerance = 1e-5;  // as in engine/routing/preference.py
 
 std::string number(double value) {
   char text[32];

@@ -1,4 +1,4 @@
-// The routers: from a preference to routing weights, the same bits as engine/routing.py.
+// The routers: from a preference to routing weights, the same bits as engine/routing/evaluate.py.
 #pragma once
 
 #include <cstddef>

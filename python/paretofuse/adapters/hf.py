@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.skeleton import make_skeleton, stored_tensors
-from paretofuse.engine.sources import ModelCard, Source, from_safetensors
+from paretofuse.engine.stacking.skeleton import make_skeleton, stored_tensors
+from paretofuse.engine.stacking.sources import ModelCard, Source, from_safetensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from paretofuse.adapters.hf import companion_files, json_object
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.skeleton import make_skeleton
-from paretofuse.engine.sources import ModelCard, Source, from_safetensors
+from paretofuse.engine.stacking.skeleton import make_skeleton
+from paretofuse.engine.stacking.sources import ModelCard, Source, from_safetensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.sources import Source, TensorInfo, from_safetensors
+from paretofuse.engine.stacking.sources import Source, TensorInfo, from_safetensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from torch import nn
 
 from paretofuse.adapters import hf, openclip, peft
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.sources import Source, from_module, from_safetensors, from_state_dict
+from paretofuse.engine.stacking.sources import Source, from_module, from_safetensors, from_state_dict
 
 
 def resolve(model: Any, label: str, base: Source | None = None) -> Source:

@@ -1,0 +1,1 @@
+"""The images and texts that experiments learn from, from packages that carry them."""

@@ -1,0 +1,1 @@
+"""Fronts on real tasks beside their rivals; `python -m benchmarks.experiments` runs them."""

@@ -1,0 +1,210 @@
+"""Who contends in every experiment: single merged models, fronts, PWEMoE, dense scalarization, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils import merge_utils
+from torch import Tensor, nn
+
+import paretofuse as pf
+from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
+from benchmarks.models import pwemoe
+
+OURS_STACK: Mapping[str, Any] = {"route": "tensor"}
+"""Arguments of pf.stack for ours: the best of the ablation on vision, and the same in every experiment."""
+OURS_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
+"""The same of pf.fit."""
+SEVERAL = 4
+"""Preferences in one step of the second of our short runs, which so costs as much as that many of the first."""
+
+DENSITY = 0.2
+"""Share of each delta that TIES keeps, and that DARE keeps and rescales: TIES's own."""
+COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
+"""Tried by every merge that has one; the best is chosen on the test data, in that merge's favour."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One contender.
+
+    Attributes:
+        name: in tables and file names.
+        run: does it all; what learning costs is measured by the context's meter.
+        cost: roughly how long it takes beside the others; the longest begin first.
+        settings: what the result depends on besides the experiment; other settings are measured anew.
+        every_seed: False: too slow for that; it is run for seed 0 alone.
+    """
+
+    name: str
+    run: Contend
+    cost: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    every_seed: bool = True
+
+
+def contenders(experiment: Experiment) -> list[Contender]:
+    """All of an experiment's contenders, in the table's order."""
+    found = [Contender("base", lambda context: context.single(context.models.base()))]
+    found += [Contender(name, run) for name, run in experiment.more.items()]
+    found += [Contender(f"expert {name}", _expert(name)) for name in experiment.names]
+    tried = {"coefficients": COEFFICIENTS}
+    found += [
+        Contender("plain average", plain_average),
+        Contender("task arithmetic", task_arithmetic, 1.5, tried),
+        Contender("TIES", _pruned(_ties), 1.5, {**tried, "density": DENSITY}),
+        Contender("DARE", _pruned(_dare), 1.5, {**tried, "density": DENSITY}),
+        Contender("rewarded soups", rewarded_soups, 1.5),
+    ]
+    for method in ("ls", "epo"):
+        for mode in ("mlp", "module"):
+            name = f"PWEMoE-{method.upper()} {mode}"
+            run = _pwemoe(method, mode)
+            every_seed = name not in experiment.first_seed_only
+            found.append(Contender(name, run, 10.0, {"steps": experiment.pwemoe_steps}, every_seed))
+    found.append(Contender("dense scalarization", dense_scalarization, 20.0))
+    short = min(experiment.ours_steps)
+    found += [_ours(short), _ours(short, SEVERAL)]
+    found += [_ours(steps) for steps in experiment.ours_steps if steps > short]
+    return found
+
+
+def _ours(steps: int, several: int = 1) -> Contender:
+    fit = dict(OURS_FIT) if several == 1 else {**OURS_FIT, "preferences_per_step": several}
+    settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": fit}
+    name = f"ours, {steps} steps" + (f" of {several} preferences" if several > 1 else "")
+    return Contender(name, learned(steps, OURS_STACK, fit), steps * several / 75, settings)
+
+
+def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:
+    """Ours with some settings: arguments of pf.stack and of pf.fit."""
+
+    def run(context: Context) -> Outcome:
+        with context.meter:
+            engine = pf.stack(context.models.base(), context.models.experts(), **stack)
+            objectives = context.experiment.objectives
+            pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **fit)
+        return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
+
+    return run
+
+
+def trainable(module: nn.Module) -> int:
+    """Parameters that training changes."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def plain_average(context: Context) -> Outcome:
+    """The mean of the experts."""
+    engine = pf.stack(context.models.base(), context.models.experts())
+    return context.single(engine.merge(weights=_uniform(engine, 1 / len(engine.objectives))))
+
+
+def task_arithmetic(context: Context) -> Outcome:
+    """Base + c * (sum of deltas), the best c."""
+    engine = pf.stack(context.models.base(), context.models.experts())
+    return _best_coefficient(context, lambda c: engine.merge(weights=_uniform(engine, c)))
+
+
+def rewarded_soups(context: Context) -> Outcome:
+    """Every tensor at L = r: base + sum_e r_e * delta_e, nothing learned (Rame et al., arXiv 2306.04488)."""
+    engine = pf.stack(context.models.base(), context.models.experts(), init="identity")
+    return Outcome(context.sweep(engine), "front")
+
+
+def dense_scalarization(context: Context) -> Outcome:
+    """For each of a few preferences a whole model, fine-tuned from the base on the weighted sum of losses.
+
+    With all weight on one objective that is the very expert, which is not trained again.
+    """
+    experiment, size = context.experiment, 0
+    models, fresh = [], 0
+    with context.meter:
+        for preference in experiment.scalarized:
+            if preference.max() == 1:
+                models.append(context.models.expert(experiment.names[int(preference.argmax())]))
+                continue
+            model = context.models.base()
+            experiment.fine_tune(model, [float(share) for share in preference], context.seed)
+            models.append(model)
+            size, fresh = trainable(model), fresh + 1
+    front = context.front([context.measured(model) for model in models], experiment.scalarized)
+    note = f"{len(models)} models; costs are of {fresh}, the others are experts"
+    return Outcome(front, "front", parameters=size, note=note)
+
+
+def _expert(name: str) -> Contend:
+    return lambda context: context.single(context.models.expert(name))
+
+
+def _pwemoe(method: str, mode: str) -> Contend:
+    def run(context: Context) -> Outcome:
+        experiment, steps = context.experiment, context.experiment.pwemoe_steps
+        with context.meter:
+            engine = pwemoe.learn_routed(
+                context.models.base(),
+                context.models.experts(),
+                experiment.objectives,
+                experiment.pwemoe_routes[mode],
+                method=method,
+                steps=steps,
+                seed=context.seed,
+                progress=False,
+            )
+        return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
+
+    return run
+
+
+Merge = Callable[[list[Tensor], Tensor], Tensor]
+
+
+def _ties(deltas: list[Tensor], weights: Tensor) -> Tensor:
+    merged: Tensor = merge_utils.ties(deltas, weights, DENSITY)
+    return merged
+
+
+def _dare(deltas: list[Tensor], weights: Tensor) -> Tensor:
+    merged: Tensor = merge_utils.dare_linear(deltas, weights, DENSITY)
+    return merged
+
+
+def _pruned(merge: Merge) -> Contend:
+    """A merge of PEFT's over each whole delta as one vector, as TIES trims it; the best coefficient."""
+
+    def run(context: Context) -> Outcome:
+        model, experts = context.models.base(), list(context.models.experts().values())
+        base = nn.utils.parameters_to_vector(model.parameters()).detach()
+        deltas = [nn.utils.parameters_to_vector(e.parameters()).detach() - base for e in experts]
+
+        def merged(coefficient: float) -> nn.Module:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(context.seed)
+                delta = merge([d.clone() for d in deltas], torch.full((len(deltas),), coefficient))
+            with torch.no_grad():
+                nn.utils.vector_to_parameters(base + delta, model.parameters())
+            return model
+
+        return _best_coefficient(context, merged)
+
+    return run
+
+
+def _best_coefficient(context: Context, merged: Callable[[float], nn.Module]) -> Outcome:
+    experiment = context.experiment
+    tried = {c: context.measured(merged(c)) for c in COEFFICIENTS}
+
+    def volume(values: list[float]) -> float:
+        sides = (np.array(values) - experiment.reference) * (1 if experiment.maximize else -1)
+        return float(np.prod(np.maximum(sides, 0)))
+
+    best = max(tried, key=lambda c: volume(tried[c]))
+    return Outcome(context.front([tried[best]]), "model", note=f"best of {len(tried)} coefficients: {best:g}")
+
+
+def _uniform(engine: pf.Engine, weight: float) -> Tensor:
+    return torch.full((len(engine.groups), len(engine.objectives)), weight)

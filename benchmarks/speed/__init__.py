@@ -1,0 +1,1 @@
+"""Speed and memory, one file a question; `python -m benchmarks.run` runs them."""

@@ -1,0 +1,47 @@
+// Kernels in plain C++, for every machine.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "simd/convert.h"
+#include "simd/kernels.h"
+
+namespace paretofuse {
+namespace {
+
+struct Arch {
+  using Vec = float;
+  static constexpr std::int64_t kWidth = 1;
+
+  static float zero() { return 0.0f; }
+  static float broadcast(float value) { return value; }
+  static float add(float a, float b) { return a + b; }
+  static float mul(float a, float b) { return a * b; }
+  static void to_floats(float* to, float value) { *to = value; }
+
+  template <DType D>
+  static float load(const std::byte* from) {
+    return load_one<D>(from);
+  }
+
+  template <DType D, bool Streaming>
+  static void store(std::byte* to, const float* values) {
+    for (std::int64_t i = 0; i < kStep; ++i) store_one<D>(to + i * item_size(D), values[i]);
+  }
+
+  template <bool Streaming>
+  static void copy_line(std::byte* dst, const std::byte* src) {
+    std::memcpy(dst, src, 64);
+  }
+};
+
+#include "simd/kernels_generic.h"
+
+}  // namespace
+
+const Kernels* scalar_kernels() {
+  static constexpr Kernels kernels = make_kernels("scalar");
+  return &kernels;
+}
+
+}  // namespace paretofuse

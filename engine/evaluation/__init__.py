@@ -1,0 +1,1 @@
+"""Evaluation: many preferences, judged."""

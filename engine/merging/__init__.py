@@ -1,0 +1,1 @@
+"""Merging: base + sum(weight * delta), by three backends."""

@@ -1,0 +1,160 @@
+"""Merging: one contract, three makers.
+
+    out[k][p] = base[p] + sum_e weights[k, row(p), e] * delta[e][p]        weights [K, rows, E] float32
+
+A merger is bound to its base, deltas and outputs once and called with weights as often as one likes; it always starts
+from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++ core (CPU), "triton" one launch for
+the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by a silent fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
+from paretofuse.engine.layout import TILE, TensorSpec
+from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
+from paretofuse.engine.merging.native import MergePlan
+from paretofuse.engine.stacking.stack import Stack
+from paretofuse.kernels.reference import merge_tensor_reference
+from paretofuse.kernels.routed_merge import routed_merge
+
+Merger = Callable[[Tensor], None]
+"""Takes weights float32 [K, rows, E] on the merger's device and rewrites its outputs."""
+
+BACKENDS = ("reference", "native", "triton")
+
+
+def choose_backend(device: torch.device, backend: str | None) -> str:
+    """The backend's name: the given one where it can work on this device, else the device's own.
+
+    Raises:
+        ValueError: no such backend, or it cannot work there.
+    """
+    if backend is None:
+        return {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"got backend={backend!r}, expected one of {list(BACKENDS)} or None")
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(
+            f'got backend="native" with tensors on {device}; it works on the CPU only, use "triton"'
+        )
+    return backend
+
+
+def separate_outputs(
+    specs: Sequence[TensorSpec], count: int, places: Mapping[str, torch.device]
+) -> list[dict[str, Tensor]]:
+    """Outputs of K merges, each tensor with its own storage on its device."""
+    return [
+        {
+            spec.name: torch.empty(spec.shape, dtype=TO_TORCH[spec.dtype], device=places[spec.name])
+            for spec in specs
+        }
+        for _ in range(count)
+    ]
+
+
+def reference_merger(
+    specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
+) -> Merger:
+    """Bind a merge by PyTorch, tensor by tensor, on any device."""
+
+    def merge(weights: Tensor) -> None:
+        for spec in specs:
+            deltas = [own.get(spec.name) for own in stack.deltas]
+            for k, tensors in enumerate(out):
+                row = weights[k, rows[spec.name]]
+                merged = merge_tensor_reference(stack.base[spec.name], deltas, row, TO_TORCH[spec.dtype])
+                tensors[spec.name].copy_(merged)
+
+    return merge
+
+
+def native_merger(
+    specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
+) -> Merger:
+    """Bind a merge by the C++ core: one pass over the memory of all tensors, which may be mapped from files."""
+
+    def address(tensors: Mapping[str, Tensor], name: str) -> int:
+        return tensors[name].data_ptr() if name in tensors else 0
+
+    plan = MergePlan(
+        base=[stack.base[spec.name].data_ptr() for spec in specs],
+        deltas=[[address(own, spec.name) for own in stack.deltas] for spec in specs],
+        lengths=[spec.numel for spec in specs],
+        rows=[rows[spec.name] for spec in specs],
+        base_dtypes=[spec.dtype for spec in specs],
+        delta_dtypes=[spec.delta_dtype for spec in specs],
+        out_dtypes=[TO_NAME[out[0][spec.name].dtype] for spec in specs],
+        experts=len(stack.deltas),
+        row_count=len(stack.layout.groups) + 1,
+    )
+    addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)
+
+    def merge(weights: Tensor, _keep_alive: object = (stack, out)) -> None:
+        plan.run(weights.numpy(), addresses, threads=torch.get_num_threads())
+
+    return merge
+
+
+def frugal_merger(
+    specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
+) -> Merger:
+    """Like `native_merger`, tensor by tensor: each one's mapped pages go before the next one's come."""
+    mergers = [(spec.name, native_merger([spec], rows, stack, out)) for spec in specs]
+
+    def merge(weights: Tensor) -> None:
+        for name, merge_one in mergers:
+            merge_one(weights)
+            stack.release([name])
+
+    return merge
+
+
+def triton_merger(inputs: Sequence[FlatInputs], out: FlatOutputs, names: Collection[str]) -> Merger:
+    """Bind a merge by the Triton kernel: one launch for each run of neighbours in a flat buffer.
+
+    A whole model of one dtype on one device is one run.
+
+    Args:
+        inputs: the flat buffers.
+        out: outputs of exactly the named tensors, or of whole buckets.
+        names: the tensors to merge.
+    """
+    runs = [
+        (inputs_run, out.buffers[tuple(spec for spec in flat.bucket.specs if spec.name in names)], at)
+        for flat in inputs
+        for inputs_run, at in _runs(flat, names)
+    ]
+
+    def merge(weights: Tensor) -> None:
+        for (base, deltas, tiles), target, at in runs:
+            routed_merge(base, deltas, tiles, weights, out=target[:, at : at + len(base)], tile=TILE)
+
+    return merge
+
+
+def _runs(flat: FlatInputs, names: Collection[str]) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], int]]:
+    """Base, deltas and tiles of each run of wanted tensors, and where the run begins in the output."""
+    ends = [*flat.bucket.offsets[1:], flat.bucket.total]
+    wanted = [
+        (start, end)
+        for spec, start, end in zip(flat.bucket.specs, flat.bucket.offsets, ends, strict=True)
+        if spec.name in names
+    ]
+    joined: list[tuple[int, int]] = []
+    for start, end in wanted:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    at = 0
+    for start, end in joined:
+        slices = (flat.base[start:end], flat.deltas[:, start:end], flat.tiles[start // TILE : end // TILE])
+        yield slices, at
+        at += end - start

@@ -1,0 +1,129 @@
+"""Flat memory: every tensor of one device, role and dtype in one buffer, each starting on a tile boundary.
+
+A tile belongs to one group, so that one kernel launch merges a whole buffer. Model code sees views of the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.dtypes import TO_TORCH
+from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
+from paretofuse.engine.stacking.stack import Stack
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that share one flat buffer of `total` elements on a device, each at its offset."""
+
+    device: torch.device
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+    total: int
+
+    def view(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors as views of a flat buffer [total]."""
+        return {
+            spec.name: flat[offset : offset + spec.numel].view(spec.shape)
+            for spec, offset in zip(self.specs, self.offsets, strict=True)
+        }
+
+
+def buckets(specs: Sequence[TensorSpec], places: Mapping[str, torch.device]) -> list[Bucket]:
+    """Group tensors by device, role and dtypes, and place them.
+
+    Args:
+        specs: the tensors.
+        places: the device of each, by name.
+    """
+    kinds: dict[tuple[torch.device, str, str, str], list[TensorSpec]] = {}
+    for spec in specs:
+        kinds.setdefault((places[spec.name], spec.role, spec.dtype, spec.delta_dtype), []).append(spec)
+    result = []
+    for (device, *_), members in kinds.items():
+        offsets, total = place([spec.numel for spec in members])
+        result.append(Bucket(device, tuple(members), tuple(offsets), total))
+    return result
+
+
+@dataclass(frozen=True)
+class FlatInputs:
+    """One bucket's inputs: base [N], deltas [E, N] and the row of each tile, int32 [N / TILE]."""
+
+    bucket: Bucket
+    base: Tensor
+    deltas: Tensor
+    tiles: Tensor
+
+
+def flatten(
+    stack: Stack, rows: Mapping[str, int], places: Mapping[str, torch.device]
+) -> tuple[Stack, list[FlatInputs]]:
+    """Copy a stack's merged tensors into flat buffers, those that `places` names.
+
+    Args:
+        stack: the stack.
+        rows: each merged tensor's row of the routing weights.
+        places: the device of each tensor that shall lie in a flat buffer.
+
+    Returns:
+        the same stack with these tensors as views of the buffers, so that nothing is held twice, and the buffers.
+    """
+    base = dict(stack.base)
+    deltas = [dict(own) for own in stack.deltas]
+    inputs = []
+    for bucket in buckets(
+        [s for s in stack.layout.with_role("routed", "static") if s.name in places], places
+    ):
+        first, device = bucket.specs[0], bucket.device
+        flat = torch.zeros(bucket.total, dtype=TO_TORCH[first.dtype], device=device)
+        planes = torch.zeros(len(deltas), bucket.total, dtype=TO_TORCH[first.delta_dtype], device=device)
+        for name, view in bucket.view(flat).items():
+            base[name] = view.copy_(stack.base[name])
+        for own, theirs, plane in zip(deltas, stack.deltas, planes, strict=True):
+            own.update({n: v.copy_(theirs[n]) for n, v in bucket.view(plane).items() if n in theirs})
+        lengths = [spec.numel for spec in bucket.specs]
+        tiles = tile_groups(lengths, [rows[spec.name] for spec in bucket.specs], TILE)
+        inputs.append(FlatInputs(bucket, flat, planes, torch.tensor(tiles, dtype=torch.int32, device=device)))
+    return Stack(stack.layout, base, tuple(deltas), stack.heads), inputs
+
+
+class FlatOutputs:
+    """Outputs of K merges in flat buffers [K, N], a buffer for each bucket; `views[k]` maps names to tensors."""
+
+    def __init__(self, specs: Sequence[TensorSpec], count: int, places: Mapping[str, torch.device]) -> None:
+        self.buffers: dict[tuple[TensorSpec, ...], Tensor] = {}
+        self.views: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for bucket in buckets(specs, places):
+            dtype = TO_TORCH[bucket.specs[0].dtype]
+            flat = torch.zeros(count, bucket.total, dtype=dtype, device=bucket.device)
+            self.buffers[bucket.specs] = flat
+            for views, row in zip(self.views, flat, strict=True):
+                views.update(bucket.view(row))
+
+
+class Planes:
+    """The deltas of each tensor as one tensor [E, *shape], by stored name.
+
+    Views of the flat buffers where there are some; elsewhere stacked when first asked for, which copies them.
+    """
+
+    def __init__(self, stack: Stack, flat: Sequence[FlatInputs]) -> None:
+        self._stack = stack
+        self._found: dict[str, Tensor] = {}
+        for inputs in flat:
+            for spec, offset in zip(inputs.bucket.specs, inputs.bucket.offsets, strict=True):
+                plane = inputs.deltas[:, offset : offset + spec.numel]
+                self._found[spec.name] = plane.unflatten(1, spec.shape) if spec.shape else plane[:, 0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[E, *shape]; zeros for experts that leave the tensor unchanged."""
+        if name not in self._found:
+            given = [own.get(name) for own in self._stack.deltas]
+            like = next((delta for delta in given if delta is not None), self._stack.base[name])
+            self._found[name] = torch.stack([torch.zeros_like(like) if d is None else d for d in given])
+        return self._found[name]

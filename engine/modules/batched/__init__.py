@@ -1,0 +1,1 @@
+"""Batched modules: every row of a batch at a preference of its own."""

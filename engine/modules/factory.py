@@ -1,0 +1,73 @@
+"""Modules made of a bound stack's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.merging.flat import FlatOutputs
+from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
+from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
+from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
+from paretofuse.engine.stacking.sharding import shard
+from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
+
+
+def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fused: bool) -> LiveModule:
+    """A module bound to its mergers; a fused one has merged tensors only where a layer cannot do without.
+
+    Args:
+        bound: the stack.
+        skeleton: the module's structure.
+        weights: the first routing weights, [1, G + 1, E].
+        fused: whether linear layers give way to those of `routed/layers.py`.
+    """
+    routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
+    known = {name: spec.name for name, spec in bound.layout.by_name.items() if spec.role == "routed"}
+    hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
+    merged = tuple(spec for spec in routed if spec.name not in hidden)
+    out = FlatOutputs((*merged, *static), 1, bound.places)
+    state = dict(out.views[0])
+    for spec in bound.layout.with_role("constant"):
+        state[spec.name] = bound.stack.base[spec.name].clone()
+    # The base's own tensors, held only until the layers are replaced.
+    state.update({name: bound.stack.base[name] for name in hidden})
+    module = materialize(skeleton, bound.whole(state), "the stacked tensors")
+    mixes: dict[torch.device, Tensor] = {}
+    if fused:
+        mixes = {d: torch.zeros(weights[0, :-1].shape, device=d) for d in bound.backends}
+        module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, mixes))
+    # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
+    stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
+    in_flat = {spec.name for flat in bound.flat for spec in flat.bucket.specs}
+    return LiveModule(
+        module,
+        bound.merger(merged, out, [stored]),
+        bound.merger(static, out, [stored], once=True),
+        {spec.name: bound.rows[spec.name] for spec in merged},
+        bound.stack.deltas,
+        weights,
+        planes={spec.name: bound.planes[spec.name] for spec in merged if spec.name in in_flat},
+        mixes=tuple(mixes.values()),
+    )
+
+
+def _mixed_weight(
+    bound: BoundStack, mixes: Mapping[torch.device, Tensor], layer: nn.Module, name: str
+) -> MixedWeight:
+    """The weight of a fused layer, given the routing weights [G, E] on each device."""
+    base, row = bound.stack.base[name], bound.rows[name]
+    mix, transposed = mixes[base.device], is_conv1d(layer)
+    if bound.backends[base.device] == "native":
+        deltas = [own.get(name) for own in bound.stack.deltas]
+        release = partial(bound.stack.release, [name])
+        return LayerwiseWeight(base, deltas, mix, row, transposed, release)
+    planes = bound.planes[name]
+    if transposed:
+        base, planes = base.T, planes.mT
+    return RoutedWeight(base, planes, mix, row)

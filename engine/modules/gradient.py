@@ -1,0 +1,213 @@
+"""Gradients of the routing weights, by hooks on the live module's parameters.
+
+    dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
+
+Each parameter's gradient is reduced to E numbers as soon as autograd has it, and freed: nothing of size E x N, and
+never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the Triton
+kernels': fixed order and no atomics, so the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paretofuse.engine.dtypes import TO_NAME
+from paretofuse.engine.layout import TILE, place, tile_groups
+from paretofuse.engine.merging import native
+from paretofuse.kernels.reference import inner_reference
+from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
+
+
+class GradientCollector:
+    """Collects dLoss/dL [G, E] (float64) during backward passes.
+
+    Args:
+        parameters: the routed parameters by stored name.
+        rows: each one's row in L.
+        deltas: for each expert, its deltas by name; an absent one contributes zero.
+        groups: G.
+        planes: the deltas as one tensor [E, *shape] of each parameter whose gradient the Triton kernels reduce.
+        mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Mapping[str, int],
+        deltas: Sequence[Mapping[str, Tensor]],
+        groups: int,
+        *,
+        planes: Mapping[str, Tensor] | None = None,
+        mixes: Sequence[Tensor] = (),
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._rows = rows
+        self._deltas = deltas
+        self._leaves = [*self._parameters.values(), *mixes]
+        device = self._leaves[0].device if self._leaves else torch.device("cpu")
+        self._kernels = _kernel_sums(self._parameters, rows, planes or {}, groups)
+        self._pending = torch.zeros(groups, len(deltas), dtype=torch.float64, device=device)
+        self._routing_weights: Tensor | None = None
+        self._scheduled = False
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+        for mix in mixes:
+            mix.requires_grad_(True)
+            mix.register_post_accumulate_grad_hook(self._take_mix)
+
+    def arm(self, routing_weights: Tensor) -> None:
+        """From now on each backward pass through the module goes on into these routing weights [G, E]."""
+        for leaf in self._leaves:
+            leaf.requires_grad_(True)
+        self._take()
+        self._scheduled = False
+        self._routing_weights = routing_weights
+
+    def disarm(self) -> None:
+        """Forwards through the module record no graph for the routed parameters."""
+        for leaf in self._leaves:
+            leaf.requires_grad_(False)
+        self._routing_weights = None
+
+    def jacobian(self, losses: Sequence[Tensor]) -> Tensor:
+        """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are."""
+        weights, self._routing_weights = self._routing_weights, None
+        rows = []
+        try:
+            for index, loss in enumerate(losses):
+                self._take()
+                loss.backward(retain_graph=index + 1 < len(losses))
+                rows.append(self._take())
+        finally:
+            self._take()
+            self._routing_weights = weights
+        return torch.stack(rows)
+
+    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
+        row = self._rows[name]
+        deltas = [own.get(name) for own in self._deltas]
+
+        def reduce(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            if name in self._kernels:
+                self._kernels[name].add(name, gradient)
+            else:
+                self._pending[row] += inner_products(gradient, deltas).to(self._pending.device)
+            self._schedule()
+
+        return reduce
+
+    def _take_mix(self, mix: Tensor) -> None:
+        """What layers without a merged weight say about their routing weights."""
+        gradient, mix.grad = mix.grad, None
+        if gradient is not None:
+            self._pending += gradient.to(self._pending.device)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        """Have the routers' backward run once autograd has finished this pass, on the sum over all parameters."""
+        if self._routing_weights is not None and not self._scheduled:
+            self._scheduled = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+
+    def _take(self) -> Tensor:
+        """What was collected, float64 [G, E]; collecting starts anew."""
+        total = self._pending.clone()
+        self._pending.zero_()
+        for sums in dict.fromkeys(self._kernels.values()):
+            taken = sums.take()
+            if taken is not None:
+                total += taken.to(total.device)
+        return total
+
+    def _flush(self) -> None:
+        """Carry the collected sums into the routers' parameters."""
+        self._scheduled = False
+        if self._routing_weights is None:
+            return
+        gradient = self._take().to(self._routing_weights.dtype)
+        torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
+
+
+def _kernel_sums(
+    parameters: Mapping[str, nn.Parameter],
+    rows: Mapping[str, int],
+    planes: Mapping[str, Tensor],
+    groups: int,
+) -> dict[str, _KernelSums]:
+    """By parameter, the sums that its gradient goes into: one for each device."""
+    devices = {name: plane.device for name, plane in planes.items()}
+    sums = {
+        device: _KernelSums(
+            {n: p for n, p in parameters.items() if devices.get(n) == device}, rows, planes, groups, device
+        )
+        for device in dict.fromkeys(devices.values())
+    }
+    return {name: sums[device] for name, device in devices.items()}
+
+
+class _KernelSums:
+    """The sums by the Triton kernels: stage one for each gradient as it arrives, stage two when they are taken.
+
+    Args: as GradientCollector's, for the parameters of one device.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Mapping[str, int],
+        planes: Mapping[str, Tensor],
+        groups: int,
+        device: torch.device,
+    ) -> None:
+        lengths = [parameter.numel() for parameter in parameters.values()]
+        offsets, _ = place(lengths)
+        self._first = dict(zip(parameters, (offset // TILE for offset in offsets), strict=True))
+        self._planes = planes
+        tiles = tile_groups(lengths, [rows[name] for name in parameters])
+        self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
+        experts = len(next(iter(planes.values())))
+        self._partials = torch.zeros(len(tiles), experts, device=device)  # [tiles, E]
+        self._any = False
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Reduce one parameter's gradient to E numbers for each tile."""
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        partials = grad_partials(dense.reshape(-1), self._planes[name].flatten(1), tile=TILE)
+        first = self._first[name]
+        self._partials[first : first + len(partials)] += partials
+        self._any = True
+
+    def take(self) -> Tensor | None:
+        """The sums, float64 [G, E], or None where nothing was added; and start anew."""
+        if not self._any:
+            return None
+        total = group_sums(self._partials, self._plan).double()
+        self._partials.zero_()
+        self._any = False
+        return total
+
+
+def inner_products(gradient: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:
+    """<gradient, delta_e> for every expert, float64 [E]; None counts as zero. Reads the gradient once on the CPU."""
+    present = next((delta for delta in deltas if delta is not None), None)
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    if present is None or gradient.device.type != "cpu" or gradient.dtype not in TO_NAME:
+        return inner_reference(gradient, deltas)
+    gradient = gradient.contiguous()
+    sums = native.inner(
+        gradient.data_ptr(),
+        [0 if delta is None else delta.data_ptr() for delta in deltas],
+        gradient.numel(),
+        grad_dtype=TO_NAME[gradient.dtype],
+        delta_dtype=TO_NAME[present.dtype],
+        threads=torch.get_num_threads(),
+    )
+    return torch.from_numpy(sums)

@@ -1,0 +1,1 @@
+"""Routed layers: linear layers that mix their weight on the way into the product."""

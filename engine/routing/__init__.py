@@ -1,0 +1,1 @@
+"""Routing: a preference becomes routing weights."""

@@ -1,0 +1,1 @@
+"""Stacking: checkpoints become a base and the experts' deltas."""

@@ -1,0 +1,190 @@
+"""Between engine and store: tensors to chunks of bytes and mapped files to tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
+from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
+from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.stacking.deltas import base_blocks, delta_blocks, head_blocks, head_infos
+from paretofuse.engine.stacking.plan import Plan
+from paretofuse.engine.stacking.sources import BLOCK, ModelCard
+from paretofuse.engine.stacking.stack import Stack
+from paretofuse.engine.store.reader import Store
+from paretofuse.engine.store.safetensors_file import TensorData, TensorView
+from paretofuse.engine.store.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a store holds, to be asked for one tensor at a time as flat blocks.
+
+    Attributes:
+        base: the blocks of a base tensor.
+        deltas: for each expert, the blocks of a delta, or None where there is none.
+        heads: for each objective, (name, tensor dtype, shape, blocks).
+    """
+
+    base: Callable[[TensorSpec], Iterable[Tensor]]
+    deltas: list[Callable[[TensorSpec], Iterable[Tensor] | None]]
+    heads: Mapping[str, Sequence[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a store gave: the stack, its routers, and the model's and the heads' own files."""
+
+    stack: Stack
+    routers: Routers
+    files: dict[str, bytes]
+    head_files: dict[str, dict[str, bytes]]
+    model_class: str | None
+
+
+def in_memory(stack: Stack) -> Parts:
+    """The parts of a stack."""
+
+    def of(tensors: Mapping[str, Tensor]) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
+        return lambda spec: _blocks(tensors[spec.name]) if spec.name in tensors else None
+
+    heads = {
+        objective: [(name, t.dtype, tuple(t.shape), _blocks(t)) for name, t in own.items()]
+        for objective, own in stack.heads.items()
+    }
+    return Parts(lambda spec: _blocks(stack.base[spec.name]), [of(delta) for delta in stack.deltas], heads)
+
+
+def streamed(plan: Plan, progress: Callable[[int], None] | None = None) -> Parts:
+    """The parts of a plan, computed while they are written.
+
+    Args:
+        plan: from `make_plan`.
+        progress: called with the number of elements done since the last call.
+    """
+
+    def counted(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for block in blocks:
+            yield block
+            if progress is not None:
+                progress(block.numel())
+
+    def of(expert: Any) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
+        def deltas(spec: TensorSpec) -> Iterable[Tensor] | None:
+            blocks = delta_blocks(plan, expert, spec)
+            return None if blocks is None else counted(blocks)
+
+        return deltas
+
+    heads = {
+        objective: [
+            (name, info.dtype, info.shape, head_blocks(plan, objective, name))
+            for name, info in head_infos(plan, objective).items()
+        ]
+        for objective, names in plan.heads.items()
+        if names
+    }
+    return Parts(lambda spec: counted(base_blocks(plan, spec)), [of(e) for e in plan.experts.values()], heads)
+
+
+def write(
+    path: str | os.PathLike[str],
+    parts: Parts,
+    layout: Layout,
+    routers: Routers,
+    card: ModelCard,
+    head_cards: Mapping[str, ModelCard],
+) -> None:
+    """Write a store, tensor by tensor and atomically.
+
+    Raises:
+        ValueError: the path exists and is not a store.
+        OSError: writing failed; what was there before is untouched.
+    """
+    # The widest elements first, so that every tensor of the file is aligned to its own element size.
+    specs = sorted(layout.tensors, key=lambda spec: -ITEM_SIZE[spec.dtype])
+    merged = sorted(layout.with_role("routed", "static"), key=lambda spec: -ITEM_SIZE[spec.delta_dtype])
+    with StoreWriter(path, objectives=layout.objectives) as writer:
+        writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
+        for objective, deltas in zip(layout.objectives, parts.deltas, strict=True):
+            writer.write_expert(objective, _expert_tensors(merged, deltas))
+        for objective, own in parts.heads.items():
+            ordered = sorted(own, key=lambda entry: -ITEM_SIZE[TO_NAME[entry[1]]])
+            writer.write_head(objective, [(n, TO_NAME[d], s, _chunks(b)) for n, d, s, b in ordered])
+            for name, content in head_cards[objective].files.items() if objective in head_cards else ():
+                writer.add_head_file(objective, name, content)
+        state = routers.state_dict()
+        writer.write_routers(routers.init, {name: t.detach().cpu().numpy() for name, t in state.items()})
+        for name, content in card.files.items():
+            writer.add_model_file(name, content)
+        writer.finish(layout, card.model_class)
+
+
+def save(
+    path: str | os.PathLike[str],
+    stack: Stack,
+    routers: Routers,
+    card: ModelCard,
+    head_cards: Mapping[str, ModelCard],
+) -> None:
+    """Write a stack in memory to a store; raises as `write`."""
+    write(path, in_memory(stack), stack.layout, routers, card, head_cards)
+
+
+def read(path: str | os.PathLike[str], device: torch.device) -> Opened:
+    """Open a store. Tensors on the CPU are views of the mapped files.
+
+    Raises:
+        StoreError: not a store, or a damaged, incomplete or too new one.
+    """
+    store = Store.open(path)
+    layout = store.layout
+    stack = Stack(
+        layout,
+        _tensors(store.base, device),
+        tuple(_tensors(own, device) for own in store.deltas),
+        {objective: _tensors(own, device) for objective, own in store.heads.items()},
+        store.release if device.type == "cpu" else lambda names: None,
+    )
+    routers = Routers(layout.groups, layout.objectives, store.init, constant=layout.static_weight)
+    routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})
+    heads = {objective: store.model_files(objective) for objective in store.heads}
+    return Opened(stack, routers, store.model_files(), heads, store.model_class)
+
+
+def _expert_tensors(
+    specs: Iterable[TensorSpec], deltas: Callable[[TensorSpec], Iterable[Tensor] | None]
+) -> Iterator[TensorData]:
+    for spec in specs:
+        blocks = deltas(spec)
+        if blocks is not None:
+            yield spec.name, spec.delta_dtype, spec.shape, _chunks(blocks)
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), BLOCK):
+        yield flat[start : start + BLOCK]
+
+
+def _chunks(blocks: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def _tensors(views: Mapping[str, TensorView], device: torch.device) -> dict[str, Tensor]:
+    return {name: _tensor(view, device) for name, view in views.items()}
+
+
+def _tensor(view: TensorView, device: torch.device) -> Tensor:
+    dtype = TO_TORCH[view.dtype]
+    if not view.nbytes:
+        return torch.empty(view.shape, dtype=dtype, device=device)
+    return torch.frombuffer(view.data, dtype=dtype).view(view.shape).to(device)

@@ -1,0 +1,226 @@
+"""Sources: where the tensors of a base or an expert come from, read block by block.
+
+A source tells the names, shapes and dtypes of its tensors without reading them, and hands out flat blocks. Stacking
+therefore never holds more than a few blocks above its result, whatever the size of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
+from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.layout import ITEM_SIZE
+from paretofuse.engine.stacking.sharding import Sharding, shards
+from paretofuse.engine.stacking.skeleton import can_copy, make_skeleton
+from paretofuse.engine.store.safetensors_file import SafetensorsFile
+
+BLOCK = 1 << 20
+"""Elements read at a time."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What makes a model of tensors.
+
+    Attributes:
+        skeleton: gives the module with meta tensors; None where its class is not known.
+        files: the model directory's other files (config.json, tokenizer, ...), name -> content.
+        model_class: qualified class name, where known.
+        shardings: how the tensors that are sharded over processes lie, by name; their shapes elsewhere are those of
+            this process's shards.
+    """
+
+    skeleton: Callable[[], nn.Module] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    model_class: str | None = None
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's tensors.
+
+    Attributes:
+        label: what to call it in messages.
+        infos: shape and dtype by name; tied tensors appear once.
+        read: (name, start, stop) -> the flat elements start..stop of a tensor; never to be written to.
+        devices: where tensors lie that are in memory, by name.
+        aliases: further names of tied tensors -> the name in `infos`.
+        scalar_buffers: names of 0-dim buffers, taken from the base as they are.
+        card: what is known of the model besides its tensors.
+        is_delta: the tensors are deltas already, and absent ones are zero (LoRA).
+        replaced: with is_delta, names of tensors that are no deltas but stand for the base's (modules_to_save).
+    """
+
+    label: str
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str, int, int], Tensor]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    scalar_buffers: frozenset[str] = frozenset()
+    card: ModelCard = field(default_factory=ModelCard)
+    is_delta: bool = False
+    replaced: frozenset[str] = frozenset()
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's flat blocks, in order."""
+        numel = self.infos[name].numel
+        for start in range(0, numel, BLOCK):
+            yield self.read(name, start, min(start + BLOCK, numel))
+
+
+def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
+    """A source over a state dict; names that share their whole memory are tied. Of DTensors, over the shards here.
+
+    Raises:
+        TypeError: a value is not a tensor.
+        CheckpointError: a DTensor is a pending sum.
+    """
+    owners: dict[tuple[object, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
+    tensors, shardings = shards(tensors, label)
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        owner = owners.setdefault(place, name) if tensor.numel() and tensor.device.type != "meta" else name
+        if owner == name:
+            kept[name] = tensor.detach()
+        else:
+            aliases[name] = owner
+    return Source(
+        label=label,
+        infos={name: TensorInfo(tuple(t.shape), t.dtype) for name, t in kept.items()},
+        read=lambda name, start, stop: kept[name].reshape(-1)[start:stop],
+        aliases=aliases,
+        card=ModelCard(shardings=shardings),
+        devices={name: tensor.device for name, tensor in kept.items()},
+    )
+
+
+def from_module(module: nn.Module, label: str) -> Source:
+    """A source over a module's state dict, with its skeleton and, for HF models, its configuration."""
+    state = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    on_meta = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    if on_meta:
+        raise CheckpointError(f"{label}: tensor {on_meta[0]!r} is on the meta device; load its weights first")
+    plain = from_state_dict(state, label)
+    skeleton = make_skeleton(module) if can_copy(module) else None
+    buffers = dict(module.named_buffers())
+    return Source(
+        label=label,
+        infos=plain.infos,
+        read=plain.read,
+        aliases=plain.aliases,
+        scalar_buffers=frozenset(n for n, b in buffers.items() if b.dim() == 0),
+        card=ModelCard(
+            skeleton=None if skeleton is None else lambda: skeleton,
+            files=_configuration(module),
+            model_class=f"{type(module).__module__}.{type(module).__qualname__}",
+            shardings=plain.card.shardings,
+        ),
+        devices=plain.devices,
+    )
+
+
+def _configuration(module: nn.Module) -> dict[str, bytes]:
+    """The files that save_pretrained would write beside an HF model's weights; none for other modules."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    # Only save_pretrained notes the class and the dtype in the configuration; a model in memory may lack both.
+    settings = json.loads(config.to_json_string(use_diff=False))
+    settings["architectures"] = settings.get("architectures") or [type(module).__name__]
+    if settings.get("dtype") is None and hasattr(module, "dtype"):
+        settings["dtype"] = str(module.dtype).removeprefix("torch.")
+    files = {"config.json": json.dumps(settings, indent=2).encode()}
+    generation: Any = getattr(module, "generation_config", None)
+    if generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
+
+
+def from_safetensors(paths: list[Path], label: str) -> Source:
+    """A source over one or several (sharded) .safetensors files, read block by block without mapping them.
+
+    Raises:
+        StoreError: a file is not a valid safetensors file.
+        CheckpointError: two shards hold the same tensor.
+    """
+    infos: dict[str, TensorInfo] = {}
+    places: dict[str, tuple[Path, int, str]] = {}
+    for path in paths:
+        for name, entry in SafetensorsFile(path).tensors.items():
+            if name in infos:
+                raise CheckpointError(
+                    f"{label}: tensor {name!r} is in {places[name][0].name} and again in {path.name}"
+                )
+            infos[name] = TensorInfo(entry.shape, TO_TORCH[entry.dtype])
+            places[name] = (path, entry.offset, entry.dtype)
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        path, offset, dtype = places[name]
+        size = ITEM_SIZE[dtype]
+        buffer = bytearray((stop - start) * size)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset + start * size)
+            if _read_into(file.fileno(), buffer) != len(buffer):
+                raise CheckpointError(
+                    f"{label}: {path.name} ended while reading tensor {name!r}; is it truncated?"
+                )
+        return (
+            torch.frombuffer(buffer, dtype=TO_TORCH[dtype])
+            if buffer
+            else torch.empty(0, dtype=TO_TORCH[dtype])
+        )
+
+    return Source(label=label, infos=infos, read=read)
+
+
+def _read_into(descriptor: int, buffer: bytearray) -> int:
+    """Read until the buffer is full or the file ends; returns the bytes read."""
+    view, done = memoryview(buffer), 0
+    while done < len(buffer):
+        count = os.readv(descriptor, [view[done:]])
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def dtype_name(info: TensorInfo, label: str, name: str) -> str:
+    """The safetensors name of a tensor's dtype.
+
+    Raises:
+        CheckpointError: safetensors has no such dtype.
+    """
+    if info.dtype not in TO_NAME:
+        raise CheckpointError(f"{label}: tensor {name!r} is {info.dtype}, which safetensors cannot store")
+    return TO_NAME[info.dtype]

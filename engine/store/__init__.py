@@ -1,0 +1,1 @@
+"""The store: what lies on disk; needs no torch."""

@@ -1,0 +1,238 @@
+"""Writing a store: beside its place, checksummed and synced, then exchanged with an older one in one step. No torch."""
+
+from __future__ import annotations
+
+import operator
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from paretofuse.engine.errors import StoreError
+from paretofuse.engine.layout import Layout
+from paretofuse.engine.store.atomic import beside, place_directory, replaceable, sync, sync_tree
+from paretofuse.engine.store.manifest import (
+    BASE,
+    MANIFEST,
+    ROUTERS,
+    FileRecord,
+    Manifest,
+    file_stems,
+    is_model_file,
+    read_manifest,
+)
+from paretofuse.engine.store.reader import Store, sha256_of
+from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
+
+_METADATA = {"format": "pt"}
+
+
+def is_store(path: Path) -> bool:
+    """Whether a directory holds a store, perhaps of another version."""
+    try:
+        return b'"paretofuse"' in (path / MANIFEST).read_bytes()[:4096]
+    except OSError:
+        return False
+
+
+def _foreign_file(path: Path) -> str | None:
+    """A file in a store's directory that is not the store's, if there is one."""
+    try:
+        own = {MANIFEST, *read_manifest(path).files}
+    except StoreError:  # damaged or of another version: which files are its own, only their places tell
+        own = None
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_dir():
+            continue
+        if own is not None and name.as_posix() not in own:
+            return name.as_posix()
+        if own is None and name.parts[0] not in (MANIFEST, BASE, ROUTERS, "experts", "heads", "model"):
+            return name.as_posix()
+    return None
+
+
+class StoreWriter:
+    """Writes a store beside its place and puts it there whole when it is finished.
+
+    A context manager: leaving it before `finish`, by an exception or not, removes what was written and leaves
+    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, objectives: Sequence[str], overwrite: bool = True
+    ) -> None:
+        """Start a store.
+
+        Args:
+            path: its directory; missing parents are made.
+            objectives: the experts' names.
+            overwrite: replace an older store there.
+
+        Raises:
+            ValueError: something stands there that is no store, or a store and `overwrite` is False.
+        """
+        self.path = replaceable(Path(path))
+        self.objectives = tuple(objectives)
+        if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
+            raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
+        self._overwrite = overwrite
+        self._check_target()
+        self._stems = file_stems(self.objectives)
+        self._experts: dict[str, str] = {}
+        self._heads: dict[str, str] = {}
+        self._model_files: list[str] = []
+        self._head_files: dict[str, list[str]] = {}
+        self._init: str | None = None
+        self._records: dict[str, Future[FileRecord]] = {}
+        # One thread checksums and syncs a finished file while the next one is written.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="paretofuse-store")
+        self._root: Path | None = beside(self.path)
+        self._root.mkdir()
+
+    def write_base(self, tensors: Iterable[TensorData]) -> None:
+        """Write the base: (name, dtype, shape, bytes in pieces) each; larger elements should come first."""
+        self._write_tensors(BASE, tensors)
+
+    def write_expert(self, objective: str, tensors: Iterable[TensorData]) -> None:
+        """Write an expert's deltas; leave out those that are zero, or give None for their bytes."""
+        path = f"experts/{self._stem(objective)}.safetensors"
+        self._write_tensors(path, tensors)
+        self._experts[objective] = path
+
+    def write_head(self, objective: str, tensors: Iterable[TensorData]) -> None:
+        """Write the tensors that only one objective uses."""
+        path = f"heads/{self._stem(objective)}.safetensors"
+        self._write_tensors(path, tensors)
+        self._heads[objective] = path
+
+    def write_routers(self, init: str, parameters: Mapping[str, np.ndarray]) -> None:
+        """Write the routers: their init and their float32 parameters by name."""
+        for name, array in parameters.items():
+            if array.dtype != np.float32:
+                raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
+        self._init = init
+        entries = [
+            (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
+        ]
+        self._write_tensors(ROUTERS, entries)
+
+    def add_model_file(self, name: str, content: bytes) -> None:
+        """Keep a file that a merged model directory needs (config.json, tokenizer files)."""
+        self._write_bytes(name, f"model/{name}", content)
+        self._model_files.append(name)
+
+    def add_head_file(self, objective: str, name: str, content: bytes) -> None:
+        """Keep a file that replaces the model's own one under an objective's head."""
+        self._write_bytes(name, f"heads/{self._stem(objective)}/{name}", content)
+        self._head_files.setdefault(objective, []).append(name)
+
+    def finish(self, layout: Layout, model_class: str | None = None) -> None:
+        """Write the manifest, check the store, sync it and put it at its place.
+
+        Args:
+            layout: the tensor table; its objectives are those of the writer.
+            model_class: qualified name of the base model's class, if it had one.
+
+        Raises:
+            ValueError: a part was not written, or the parts do not fit the layout (as StoreError).
+        """
+        root = self._directory()
+        if layout.objectives != self.objectives:
+            raise ValueError(f"got a layout for {layout.objectives}, expected {self.objectives}")
+        absent = [name for name in self.objectives if name not in self._experts]
+        if absent or self._init is None or BASE not in self._records:
+            parts = [*(f"expert {name!r}" for name in absent)]
+            parts += ["routers"] if self._init is None else []
+            parts += ["base"] if BASE not in self._records else []
+            raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
+        manifest = Manifest(
+            layout=layout,
+            init=self._init,
+            base=BASE,
+            routers=ROUTERS,
+            experts=self._experts,
+            heads=self._heads,
+            model_class=model_class,
+            model_files=tuple(self._model_files),
+            head_files={name: tuple(names) for name, names in self._head_files.items()},
+            files={path: record.result() for path, record in self._records.items()},
+        )
+        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        Store.open(root)  # what could not be opened again must not replace an older store
+        sync_tree(root)
+        self._check_target()
+        place_directory(root, self.path)
+        self._root = None
+        self._pool.shutdown()
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not is_store(self.path)):
+            raise ValueError(
+                f"got {self.path}, which exists and is not a store; choose another place or remove it"
+            )
+        if other := _foreign_file(self.path):
+            raise ValueError(
+                f"got {self.path}, which holds a file that is not its own ({other}) and would be lost; move it, or "
+                "choose another place"
+            )
+        if not self._overwrite and is_store(self.path):
+            raise ValueError(f"got {self.path}, which is a store already; remove it or allow overwriting")
+
+    def _directory(self) -> Path:
+        if self._root is None:
+            raise ValueError("got a call after the store was finished; start another StoreWriter")
+        return self._root
+
+    def _stem(self, objective: str) -> str:
+        if objective not in self._stems:
+            raise ValueError(
+                f"got objective {objective!r}, expected one of {', '.join(map(repr, self.objectives))}"
+            )
+        return self._stems[objective]
+
+    def _new_file(self, path: str) -> Path:
+        if path in self._records:
+            raise ValueError(f"got {path} twice, expected it once")
+        full = self._directory() / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        return full
+
+    def _write_tensors(self, path: str, tensors: Iterable[TensorData]) -> None:
+        full = self._new_file(path)
+        reserve = max(1024, 256 * operator.length_hint(tensors, HEADER_RESERVE // 256))
+        with SafetensorsWriter(full, metadata=_METADATA, reserve=reserve) as writer:
+            for name, dtype, shape, chunks in tensors:
+                writer.add(name, dtype, shape, chunks)
+        self._records[path] = self._pool.submit(_seal, full)
+
+    def _write_bytes(self, name: str, path: str, content: bytes) -> None:
+        if not is_model_file(name):
+            raise ValueError(
+                f"got model file {name!r}, expected a relative path below the model that is no weights"
+            )
+        full = self._new_file(path)
+        full.write_bytes(content)
+        self._records[path] = self._pool.submit(_seal, full)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+
+def _seal(path: Path) -> FileRecord:
+    sync(path)
+    return FileRecord(path.stat().st_size, sha256_of(path))

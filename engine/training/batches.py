@@ -1,0 +1,82 @@
+"""The endless, seeded, resumable streams of batches that training draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Batches:
+    """An endless stream over an iterable, with a random state of its own.
+
+    Every epoch starts from a seed made of the run's seed, the stream's index and the epoch, and whatever the iterable
+    draws from torch's random state comes from there: so the stream depends neither on the model nor on the other
+    objectives, and `seek` finds any place again by repeating one epoch's draws.
+
+    Args:
+        data: the iterable.
+        name: the objective's name, for messages.
+        seed: the run's seed.
+        index: the objective's index.
+    """
+
+    def __init__(self, data: Iterable[Any], name: str, seed: int, index: int) -> None:
+        self._data = data
+        self._name = name
+        self._seed = seed
+        self._index = index
+        self.epoch = 0
+        self.taken = 0
+        self._iterator: Iterator[Any] | None = None
+        self._state: Tensor | None = None
+
+    def take(self) -> Any:
+        """The next batch.
+
+        Raises:
+            ValueError: the iterable is empty, or is a one-time iterator that has ended.
+        """
+        with self._own_random_state():
+            if self._iterator is None:
+                self._begin_epoch()
+            batch = next(self._iterator, _END)  # type: ignore[arg-type]
+            if batch is _END:
+                self.epoch, self.taken = self.epoch + 1, 0
+                self._begin_epoch()
+                batch = next(self._iterator, _END)  # type: ignore[arg-type]
+            if batch is _END:
+                raise ValueError(
+                    f"the data of objective {self._name!r} ended after {self.epoch} rounds and cannot begin again; "
+                    "pass a list, a DataLoader or another iterable that can be iterated repeatedly"
+                )
+            self.taken += 1
+            return batch
+
+    def seek(self, epoch: int, taken: int) -> None:
+        """Go to the place after `taken` batches of an epoch."""
+        self.epoch, self.taken, self._iterator = epoch, 0, None
+        while self.taken < taken:
+            self.take()
+
+    def _begin_epoch(self) -> None:
+        # A large odd multiplier keeps neighbouring seeds, objectives and epochs apart.
+        torch.manual_seed((self._seed * 1_000_003 + self._index * 7_919 + self.epoch) % (1 << 63))
+        self._iterator = iter(self._data)
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        if self._state is not None:
+            torch.set_rng_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+_END = object()

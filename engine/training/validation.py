@@ -1,0 +1,180 @@
+"""Early stopping: a small sweep of held-out data now and then, and the routers that did best in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretofuse.engine.evaluation import indicators
+from paretofuse.engine.evaluation.arguments import (
+    Maximize,
+    Point,
+    directions,
+    plain_maximize,
+    plain_point,
+    reference_point,
+)
+from paretofuse.engine.evaluation.sweep import Evaluate, Switchable, evaluate_preferences
+from paretofuse.engine.routing.preference import as_preference, simplex_grid
+from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.sampling import layered_grid
+
+_EXACT_METRICS = 5
+"""With more metrics than this, the hypervolume is estimated, from the same samples each time."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How `pf.fit` judges the routers while it trains them, and when it gives up.
+
+    Before the first step and after every `every` steps, a model for each preference is evaluated; the routers whose
+    front has the largest hypervolume are kept, and are what training ends with. Training ends early once `patience`
+    judgements in a row have brought nothing better. Checkpoints hold all of it.
+
+    Attributes:
+        evaluate: as for `pf.sweep`: takes the module, returns its metrics. It sees the same random state each time.
+        preferences: [P, E], or a sequence of preferences in any form; None for 5 (two objectives), 10 (three or
+            four) or 2 E (more: each corner, and half-way from it to equal preferences).
+        maximize: whether larger metrics are better; for each metric if they differ, in order or by name.
+        reference: the hypervolume's reference point: a number for each metric in order, a dict by metric name, or one
+            number for all; None for a point a tenth of its extent beyond the first judgement's worst values.
+        every: steps between judgements.
+        patience: judgements in a row without a better one that end the training.
+
+    Raises:
+        ValueError: `every` or `patience` is below 1, or `reference` is not finite. Once training has evaluated for the
+            first time: `maximize` or `reference` does not fit the metrics.
+        TypeError: `maximize` holds something else than booleans, or `reference` something else than numbers.
+    """
+
+    evaluate: Evaluate
+    preferences: Sequence[Any] | np.ndarray | None = None
+    maximize: Maximize = False
+    reference: Point | None = None
+    every: int = 50
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
+        plain_maximize(self.maximize)
+        if self.reference is not None:
+            plain_point(self.reference)
+
+    def grid(self, objectives: Sequence[str]) -> np.ndarray:
+        """The preferences, [P, E] float64.
+
+        Raises:
+            ValueError: one is not valid, or there are none.
+        """
+        count = len(objectives)
+        if self.preferences is None:
+            points = {1: 2, 2: 5, 3: 4, 4: 3}.get(count)
+            return simplex_grid(count, points) if points else layered_grid(count, (2, 2))
+        if len(self.preferences) == 0:
+            raise ValueError("got no preferences for validation, expected at least one")
+        return np.array([as_preference(row, tuple(objectives)) for row in self.preferences])
+
+
+class Watch:
+    """A run's validation: the best routers so far, and how long ago that was.
+
+    Args:
+        validation: what to do.
+        engine: what evaluates; its routers are the ones being trained.
+        routers: them.
+        seed: of the random state in which `evaluate` runs.
+    """
+
+    def __init__(self, validation: Validation, engine: Switchable, routers: Routers, seed: int) -> None:
+        self._validation = validation
+        self._engine = engine
+        self._routers = routers
+        self._seed = seed
+        self._grid = validation.grid(engine.objectives)
+        self._reference: list[float] | None = None
+        self._since = 0
+        self._scores: list[float] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def score(self) -> float:
+        """The latest judgement."""
+        return self._scores[-1]
+
+    @property
+    def ended(self) -> bool:
+        """Whether patience has run out."""
+        return self._since >= self._validation.patience
+
+    def judge(self, step: int) -> None:
+        """Evaluate the routers after `step` steps, if it is time to."""
+        if step % self._validation.every:
+            return
+        with torch.random.fork_rng():
+            values, metrics = evaluate_preferences(
+                self._engine, self._evaluate, self._grid, False, self._resolve
+            )
+        score = self._hypervolume(values, metrics)
+        better = not self._scores or score > max(self._scores)
+        self._scores.append(score)
+        self._since = 0 if better else self._since + 1
+        if better:
+            self.best = copy.deepcopy(self._routers.state_dict())
+
+    def finish(self) -> None:
+        """Give the routers their best values."""
+        self._routers.load_state_dict(self.best)
+
+    def state(self) -> dict[str, Any]:
+        """All but `best`, JSON only."""
+        return {"reference": self._reference, "since": self._since, "scores": self._scores}
+
+    def restore(self, state: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
+        """Continue from a state."""
+        self._reference, self._since = state["reference"], state["since"]
+        self._scores, self.best = list(state["scores"]), dict(best)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to belong to this run, JSON only."""
+        return {
+            "preferences": self._grid.tolist(),
+            "maximize": plain_maximize(self._validation.maximize),
+            "every": self._validation.every,
+            "patience": self._validation.patience,
+        }
+
+    def _evaluate(self, module: torch.nn.Module) -> Any:
+        torch.manual_seed(self._seed)  # at each preference, whichever process has its turn
+        return self._validation.evaluate(module)
+
+    def _resolve(self, metrics: Sequence[str]) -> tuple[tuple[bool, ...], list[float] | None]:
+        """Which metrics are better when larger, and the reference point where one is known, in the metrics' order."""
+        larger = directions(self._validation.maximize, metrics)
+        if self._reference is None and self._validation.reference is not None:
+            self._reference = reference_point(self._validation.reference, metrics)
+        return larger, self._reference
+
+    def _hypervolume(self, values: np.ndarray, metrics: Sequence[str]) -> float:
+        larger, reference = self._resolve(metrics)
+        if reference is None:
+            reference = self._reference = _beyond(values, larger)
+        if len(metrics) <= _EXACT_METRICS:
+            return indicators.exact_hypervolume(values, reference, larger)
+        return indicators.estimate_hypervolume(values, reference, larger)[0]
+
+
+def _beyond(values: np.ndarray, larger: Sequence[bool]) -> list[float]:
+    """A little worse than the worst value of each metric."""
+    signs = np.where(larger, 1.0, -1.0)
+    good = values * signs
+    extent = np.ptp(good, axis=0)
+    margin = 0.1 * np.where(extent > 0, extent, np.maximum(np.abs(good).max(axis=0), 1.0))
+    return [float(x) for x in (good.min(axis=0) - margin) * signs]

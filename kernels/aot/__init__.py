@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation: the kernels as binaries for programs without Python, and as machine code to be read."""

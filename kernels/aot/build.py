@@ -1,0 +1,162 @@
+"""Kernels compiled ahead of time, for GPUs that need not be present.
+
+`python -m paretofuse.kernels.aot --arch sm_90 -o DIR` writes the merge and gradient kernels as binaries with a JSON
+manifest, for a program that loads them with the CUDA or HIP driver. The same Triton writes the same bytes each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paretofuse.kernels.aot.variants import FLOATS, Variant, grad_variants, merge_variants
+from paretofuse.kernels.triton_or_none import interpreted, triton
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""A100, H100 and H200, B200, MI300X."""
+
+MISSING = (
+    "compiling kernels needs Triton 3.4 or newer, which is not installed; install it (pip install triton)"
+)
+
+
+def supports(variant: Variant, architecture: str) -> bool:
+    """Whether an architecture has the instructions for a variant: only NVIDIA's from sm_89 on convert float8 e4m3."""
+    return "*fp8e4nv" not in variant.arguments.values() or architecture in ("sm_90", "sm_100")
+
+
+def compile_variant(variant: Variant, architecture: str) -> Any:
+    """Compile for one of `ARCHITECTURES`; needs no GPU.
+
+    Returns:
+        Triton's CompiledKernel: `.asm` holds each stage, the binary as "cubin" or "hsaco".
+
+    Raises:
+        ImportError: Triton is not installed.
+        RuntimeError: the kernel's module was imported under TRITON_INTERPRET=1.
+        ValueError: an unknown architecture.
+    """
+    if triton is None or not hasattr(triton, "knobs"):
+        raise ImportError(MISSING)
+    if interpreted(variant.kernel):
+        raise RuntimeError(
+            "got kernels defined under TRITON_INTERPRET=1, expected compiled ones; unset it and restart"
+        )
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: got {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if architecture.startswith("sm_"):
+        target, warps = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32), variant.warps
+    else:
+        target, warps = GPUTarget("hip", architecture, 64), variant.wide_warps
+    signature = {**variant.arguments, **dict.fromkeys(variant.constants, "constexpr")}
+    attributes = {
+        (variant.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned
+    }
+    source = ASTSource(variant.kernel, signature, dict(variant.constants), attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": variant.stages})
+
+
+def describe(variant: Variant, architecture: str, compiled: Any, binary: bytes) -> dict[str, Any]:
+    """A variant's entry in the manifest: all that a driver needs to launch it."""
+    pointers = [{"name": name, "type": "*i8"} for name in ("global_scratch", "profile_scratch")]
+    threads_per_warp = compiled.metadata.target.warp_size
+    return {
+        "name": variant.name,
+        "file": f"{variant.name}.{_suffix(architecture)}",
+        "sha256": hashlib.sha256(binary).hexdigest(),
+        "symbol": compiled.metadata.name,
+        "arguments": [{"name": n, "type": t} for n, t in variant.arguments.items()] + pointers,
+        "null_arguments": [p["name"] for p in pointers],
+        "multiples_of_16": list(variant.aligned),
+        "constants": dict(variant.constants),
+        "grid": variant.grid,
+        "warps": compiled.metadata.num_warps,
+        "threads": compiled.metadata.num_warps * threads_per_warp,
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def variants(dtypes: Iterable[str], deltas: Iterable[str] = ()) -> list[Variant]:
+    """What `export` writes for dtypes of base and output, and for further dtypes of deltas."""
+    chosen = {}
+    for dtype in dtypes:
+        own = [variant for make in (merge_variants, grad_variants) for variant in make((dtype,))]
+        mixed = [v for d in deltas for v in merge_variants((dtype, d)) if v.arguments["deltas"] == f"*{d}"]
+        same = [v for v in mixed if v.arguments["base"] == v.arguments["out"] == f"*{dtype}"]
+        chosen.update({variant.name: variant for variant in (*own, *same)})
+    return list(chosen.values())
+
+
+def export(
+    architecture: str, directory: Path, dtypes: Iterable[str] = FLOATS, deltas: Iterable[str] = ()
+) -> Path:
+    """Write the merge and gradient kernels for one architecture, with `manifest.json`.
+
+    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte, or one of `deltas`.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        directory: made if missing; files of the same names are replaced.
+        dtypes: "fp32", "bf16", "fp16".
+        deltas: dtypes of deltas, besides, for merges of stores made with `delta_dtype`.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        ImportError, RuntimeError, ValueError: as `compile_variant`.
+    """
+    if triton is None or not hasattr(triton, "knobs"):
+        raise ImportError(MISSING)
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # line tables hold this checkout's path
+        for variant in variants(dtypes, deltas):
+            if not supports(variant, architecture):
+                continue
+            compiled = compile_variant(variant, architecture)
+            binary: bytes = compiled.asm[_suffix(architecture)]
+            entry = describe(variant, architecture, compiled, binary)
+            (directory / entry["file"]).write_bytes(binary)
+            entries.append(entry)
+    manifest = {"format": 1, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _suffix(architecture: str) -> str:
+    """Triton's name for an architecture's binaries."""
+    return "cubin" if architecture.startswith("sm_") else "hsaco"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m paretofuse.kernels.aot", description=__doc__)
+    parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPU's architecture")
+    parser.add_argument("--dtype", action="append", choices=FLOATS, help="only this dtype; may be repeated")
+    parser.add_argument(
+        "--delta-dtype",
+        action="append",
+        default=[],
+        choices=FLOATS,
+        help="of deltas, besides; may be repeated",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write")
+    options = parser.parse_args(arguments)
+    try:
+        path = export(options.arch, options.output, options.dtype or FLOATS, options.delta_dtype)
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0

@@ -1,0 +1,1 @@
+"""Fronts: the models of a sweep with their metrics, and their pictures."""

@@ -1,0 +1,344 @@
+"""libparetofuse's GPU path, against a driver library that records every call and merges on the host.
+
+Nothing here runs on a GPU. What is shown: which calls are made, in which order and with which bytes; that a driver
+which does what the arguments say ends with the CPU's results; and that every failure is clean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import paretofuse as pf
+from paretofuse.kernels.aot import build
+from paretofuse.kernels.aot.variants import merge_variants
+from tests.support import cpplib
+from tests.support.cpplib import Library, LibraryError
+from tests.support.models import net_and_experts
+
+STREAM = 0x1230
+RELEASE = ("-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return cpplib.build("release", *RELEASE)
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return Library(next(path for path in folder.glob("libparetofuse.*") if path.suffix in (".so", ".dylib")))
+
+
+class Driver:
+    """The fake driver library, which `dlopen` finds once for the test and for the library under test."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.c = ctypes.CDLL(str(path))
+        self.c.fake_log.restype = ctypes.c_char_p
+
+    def reset(self, fail_at: int = 0) -> None:
+        self.c.fake_reset(ctypes.c_int(fail_at))
+
+    def log(self) -> list[str]:
+        return self.c.fake_log().decode().splitlines()  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        """Nothing was misused, and everything was given back."""
+        assert (self.c.fake_misuses(), self.c.fake_live()) == (0, 0), self.log()
+
+
+@pytest.fixture
+def driver(folder: Path) -> Driver:
+    (path,) = folder.glob("libfake_cuda.*")
+    fake = Driver(path)
+    fake.reset()
+    return fake
+
+
+def write_kernels(path: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
+    """Every merge kernel's entry as `aot` writes it, with empty files: the fake driver goes by their names."""
+    path.mkdir(exist_ok=True)
+    entries = []
+    for variant in merge_variants():
+        metadata = SimpleNamespace(
+            target=SimpleNamespace(warp_size=32), name="merge_kernel", num_warps=variant.warps, shared=0
+        )
+        entries.append(build.describe(variant, "sm_90", SimpleNamespace(metadata=metadata), b""))
+        (path / entries[-1]["file"]).write_bytes(b"")
+    manifest = {"format": 1, "architecture": "sm_90", "triton": "3", "kernels": entries}
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_kernels(tmp_path_factory.mktemp("kernels") / "all")
+
+
+def net_store(path: Path, count: int = 3, **options: Any) -> Path:
+    base, experts = net_and_experts(count=count)
+    pf.stack(base, experts, **options).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With static tensors, too."""
+    route = lambda name: None if name.startswith("norm") else name  # noqa: E731
+    return net_store(tmp_path_factory.mktemp("stores") / "net", route=route)
+
+
+def equal(got: np.ndarray, truth: np.ndarray) -> bool:
+    """Bit for bit, but for the sign of a zero: the CPU skips weights of zero, the kernel multiplies by them."""
+    if got.dtype == np.uint16:
+        got, truth = (np.where(a & 0x7FFF == 0, 0, a) for a in (got, truth))
+    return got.shape == truth.shape and bool(np.array_equal(got, truth))
+
+
+def assert_cpu_results(device: dict[str, Any], host: dict[str, Any]) -> None:
+    assert device.keys() == host.keys()
+    assert [name for name in host if not equal(device[name], host[name])] == []
+
+
+STORES: dict[str, Callable[[Path], Path]] = {
+    "float32": lambda path: net_store(path),
+    "bfloat16": lambda path: net_store(path, dtype=torch.bfloat16),
+    "float16, a group for each tensor": lambda path: net_store(path, dtype=torch.float16, route="tensor"),
+    "bfloat16 deltas": lambda path: net_store(path, delta_dtype=torch.bfloat16),
+    "one expert": lambda path: net_store(path, count=1),
+    "eight experts": lambda path: net_store(path, count=8, route="tensor"),
+    "static tensors": lambda path: net_store(path, route=lambda n: "one" if "first" in n else None),
+}
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_results_are_the_cpus(
+    library: Library, driver: Driver, kernels: Path, tmp_path: Path, kind: str
+) -> None:
+    engine = library.open(STORES[kind](tmp_path / "store"))
+    cuda = engine.cuda(kernels, driver.path)
+    addresses = {name: cuda.view(name).data for name in cuda.names}
+    assert all(address % 256 == 0 for address in addresses.values() if address)
+    random = np.random.default_rng(1)
+    count = len(engine.names("objective"))
+    for stream in (STREAM, 0):
+        preference = [float(share) for share in random.dirichlet(np.ones(count))]
+        engine.switch(preference)
+        cuda.switch(preference, stream)
+        assert_cpu_results(cuda.tensors(stream), engine.tensors())
+        weights = random.normal(size=(len(engine.names("group")), count)).astype(np.float32)
+        engine.switch_weights(weights)
+        cuda.switch_weights(weights, stream)
+        assert_cpu_results(cuda.tensors(stream), engine.tensors())
+    assert {name: cuda.view(name).data for name in cuda.names} == addresses
+    engine.close()
+    cuda.switch(preference)  # it outlives the engine
+    cuda.close()
+    driver.check()
+
+
+def test_a_tensor_of_several_tiles(library: Library, driver: Driver, kernels: Path, tmp_path: Path) -> None:
+    base = {f"w{i}": torch.randn(size) for i, size in enumerate((1023, 1024, 1025, 1, 0, 5000))}
+    models = {f"e{e}": {name: torch.randn(t.shape) for name, t in base.items()} for e in range(5)}
+    pf.stack(base, models, route="tensor").save(tmp_path / "store")
+    engine = library.open(tmp_path / "store")
+    cuda = engine.cuda(kernels, driver.path)
+    weights = np.random.default_rng(2).normal(size=(len(base), 5)).astype(np.float32)
+    engine.switch_weights(weights)
+    cuda.switch_weights(weights, STREAM)
+    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
+    cuda.close()
+    driver.check()
+
+
+def test_a_switch_is_one_copy_and_one_launch_on_the_callers_stream(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    engine = library.open(store)
+    cuda = engine.cuda(kernels, driver.path)
+    opened = driver.log()
+    assert "cuLaunchKernel" in "".join(opened)  # the static tensors, once
+    cuda.switch([0.2, 0.3, 0.5], STREAM)
+    calls = driver.log()[len(opened) :]
+    assert [call.split()[0] for call in calls] == [
+        "cuCtxPushCurrent", "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuCtxPopCurrent",
+    ]  # fmt: skip
+    groups = len(engine.names("group"))
+    assert calls[1] == f"cuMemcpyHtoDAsync {(groups + 1) * 3 * 4} stream 0x1230"
+    found = re.fullmatch(
+        r"cuLaunchKernel grid (\d+) 1 1 block 128 1 1 shared 0 stream 0x1230 "
+        r"file merge_one_few_experts_fp32_fp32_fp32.cubin arguments (.*)", calls[2]
+    )  # fmt: skip
+    assert found is not None, calls[2]
+    tiles = int(found[1])
+    fields = [bytes.fromhex(field) for field in found[2].split()]
+    assert [len(field) for field in fields] == [8] * 6 + [8, 4, 4, 4, 8, 8, 8, 8]
+    base, deltas, tile_group, weights, scales, out = struct.unpack("<6Q", b"".join(fields[:6]))
+    assert len({base, deltas, tile_group, weights, out}) == 5
+    assert scales == weights  # never read
+    routed = [name for name in cuda.names if cuda.view(name).dtype == b"F32" and not name.startswith("norm")]
+    assert out == min(cuda.view(name).data for name in routed if name != "scale")
+    n, experts, rows, preferences, *strides = struct.unpack("<q3i2q", b"".join(fields[6:12]))
+    assert (experts, rows, preferences) == (3, groups + 1, 1)
+    assert n == tiles * 1024
+    assert strides == [n, n]
+    assert fields[12:] == [bytes(8)] * 2
+    cuda.close()
+    driver.check()
+
+
+def test_work_on_another_stream_waits_for_nothing(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    """The fake runs a stream's work only when it is waited for: this is what tells streams apart."""
+    engine = library.open(store)
+    cuda = engine.cuda(kernels, driver.path)
+    cuda.switch([1, 0, 0], STREAM)
+    before = cuda.read("second.weight", STREAM)
+    cuda.switch([0, 1, 0], STREAM + 1)
+    assert np.array_equal(cuda.read("second.weight", STREAM), before)
+    engine.switch([0, 1, 0])
+    assert equal(cuda.read("second.weight", STREAM + 1), engine.view("second.weight").array())
+    cuda.close()
+    driver.check()
+
+
+def test_every_failing_call_is_one_clean_error(
+    folder: Path, driver: Driver, kernels: Path, store: Path
+) -> None:
+    printed = cpplib.run([folder / "cuda_faults", store, kernels, driver.path])
+    assert int(printed.split()[0]) > 80
+
+
+@pytest.mark.slow
+def test_failing_calls_leak_no_host_memory(driver: Driver, kernels: Path, store: Path) -> None:
+    options = ("-DPARETOFUSE_TESTS=ON", "-DPARETOFUSE_SANITIZE=address,undefined")
+    folder = cpplib.build("asan", *options, targets=["cuda_faults", "fake_cuda"])
+    (fake,) = folder.glob("libfake_cuda.*")
+    cpplib.run([folder / "cuda_faults", store, kernels, fake], ASAN_OPTIONS="detect_leaks=1")
+
+
+def refused(engine: cpplib.Engine, *arguments: Any) -> str:
+    with pytest.raises(LibraryError) as caught:
+        engine.cuda(*arguments)
+    assert caught.value.status == Library.DEVICE
+    return str(caught.value)
+
+
+def test_no_driver(library: Library, folder: Path, kernels: Path, store: Path, tmp_path: Path) -> None:
+    engine = library.open(store)
+    assert "install NVIDIA's driver, or merge on the CPU" in refused(
+        engine, kernels, tmp_path / "libcuda.so.1"
+    )
+    other = next(path for path in folder.glob("libparetofuse.*") if path.suffix in (".so", ".dylib"))
+    assert "has no function cuInit; install a newer NVIDIA driver" in refused(engine, kernels, other)
+
+
+def test_no_such_device_and_another_architecture(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    engine = library.open(store)
+    assert "cuDeviceGet failed: CUDA_ERROR_OTHER (101)" in refused(engine, kernels, driver.path, 3)
+    for architecture, fits in ((80, False), (89, False), (90, True), (100, False)):
+        driver.c.fake_set_architecture(ctypes.c_int(architecture))
+        if fits:
+            engine.cuda(kernels, driver.path).close()
+        else:
+            message = refused(engine, kernels, driver.path)
+            assert f"kernels for sm_90, the device has sm_{architecture}; write them with --arch" in message
+    driver.check()
+
+
+def entry(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The kernel that the test's store needs."""
+    return next(k for k in manifest["kernels"] if k["name"] == "merge_one_few_experts_fp32_fp32_fp32")  # type: ignore[no-any-return]
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "format": (lambda m: m.update(format=2), "got format 2, expected 1"),
+    "architecture": (lambda m: m.update(architecture="gfx942"), "expected an NVIDIA architecture"),
+    "no kernels": (lambda m: m.update(kernels=[]), "has no merge of base fp32 and deltas fp32"),
+    "kernels": (lambda m: m.update(kernels=3), "no list of kernels"),
+    "a list": (lambda m: m["kernels"].append([]), "in the list of kernels"),
+    "path": (lambda m: entry(m).update(file="../x.cubin"), "no file name"),
+    "threads": (lambda m: entry(m).update(threads=2048), '"threads", expected 0 to 1024'),
+    "no threads": (lambda m: entry(m).update(threads=0), "no threads"),
+    "shared": (lambda m: entry(m).update(shared_bytes=-1), '"shared_bytes"'),
+    "grid": (lambda m: entry(m).update(grid="1, 1, 1"), "another launch grid"),
+    "arguments": (lambda m: entry(m)["arguments"].pop(), "another list of arguments"),
+    "order": (lambda m: entry(m)["arguments"].reverse(), "expected base"),
+    "type": (lambda m: entry(m)["arguments"][7].update(type="i64"), "got argument experts of type i64"),
+    "block": (lambda m: entry(m)["constants"].update(BLOCK=384), "do not divide a tile"),
+    "missing file": (lambda m: entry(m).update(file="none.cubin"), "cuModuleLoad of"),
+    "symbol": (lambda m: [k.update(symbol="other") for k in m["kernels"]], "has no merge"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_kernels(library: Library, driver: Driver, store: Path, tmp_path: Path, damage: str) -> None:
+    change, message = DAMAGES[damage]
+    kernels = write_kernels(tmp_path / "kernels", change)
+    assert message in refused(library.open(store), kernels, driver.path)
+    driver.check()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format": 1, "format": 1}'])
+def test_manifests_that_are_none(
+    library: Library, driver: Driver, store: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert "write the kernels by `python -m paretofuse.kernels.aot`" in refused(
+        library.open(store), tmp_path, driver.path
+    )
+
+
+def test_wrong_arguments_reach_no_driver(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    engine = library.open(store)
+    cuda = engine.cuda(kernels, driver.path)
+    calls = len(driver.log())
+    for preference in ([0.5, 0.5], [0.5, 0.5, 0.5]):
+        with pytest.raises(LibraryError, match="got"):
+            cuda.switch(preference)
+    with pytest.raises(LibraryError, match="routing weights"):
+        cuda.switch_weights(np.zeros(2, np.float32))
+    with pytest.raises(LibraryError, match="which the store does not have"):
+        cuda.view("nothing")
+    with pytest.raises(LibraryError, match="got 3 bytes at null"):
+        library.call("cuda_read", cuda.handle, b"token", None, ctypes.c_uint64(3), None)
+    for name in ("cuda_open", "cuda_switch", "cuda_tensor", "cuda_read"):
+        with pytest.raises(LibraryError, match="got null"):
+            library.call(name, *[None] * 5)
+    library.c.paretofuse_cuda_close(None)
+    assert len(driver.log()) == calls
+    cuda.close()
+    driver.check()
+
+
+def test_real_kernels_are_chosen_from_a_real_export(library: Library, driver: Driver, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernels = build.export("sm_90", tmp_path / "kernels", ("bf16",)).parent
+    engine = library.open(net_store(tmp_path / "store", dtype=torch.bfloat16))
+    cuda = engine.cuda(kernels, driver.path)
+    engine.switch([0.2, 0.3, 0.5])
+    cuda.switch([0.2, 0.3, 0.5], STREAM)
+    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
+    (loaded,) = {call.split()[1] for call in driver.log() if call.startswith("cuModuleLoad")}
+    assert Path(loaded).read_bytes().startswith(b"\x7fELF")
+    assert Path(loaded).name == "merge_one_few_experts_bf16_bf16_bf16.cubin"
+    cuda.close()
+    driver.check()

@@ -1,0 +1,68 @@
+"""The engine on the Triton backend, in Triton's interpreter; `test_kernels_in_interpreter.py` runs it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import paretofuse as pf
+from tests.support.models import Net, net_and_experts, same, tiny_gpt2
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+
+R = [0.2, 0.3, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_equals_the_reference(dtype: torch.dtype) -> None:
+    base, experts = net_and_experts()
+    ours = pf.stack(base, experts, dtype=dtype, backend="triton")
+    truth = pf.stack(base, experts, dtype=dtype, backend="reference")
+    rounding = torch.finfo(dtype).eps
+    grid = torch.from_numpy(pf.simplex_grid(3, 3))
+    for left, right in zip(ours.merge_state_dict(grid), truth.merge_state_dict(grid), strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=rounding, atol=rounding * 0.1)
+
+
+def test_switch_keeps_addresses_and_equals_merge() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, backend="triton", route=lambda n: None if n.startswith("norm") else n)
+    addresses = [t.data_ptr() for t in engine.module.state_dict().values()]
+    for _ in range(20):
+        engine.switch(torch.rand(3).softmax(0))
+    engine.switch(R)
+    assert [t.data_ptr() for t in engine.module.state_dict().values()] == addresses
+    assert same(engine.module, engine.merge(R))
+    assert type(engine.merge(R)) is Net
+
+
+def test_replicas_are_merged_models() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, backend="triton", replicas=2)
+    for preference in (R, [1, 0, 0], R, [0, 0, 1]):
+        with engine.replica(preference) as module:
+            assert same(module, engine.merge(preference))
+
+
+def test_gradients_equal_the_native_ones() -> None:
+    base, experts = net_and_experts()
+    x = torch.randn(6, 8)
+    jacobians = []
+    for backend in ("triton", "native"):
+        engine = pf.stack(base, experts, backend=backend)
+        engine.train_at(R)
+        jacobians.append(engine.jacobian([engine.module(x).square().mean()]))
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_tied_model_with_mixed_dtypes() -> None:
+    base = tiny_gpt2()
+    expert = tiny_gpt2(1).to(torch.bfloat16)
+    engine = pf.stack(base, {"a": expert, "b": base}, backend="triton", delta_dtype=torch.float16)
+    assert same(engine.merge([0.0, 1.0]), base)
+    assert engine.module.lm_head.weight is engine.module.transformer.wte.weight

@@ -1,0 +1,64 @@
+"""The machine code keeps its promises: no spills, 128-bit accesses, each byte once, tensor cores where they belong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.gpu import static
+from paretofuse.kernels.aot import build, variants
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+def check(findings, architecture):
+    found = list(findings)
+    assert {f.kernel: f.faults for f in found if f.faults} == {}
+    streaming = [f for f in found if f.kernel.startswith(("merge", "grad"))]
+    assert all(f.least_loads > 0 for f in streaming)
+    products = [
+        f for f in found if f.kernel.startswith(("linear", "rows", "weights_grad")) and "fp32" not in f.kernel
+    ]
+    assert all(MATRIX[architecture] in f.tensor_core for f in products)
+    assert all(
+        0 < f.occupancy <= 1 for f in found
+    )  # 0 would mean that its shared memory or registers do not fit
+    return streaming, products
+
+
+def test_sm_90_in_bfloat16():
+    """On Hopper the products run as warp-group instructions."""
+    streaming, products = check(static.findings(["sm_90"], ["bf16"]), "sm_90")
+    assert len(streaming) >= 14
+    assert len(products) >= 22
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", variants.FLOATS)
+@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
+def test_everything(architecture, dtype):
+    check(static.findings([architecture], [dtype]), architecture)
+
+
+def test_faults_are_found():
+    """A spill, a narrow load, and a narrow store each make a finding faulty; so does code for unaligned addresses."""
+    variant = next(variants.merge_variants(("bf16",)))
+    good = static.inspect(variant, "sm_90")
+    assert good.faults == []
+    assert "8 spilled" in dataclasses.replace(good, spills=8).faults[0]
+    unaligned = static.inspect(dataclasses.replace(variant, aligned=()), "sm_90")
+    assert len(unaligned.faults) == 2
+    assert unaligned.other_accesses > good.other_accesses
+
+
+def test_traffic_is_counted():
+    """A product reads two tensors and writes one; a view is free."""
+    a = torch.empty(8, 4, device="meta")
+    with static.Traffic() as traffic:
+        (a * a).view(4, 8).sum(0)
+    assert traffic.launches == 2
+    assert traffic.bytes == 4 * (32 + 32 + 32) + 4 * (32 + 8)

@@ -1,0 +1,251 @@
+"""`engine.replica`: every request its own preference, from many threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import paretofuse as pf
+from paretofuse.engine.modules.replicas import Fence, Slots
+from tests.support.models import net_and_experts, same, tiny_gpt2
+
+FIRST, SECOND, THIRD = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replica_is_the_merged_model(backend: str, dtype: torch.dtype) -> None:
+    base, experts = net_and_experts()
+    route = lambda name: None if name.startswith("norm") else name  # noqa: E731
+    engine = pf.stack(base, experts, route=route, dtype=dtype, backend=backend, replicas=2)
+    engine.switch(FIRST)
+    for preference in (FIRST, SECOND, THIRD, FIRST):
+        with engine.replica(preference) as module:
+            assert same(module, engine.merge(preference))
+            assert module is not engine.module
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert same(engine.module, engine.merge(FIRST))  # the live module stays as it was
+
+
+def test_the_least_recently_used_replica_that_nobody_holds_goes_first() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=2)
+    with engine.replica(FIRST) as first:
+        with engine.replica(SECOND) as second:
+            assert first is not second
+            with engine.replica({"b": 1.0}) as again:
+                assert again is second
+        with engine.replica(THIRD) as third:  # the first is held
+            assert third is second
+        assert same(first, engine.merge(FIRST))
+    with engine.replica(THIRD), engine.replica(SECOND) as second:
+        assert second is first
+
+
+def test_every_held_preference_needs_a_replica() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=1)
+    with engine.replica(FIRST), engine.replica(FIRST, timeout=0.01):
+        start = time.monotonic()
+        late = engine.replica(SECOND, timeout=0.05)
+        with pytest.raises(TimeoutError, match=r"within 0.05 s, 1 in all; open the engine with more"):
+            late.__enter__()
+        assert time.monotonic() - start >= 0.05
+    with engine.replica(SECOND, timeout=0) as module:
+        assert same(module, engine.merge(SECOND))
+
+
+def test_what_a_block_raises_releases_the_replica() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=1)
+    with pytest.raises(KeyError), engine.replica(FIRST):
+        raise KeyError
+    with engine.replica(SECOND, timeout=0):
+        pass
+
+
+def test_a_failed_merge_leaves_no_replica_behind() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base.state_dict(), {n: e.state_dict() for n, e in experts.items()}, replicas=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no module class"), engine.replica(FIRST, timeout=0):
+            pass
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    for preference in ([0.5, 0.5], [0.5, 0.5, 0.5], {"z": 1.0}):
+        with pytest.raises(ValueError, match="got"):
+            engine.replica(preference)
+    engine.save(tmp_path / "store")
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="replicas="):
+            pf.stack(base, experts, replicas=count)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="replicas="):
+            pf.load(tmp_path / "store", replicas=count)  # type: ignore[arg-type]
+
+
+def test_further_training_and_other_routers_are_noticed() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=1)
+    with engine.replica(THIRD):
+        pass
+    optimizer = torch.optim.SGD(engine.routers.parameters(), lr=1.0)
+    engine.train_at(THIRD)
+    engine.module(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    with engine.replica(THIRD) as module:
+        assert same(module, engine.merge(THIRD))
+    other = pf.stack(base, experts, init="sqrt").routers
+    with torch.no_grad():
+        for own in other.parameters():
+            own.add_(0.1)
+    engine.routers.load_state_dict(other.state_dict())
+    with engine.replica(THIRD) as module:
+        assert same(module, engine.merge(THIRD))
+
+
+def test_unload_frees_the_replicas() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=1)
+    with engine.replica(FIRST) as module:
+        dense = engine.unload(SECOND)
+        assert same(module, engine.merge(FIRST))  # still held
+    with engine.replica(FIRST) as fresh:
+        assert fresh is not module
+    assert same(dense, engine.merge(SECOND))
+
+
+@pytest.mark.parametrize(
+    ("backend", "replicas"), [("native", 1), ("native", 3), ("native", 6), ("reference", 3)]
+)
+def test_eight_threads_each_see_their_own_preference(backend: str, replicas: int) -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, route="tensor", backend=backend, replicas=replicas)
+    generator = torch.Generator().manual_seed(0)
+    preferences = list(torch.rand(6, 3, generator=generator, dtype=torch.float64).softmax(1))
+    x = torch.randn(5, 8, generator=generator)
+    with torch.no_grad():
+        truths = [engine.merge(preference)(x) for preference in preferences]
+    wrong: list[int] = []
+    done: list[int] = []
+
+    def work(seed: int) -> None:
+        order = torch.Generator().manual_seed(seed)
+        for which in torch.randint(0, 6, (60,), generator=order).tolist():
+            with engine.replica(preferences[which]) as module, torch.no_grad():
+                first = module(x)
+                time.sleep(0)
+                if not (torch.equal(first, truths[which]) and torch.equal(module(x), truths[which])):
+                    wrong.append(which)
+            done.append(which)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert len(done) == 8 * 60
+
+
+def test_a_merge_holds_up_nobody_but_those_who_want_it() -> None:
+    slots = Slots(2)
+    ready, go = threading.Event(), threading.Event()
+    merges: list[str] = []
+
+    def slow(number: int) -> None:
+        merges.append(f"slow {number}")
+        ready.set()
+        assert go.wait(20)
+
+    def quick(number: int) -> None:
+        merges.append(f"quick {number}")
+
+    waiters = [threading.Thread(target=slots.acquire, args=("a", slow)) for _ in range(3)]
+    for thread in waiters:
+        thread.start()
+    assert ready.wait(20)
+    other = slots.acquire("b", quick, timeout=0)  # merges beside the slow one
+    assert slots.acquire("b", quick, timeout=0) == other  # and is hit beside it
+    with pytest.raises(TimeoutError):
+        slots.acquire("c", quick, timeout=0)
+    go.set()
+    for thread in waiters:
+        thread.join(20)
+    assert sorted(merges) == ["quick 1", "slow 0"]  # three callers, one merge
+
+
+def test_a_waiting_caller_wakes_when_a_slot_is_released() -> None:
+    slots = Slots(1)
+    held = slots.acquire("a", lambda number: None)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (slots.acquire("b", lambda number: None), done.set()))
+    thread.start()
+    assert not done.wait(0.05)
+    slots.release(held)
+    assert done.wait(20)
+    thread.join()
+
+
+def test_generation_by_replicas_of_a_hugging_face_model() -> None:
+    base = tiny_gpt2()
+    engine = pf.stack(base, {"cola": tiny_gpt2(1), "sst2": tiny_gpt2(2)}, replicas=2)
+    prompt = torch.arange(1, 6).unsqueeze(0)
+    texts: dict[float, Tensor] = {}
+
+    def serve(share: float) -> None:
+        with engine.replica({"cola": share, "sst2": 1 - share}) as module:
+            texts[share] = module.generate(prompt, max_new_tokens=5, do_sample=False)
+
+    threads = [threading.Thread(target=serve, args=(share,)) for share in (0.0, 0.5, 1.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for share, text in texts.items():
+        truth = engine.merge([share, 1 - share]).generate(prompt, max_new_tokens=5, do_sample=False)
+        assert torch.equal(text, truth)
+    assert len(texts) == 3
+
+
+class FakeStream:
+    """Of a GPU that is not there: writes down what waits for what."""
+
+    def __init__(self, number: int, log: list[str]) -> None:
+        self.cuda_stream = number
+        self.log = log
+
+    def record_event(self) -> str:
+        event = f"{self.cuda_stream}.{len(self.log)}"
+        self.log.append(f"record {event}")
+        return event
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.cuda_stream} waits for {event}")
+
+
+def test_streams_of_a_gpu_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    current = [FakeStream(1, log)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    fence = Fence(torch.device("cuda", 0))
+    with fence.writing():
+        log.append("merge")
+    current[0] = FakeStream(2, log)
+    for _ in range(2):
+        with fence.reading():
+            log.append("use")
+    current[0] = FakeStream(1, log)
+    with fence.writing():
+        log.append("merge")
+    assert log == [
+        "merge", "record 1.1", "2 waits for 1.1", "use", "record 2.4", "2 waits for 1.1", "use", "record 2.7",
+        "1 waits for 2.7", "merge", "record 1.10",
+    ]  # fmt: skip

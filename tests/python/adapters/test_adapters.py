@@ -1,0 +1,333 @@
+"""PEFT LoRA, open_clip and Hugging Face directories, against the libraries' own results."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import paretofuse as pf
+from paretofuse.engine.merging.disk import merge_store
+from tests.support.models import perturbed, same, tiny_gpt2
+
+peft = pytest.importorskip("peft")
+open_clip = pytest.importorskip("open_clip")
+
+
+def lora(base: nn.Module, path: Path, seed: int, **settings: object) -> nn.Module:
+    """Train nothing, but fill a LoRA with random factors, save it, and return PEFT's own merged model."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 7, "init_lora_weights": False, **settings})
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(0.1 * torch.randn(p.shape) + (p if "lora_" not in name else 0))
+    model.save_pretrained(path, safe_serialization=True)
+    return model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_rslora": True},
+        {
+            "target_modules": ["c_fc", "c_attn"],
+            "fan_in_fan_out": True,
+            "rank_pattern": {"c_fc": 2},
+            "alpha_pattern": {"h.0.mlp.c_fc": 3},
+        },
+        {"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
+    ],
+)  # fmt: skip
+def test_lora_experts_equal_pefts_own_merge(settings: dict[str, object], tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    full = perturbed(base, 5)
+    merged = lora(base, tmp_path / "lora", 1, **settings)
+    base.save_pretrained(tmp_path / "base")
+    for start in (base, tmp_path / "base"):
+        engine = pf.stack(start, {"lora": tmp_path / "lora", "full": full})
+        ours = engine.merge({"lora": 1.0}).state_dict()
+        for name, theirs in merged.state_dict().items():
+            torch.testing.assert_close(ours[name], theirs, rtol=1e-5, atol=1e-6, msg=name)
+    engine.save(tmp_path / "store")
+    kept = pf.load(tmp_path / "store")
+    assert same(kept.merge([0.5, 0.5]), engine.merge([0.5, 0.5]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_linear_and_convolution(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3)
+            self.linear = nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    base = Small()
+    merged = lora(base, tmp_path / "lora", 2, target_modules=["conv", "linear"])
+    ours = pf.stack(base, {"lora": tmp_path / "lora"}).merge([1.0])
+    for name, theirs in merged.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_errors(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    lora(base, tmp_path / "dora", 1, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
+    with pytest.raises(pf.CheckpointError, match=r"DoRA.*merge_and_unload"):
+        pf.stack(base, {"x": tmp_path / "dora"})
+    lora(base, tmp_path / "lora", 1, target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(pf.CheckpointError, match="belongs to no tensor"):
+        pf.stack(nn.Linear(3, 3), {"x": tmp_path / "lora"})
+    with pytest.raises(pf.CheckpointError, match="can be an expert only"):
+        pf.stack(tmp_path / "lora", {"x": tmp_path / "lora"})
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
+    with pytest.raises(pf.CheckpointError, match=r"makes a delta of shape \[96, 32\]"):
+        pf.stack(base, {"x": tmp_path / "lora"})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_changed_the_base_is_refused(start: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(6, 5))
+    lora(base, tmp_path / "lora", 1, target_modules=["0"], init_lora_weights=start)
+    with pytest.raises(pf.CheckpointError, match=f"init_lora_weights='{start}'.*merge_and_unload"):
+        pf.stack(base, {"x": tmp_path / "lora"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_lora_experts(tmp_path: Path) -> None:
+    """A classifier's LoRA keeps its head whole (modules_to_save); the merge holds that head, bit for bit."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )  # fmt: skip
+    base = GPT2ForSequenceClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    settings = {"task_type": "SEQ_CLS", "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    trained = {
+        name: lora(base, tmp_path / name, i, **settings).eval() for i, name in enumerate(("cola", "sst2"))
+    }
+    experts = {name: tmp_path / name for name in trained}
+    ids = torch.arange(8).unsqueeze(0)
+    pf.stack(tmp_path / "base", experts, heads=["score"]).save(tmp_path / "store")
+    for engine in (pf.stack(tmp_path / "base", experts, heads=["score"]), pf.load(tmp_path / "store")):
+        for name, model in trained.items():
+            merged = engine.merge({name: 1.0}, head=name)
+            assert torch.equal(merged.score.weight, model.score.weight)
+            torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    merge_store(tmp_path / "store", {"cola": 1}, tmp_path / "out", head="cola")
+    again = GPT2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(ids).logits, trained["cola"](ids).logits, rtol=1e-5, atol=1e-6)
+
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_in_memory_and_on_disk(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**CLIP).eval()
+    experts = {"a": perturbed(base, 1, 0.02), "b": perturbed(base, 2, 0.02)}
+    engine = pf.stack(base, experts)
+    for bare in (
+        "visual.class_embedding",
+        "visual.positional_embedding",
+        "visual.proj",
+        "positional_embedding",
+    ):
+        assert bare in engine.tensor_groups
+    assert engine.tensor_groups["visual.class_embedding"] == "visual"
+    partial = pf.stack(base, experts, route="mlp")
+    assert set(partial.groups) == {
+        f"{tower}transformer.resblocks.{i}.mlp" for tower in ("visual.", "") for i in range(2)
+    }
+    images = torch.randn(2, 3, 16, 16)
+    model = engine.merge({"a": 1.0})
+    torch.testing.assert_close(
+        model.encode_image(images), experts["a"].encode_image(images), rtol=1e-4, atol=1e-5
+    )
+    for name, part in {"base": base, **experts}.items():
+        (tmp_path / name).mkdir()
+        save_file(part.state_dict(), tmp_path / name / "open_clip_model.safetensors")
+        (tmp_path / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP}))
+    on_disk = pf.stack(tmp_path / "base", {name: tmp_path / name for name in experts})
+    assert same(on_disk.merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
+    on_disk.save(tmp_path / "store")
+    assert same(pf.load(tmp_path / "store").merge([0.4, 0.6]), engine.merge([0.4, 0.6]))
+    merge_store(tmp_path / "store", [0.4, 0.6], tmp_path / "merged")
+    assert same(
+        pf.stack(tmp_path / "merged", {"same": tmp_path / "merged"}).merge([1.0]), engine.merge([0.4, 0.6])
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**CLIP)
+    engine = pf.stack(base, {"a": perturbed(base, 1, 0.02), "b": perturbed(base, 2, 0.02)})
+    engine.train_at([0.5, 0.5])
+    jacobian = engine.jacobian([engine.module.encode_image(torch.randn(2, 3, 16, 16)).square().mean()])[0]
+    visual = [i for i, group in enumerate(engine.groups) if group.startswith("visual")]
+    assert (jacobian[visual].abs().sum(1) > 0).all()
+
+
+def test_an_hf_model_with_heads(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def bert(labels: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=20, num_labels=labels,
+        )  # fmt: skip
+        return BertForSequenceClassification(config).eval()
+
+    base, experts = bert(2, 0), {"cola": bert(2, 1), "mnli": bert(3, 2)}
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(tmp_path / name)
+    engine = pf.stack(
+        tmp_path / "base",
+        {n: tmp_path / n for n in experts},
+        route="mlp",
+        heads=["classifier"],
+        static_weight=1.0,
+    )
+    assert engine.groups == ("bert.encoder.layer.0.mlp", "bert.encoder.layer.1.mlp")
+    engine.save(tmp_path / "store")
+    ids = torch.randint(0, 60, (2, 7))
+    for one in (engine, pf.load(tmp_path / "store")):
+        merged = one.merge({"mnli": 1.0}, head="mnli")
+        assert merged.config.num_labels == 3
+        assert merged(ids).logits.shape == (2, 3)
+        assert torch.equal(merged.classifier.weight, experts["mnli"].classifier.weight)
+    solo = pf.stack(base, {"mnli": experts["mnli"]}, heads=["classifier"])
+    torch.testing.assert_close(solo.merge([1.0], head="mnli")(ids).logits, experts["mnli"](ids).logits)
+
+
+def test_half_precision_directories_say_so(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    engine = pf.stack(tmp_path / "base", {"a": perturbed(base, 1)}, dtype=torch.bfloat16)
+    engine.save(tmp_path / "store")
+    assert json.loads((tmp_path / "store" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    merged = pf.load(tmp_path / "store").merge([1.0])
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert engine.merge([1.0]).lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "gp', "config.json is no JSON"),
+        ("config.json", "", "config.json is no JSON"),
+        ("config.json", "[1]", "config.json holds a list"),
+        ("model.safetensors.index.json", '{"weight_map": {', "index.json is no JSON"),
+        ("model.safetensors.index.json", "{}", "index.json has no 'weight_map'"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 1}}', "index.json has no 'weight_map'"),
+    ],
+)
+def test_damaged_json_names_the_file_and_what_to_do(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    (tmp_path / "base" / name).write_text(content)
+    with pytest.raises(pf.CheckpointError, match=rf"^the base \(.*base\): .*{message}.*; .*copy it again"):
+        pf.stack(tmp_path / "base", {"one": tmp_path / "base"})
+
+
+@pytest.mark.parametrize("content", ['{"model_cfg"', "{}"])
+def test_damaged_open_clip_configuration(tmp_path: Path, content: str) -> None:
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(pf.CheckpointError, match=r"the base .*open_clip_config\.json .*copy it again"):
+        pf.stack(tmp_path, {"one": {"x": torch.ones(2)}})
+
+
+def test_one_file_goes_before_the_shards_beside_it(tmp_path: Path) -> None:
+    """A model saved anew into an old directory leaves the old shards and their index there."""
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    newer = perturbed(base, 1)
+    newer.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "base" / "model.safetensors")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    theirs = type(base).from_pretrained(tmp_path / "base")
+    ours = pf.stack(base, {"one": tmp_path / "base"}).merge([1.0])
+    assert torch.equal(theirs.lm_head.weight, newer.lm_head.weight)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_opening_a_store_imports_no_model_library(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    pf.stack(tmp_path / "base", {"one": perturbed(base, 1)}).save(tmp_path / "store")
+    code = (
+        "import sys, paretofuse as pf; engine = pf.load(sys.argv[1]); engine.merge_state_dict([1.0]); "
+        "print('transformers' in sys.modules); engine.merge([1.0]); print('transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_class_that_this_transformers_does_not_have(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = ["NextYearsModel"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    untied = {k: v for k, v in base.state_dict().items() if k != "lm_head.weight"}
+    engine = pf.stack(tmp_path / "base", {"one": {k: v * 1.5 for k, v in untied.items()}})
+    with pytest.raises(ValueError, match="knows no module class"):
+        engine.merge([1.0])
+    engine.save(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"class transformers\.NextYearsModel.*pass module= to pf\.load"):
+        pf.load(tmp_path / "store").merge([1.0])
+    merged = pf.load(tmp_path / "store", module=base).merge([1.0]).state_dict()
+    for name, tensor in untied.items():
+        torch.testing.assert_close(merged[name], tensor * 1.5)
+    merge_store(tmp_path / "store", [1.0], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config
+
+
+def test_a_model_in_memory_leaves_complete_model_directories(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_gpt2()  # made of a configuration, never saved
+    engine = pf.stack(base, {"one": perturbed(base, 1), "two": perturbed(base, 2)})
+    engine.save(tmp_path / "store")
+    loaded = pf.load(tmp_path / "store")
+    assert type(loaded.module) is type(base)
+    assert same(loaded.merge([0.3, 0.7]), engine.merge([0.3, 0.7]))
+    merge_store(tmp_path / "store", [0.3, 0.7], tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == base.dtype
+    ids = torch.arange(12).view(1, 12)
+    torch.testing.assert_close(model(ids).logits, engine.merge([0.3, 0.7])(ids).logits)
