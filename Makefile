@@ -1,27 +1,45 @@
-# Each target works alone in a fresh clone: the first one creates .venv and installs everything.
+# Each target works alone in a fresh clone: it creates .venv and installs what it needs, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+# How pip installs PyTorch. The default is what the tests run on, for CPU and CUDA; CONTRIBUTING.md has the small CPU build.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-demo: $(VENV)/.installed
+.PHONY: demo test test-long lint docs bench wheels versions clean
+
+demo: $(VENV)/.has-demo
 	$(PY) -m benchmarks.demo
 
-test: $(VENV)/.installed
-	$(PY) -m pytest -n 2 --dist worksteal
+test: $(VENV)/.has-dev
+	$(PY) -m pytest -n 2 --dist worksteal --durations=20
 
-lint: $(VENV)/.installed
+test-long: $(VENV)/.has-dev
+	$(PY) -m pytest -m long -v
+
+lint: $(VENV)/.has-dev
 	$(PY) -m pytest -q tests/test_style.py
 
-bench: $(VENV)/.installed
+docs: $(VENV)/.has-dev
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "open build/docs/index.html"
+
+bench: $(VENV)/.has-dev
 	$(PY) -m benchmarks.run
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/src/*/* csrc/bindings/* csrc/include/paretofuse/*)
+wheels: $(VENV)/.has-dev
+	$(PY) -m pip install --quiet "cibuildwheel>=3.0"
+	$(PY) -m cibuildwheel --output-dir dist
+
+versions:
+	$(PYTHON) .ci/versions.py
+
+# The part of the name after "has-" is the extra of pyproject.toml that is installed.
+$(VENV)/.has-%: pyproject.toml setup.py $(wildcard csrc/src/*/* csrc/bindings/* csrc/include/paretofuse/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install torch==2.14.1 torchvision==0.29.1
-	$(PY) -m pip install --editable ".[hf,openclip,plot,test]"
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install --editable ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo/out
+	rm -rf $(VENV) build dist demo/out

@@ -181,7 +181,7 @@ def test_size_soname_and_symbols(prefix: Path, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("looks at ELF files")
     (library,) = (path for path in prefix.rglob("libparetofuse.so") if path.is_symlink())
-    version = re.search(r'version = "(\d+)\.(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    version = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", pf.__version__)
     assert version is not None
     assert library.resolve().name == f"libparetofuse.so.{'.'.join(version.groups())}"
     headers = cpplib.run(["readelf", "--dynamic", library])
