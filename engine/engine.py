@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +16,12 @@ from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import live_module
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import ReplicaPool
-from paretofuse.engine.routing.preference import as_preference, is_grid
+from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.skeleton import materialize
-from paretofuse.engine.stacking.sources import ModelCard
+from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
-
-Preference = Tensor | np.ndarray | Sequence[float] | Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Cards:
-    """What makes models of an engine's tensors: the base's card, and each objective's own where it has a head."""
-
-    base: ModelCard = field(default_factory=ModelCard)
-    heads: Mapping[str, ModelCard] = field(default_factory=dict)
 
 
 class Engine:
@@ -51,7 +39,7 @@ class Engine:
         self,
         stack: Stack,
         routers: Routers,
-        cards: Cards,
+        blueprint: Blueprint,
         *,
         device: torch.device,
         backend: str | None = None,
@@ -61,9 +49,9 @@ class Engine:
         self.layout = stack.layout
         self.device = device
         self.notes = notes
-        self.cards = cards
+        self.blueprint = blueprint
         self.routers = routers.to(device)
-        self._bound = BoundStack(stack, backend, cards.base.shardings)
+        self._bound = BoundStack(stack, backend, blueprint.shardings)
         self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
         self._stack = self._bound.stack
         self._live: LiveModule | None = None
@@ -174,17 +162,17 @@ class Engine:
         Raises:
             ValueError: invalid input, or the model's class is not known (stacked from bare tensors).
         """
-        card = self._card(head)
-        if card.skeleton is None:
+        skeleton = self._blueprint(head).skeleton
+        if skeleton is None:
             raise ValueError(
                 "this engine was stacked from bare tensors (or a module under fully_shard) "
                 "and knows no module class; use merge_state_dict, stack an nn.Module or a Hugging Face directory, or "
                 "pass module= to pf.load"
             )
         states = self.merge_state_dict(preference, weights=weights, head=head)
-        skeleton, free = card.skeleton(), set(self._stack.heads.get(head or "", {}))
+        free = set(self._stack.heads.get(head or "", {}))
         built = [
-            materialize(skeleton, state, "the merged tensors", any_shape=free)
+            materialize(skeleton(), state, "the merged tensors", any_shape=free)
             for state in (states if isinstance(states, list) else [states])
         ]
         return built if isinstance(states, list) else built[0]
@@ -324,7 +312,7 @@ class Engine:
             OSError: writing failed; what was there before is untouched.
         """
         self._only_whole("saving")
-        persist.save(path, self._stack, self.routers, self.cards.base, self.cards.heads)
+        persist.save(path, self._stack, self.routers, self.blueprint)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """The dense model for a preference, like `merge`, dropping the memory of all other modules first."""
@@ -363,13 +351,13 @@ class Engine:
         return live_module(self._bound, self._skeleton(), weights, fused=fused)
 
     def _skeleton(self) -> nn.Module:
-        if self.cards.base.skeleton is None:
+        if self.blueprint.skeleton is None:
             raise ValueError(
                 "this engine was stacked from bare tensors (or a module under fully_shard) "
                 "and knows no module class; stack an nn.Module or a Hugging Face directory, pass module= to pf.load, "
                 "or use merge_state_dict"
             )
-        return self.cards.base.skeleton()
+        return self.blueprint.skeleton()
 
     def _full_weights(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
         """Validated weights float32 [K, G + 1, E]: the routing weights and the static row."""
@@ -411,9 +399,9 @@ class Engine:
         if len(full) != 1:
             raise ValueError(f"got {len(full)} preferences, expected one: there is one live module")
 
-    def _card(self, head: str | None) -> ModelCard:
+    def _blueprint(self, head: str | None) -> Blueprint:
         self._head_tensors(head)
-        return self.cards.base if head is None else self.cards.heads.get(head, self.cards.base)
+        return self.blueprint if head is None else self.blueprint.heads.get(head, self.blueprint)
 
     def _head_tensors(self, head: str | None) -> dict[str, Tensor]:
         if head is None:

@@ -13,6 +13,14 @@ PARAMETERS = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
 """Names of the routers' parameters, in the store as in torch."""
 
 INITS = ("identity", "sqrt", "constant")
+
+
+def check_init(init: str) -> None:
+    """ValueError unless it is one of INITS."""
+    if init not in INITS:
+        raise ValueError(f"got init={init!r}, expected one of {', '.join(INITS)}")
+
+
 """What the routers' MLP adds to: the preference r, its square root, or nothing."""
 
 
@@ -28,8 +36,7 @@ def check_routers(shapes: Mapping[str, tuple[int, ...]], init: str, groups: int,
     Raises:
         ValueError: an unknown init, a missing or unknown parameter, or a shape that does not fit G and E.
     """
-    if init not in INITS:
-        raise ValueError(f"got routers with init {init!r}, expected one of {', '.join(INITS)}")
+    check_init(init)
     if set(shapes) != set(PARAMETERS):
         raise ValueError(f"got router parameters {sorted(shapes)}, expected {sorted(PARAMETERS)}")
     shape = tuple(shapes["hidden.bias"])

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.routing.evaluate import check_init
 from paretofuse.engine.routing.preference import as_preference, is_grid
-
-INITS = ("identity", "sqrt", "constant")
 
 
 class GroupedLinear(nn.Module):
@@ -57,8 +56,7 @@ class Routers(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise ValueError(f"got init={init!r}, expected one of {list(INITS)}")
+        check_init(init)
         self.groups = tuple(groups)
         self.objectives = tuple(objectives)
         self.init = init

@@ -16,7 +16,7 @@ from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking.deltas import base_blocks, delta_blocks, head_blocks, head_infos
 from paretofuse.engine.stacking.plan import Plan
-from paretofuse.engine.stacking.sources import BLOCK, ModelCard
+from paretofuse.engine.stacking.sources import BLOCK, Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import TensorData, TensorView
@@ -99,8 +99,7 @@ def write(
     parts: Parts,
     layout: Layout,
     routers: Routers,
-    card: ModelCard,
-    head_cards: Mapping[str, ModelCard],
+    blueprint: Blueprint,
 ) -> None:
     """Write a store, tensor by tensor and atomically.
 
@@ -118,24 +117,24 @@ def write(
         for objective, own in parts.heads.items():
             ordered = sorted(own, key=lambda entry: -ITEM_SIZE[TO_NAME[entry[1]]])
             writer.write_head(objective, [(n, TO_NAME[d], s, _chunks(b)) for n, d, s, b in ordered])
-            for name, content in head_cards[objective].files.items() if objective in head_cards else ():
+            head = blueprint.heads.get(objective, Blueprint())
+            for name, content in head.files.items():
                 writer.add_head_file(objective, name, content)
         state = routers.state_dict()
         writer.write_routers(routers.init, {name: t.detach().cpu().numpy() for name, t in state.items()})
-        for name, content in card.files.items():
+        for name, content in blueprint.files.items():
             writer.add_model_file(name, content)
-        writer.finish(layout, card.model_class)
+        writer.finish(layout, blueprint.model_class)
 
 
 def save(
     path: str | os.PathLike[str],
     stack: Stack,
     routers: Routers,
-    card: ModelCard,
-    head_cards: Mapping[str, ModelCard],
+    blueprint: Blueprint,
 ) -> None:
     """Write a stack in memory to a store; raises as `write`."""
-    write(path, in_memory(stack), stack.layout, routers, card, head_cards)
+    write(path, in_memory(stack), stack.layout, routers, blueprint)
 
 
 def read(path: str | os.PathLike[str], device: torch.device) -> Opened:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.routing.groups import Route, assign_groups
 from paretofuse.engine.stacking.sharding import check_alike
@@ -157,7 +157,7 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
     """
     own = {name: expert.aliases.get(name, name) for name in base.infos}
     shared = {name: theirs for name, theirs in own.items() if theirs in expert.infos}
-    check_alike(base.card.shardings, expert.card.shardings, shared, (expert.label, base.label))
+    check_alike(base.blueprint.shardings, expert.blueprint.shardings, shared, (expert.label, base.label))
     theirs = {**expert.infos, **{a: expert.infos[n] for a, n in expert.aliases.items()}}
     ours = {**base.infos, **{a: base.infos[n] for a, n in base.aliases.items()}}
     head = tuple(name for name in expert.infos if _matches(name, heads))
@@ -201,9 +201,9 @@ def _name_advice(extra: list[str], missing: list[str], ours: list[str], theirs: 
     """Which names differ, and what to do."""
     parts = []
     if missing:
-        parts.append(f"Missing in the expert: {_some(missing)}.")
+        parts.append(f"Missing in the expert: {some(missing)}.")
     if extra:
-        parts.append(f"Only in the expert: {_some(extra)}.")
+        parts.append(f"Only in the expert: {some(extra)}.")
     first = ours[0] if ours else ""
     prefixes = {name[: -len(first)] for name in theirs if first and name.endswith(f".{first}")}
     prefix = next((p for p in prefixes if all(p + name in theirs for name in ours)), None)
@@ -214,12 +214,6 @@ def _name_advice(extra: list[str], missing: list[str], ours: list[str], theirs: 
     else:
         parts.append('Tensors that belong to one objective only are declared by heads=["prefix", ...].')
     return " ".join(parts)
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    return ", ".join(map(repr, names[:count])) + (
-        f" and {len(names) - count} more" if len(names) > count else ""
-    )
 
 
 def _notes(layout: Layout, base: Source, experts: Mapping[str, Source]) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.errors import some
+
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by state-dict name, as the very objects that the module holds."""
@@ -56,7 +58,7 @@ def materialize(
     extra = [name for name in tensors if name not in wanted]
     if missing or extra:
         raise ValueError(
-            f"{source} and {type(skeleton).__name__} do not fit: missing {_some(missing)}, unknown {_some(extra)}"
+            f"{source} and {type(skeleton).__name__} do not fit: missing {some(missing)}, unknown {some(extra)}"
         )
     memo: dict[int, object] = {}
     for name, tensor in wanted.items():
@@ -75,12 +77,3 @@ def _as(like: Tensor, tensor: Tensor) -> Tensor:
     if isinstance(like, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=like.requires_grad)
     return tensor
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    """A few names for a message."""
-    return (
-        ", ".join(map(repr, names[:count]))
-        + (f" and {len(names) - count} more" if len(names) > count else "")
-        or "none"
-    )

@@ -44,7 +44,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class Blueprint:
     """What makes a model of tensors.
 
     Attributes:
@@ -53,12 +53,14 @@ class ModelCard:
         model_class: qualified class name, where known.
         shardings: how the tensors that are sharded over processes lie, by name; their shapes elsewhere are those of
             this process's shards.
+        heads: the blueprint of each objective that has a head of its own, where it differs.
     """
 
     skeleton: Callable[[], nn.Module] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     model_class: str | None = None
     shardings: Mapping[str, Sharding] = field(default_factory=dict)
+    heads: Mapping[str, Blueprint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Source:
         devices: where tensors lie that are in memory, by name.
         aliases: further names of tied tensors -> the name in `infos`.
         scalar_buffers: names of 0-dim buffers, taken from the base as they are.
-        card: what is known of the model besides its tensors.
+        blueprint: what is known of the model besides its tensors.
         is_delta: the tensors are deltas already, and absent ones are zero (LoRA).
         replaced: with is_delta, names of tensors that are no deltas but stand for the base's (modules_to_save).
     """
@@ -82,7 +84,7 @@ class Source:
     read: Callable[[str, int, int], Tensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
     scalar_buffers: frozenset[str] = frozenset()
-    card: ModelCard = field(default_factory=ModelCard)
+    blueprint: Blueprint = field(default_factory=Blueprint)
     is_delta: bool = False
     replaced: frozenset[str] = frozenset()
     devices: Mapping[str, torch.device] = field(default_factory=dict)
@@ -120,7 +122,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
         infos={name: TensorInfo(tuple(t.shape), t.dtype) for name, t in kept.items()},
         read=lambda name, start, stop: kept[name].reshape(-1)[start:stop],
         aliases=aliases,
-        card=ModelCard(shardings=shardings),
+        blueprint=Blueprint(shardings=shardings),
         devices={name: tensor.device for name, tensor in kept.items()},
     )
 
@@ -140,11 +142,11 @@ def from_module(module: nn.Module, label: str) -> Source:
         read=plain.read,
         aliases=plain.aliases,
         scalar_buffers=frozenset(n for n, b in buffers.items() if b.dim() == 0),
-        card=ModelCard(
+        blueprint=Blueprint(
             skeleton=None if skeleton is None else lambda: skeleton,
             files=_configuration(module),
             model_class=f"{type(module).__module__}.{type(module).__qualname__}",
-            shardings=plain.card.shardings,
+            shardings=plain.blueprint.shardings,
         ),
         devices=plain.devices,
     )

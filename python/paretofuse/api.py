@@ -16,13 +16,14 @@ from torch import nn
 from paretofuse.adapters import hf, openclip
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
-from paretofuse.engine.engine import Cards, Engine
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.routing.evaluate import check_init
 from paretofuse.engine.routing.groups import Route
-from paretofuse.engine.routing.routers import INITS, Routers
+from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
-from paretofuse.engine.stacking.sources import ModelCard
+from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack, build
 
 
@@ -73,7 +74,7 @@ def stack(
     built = build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
     return Engine(
-        built, routers, _cards(plan), device=main, backend=backend, replicas=replicas, notes=plan.notes
+        built, routers, _blueprint(plan), device=main, backend=backend, replicas=replicas, notes=plan.notes
     )
 
 
@@ -104,8 +105,7 @@ def stack_to_store(
     """
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
-    cards = _cards(plan)
-    persist.write(store, persist.streamed(plan, progress), plan.layout, routers, cards.base, cards.heads)
+    persist.write(store, persist.streamed(plan, progress), plan.layout, routers, _blueprint(plan))
     return plan.notes
 
 
@@ -132,17 +132,17 @@ def load(
     """
     place = torch.device(device)
     opened = persist.read(path, place)
-    base, heads = _card_of(opened.files, opened.model_class), {}
+    base = _blueprint_of(opened.files, opened.model_class)
     if module is not None:
         skeleton = make_skeleton(module)
         _check_fits(skeleton, opened.stack)
-        base = ModelCard(lambda: skeleton, base.files, base.model_class)
-    for objective, files in opened.head_files.items():
-        card = _card_of(files, None)
-        heads[objective] = replace(card, skeleton=card.skeleton or base.skeleton)
-    return Engine(
-        opened.stack, opened.routers, Cards(base, heads), device=place, backend=backend, replicas=replicas
-    )
+        base = replace(base, skeleton=lambda: skeleton)
+    heads = {objective: _blueprint_of(files, None) for objective, files in opened.head_files.items()}
+    heads = {
+        objective: replace(own, skeleton=own.skeleton or base.skeleton) for objective, own in heads.items()
+    }
+    blueprint = replace(base, heads=heads)
+    return Engine(opened.stack, opened.routers, blueprint, device=place, backend=backend, replicas=replicas)
 
 
 def _check_fits(skeleton: nn.Module, stack: Stack) -> None:
@@ -167,8 +167,7 @@ def _plan(
         raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{objective: model}}")
     if isinstance(heads, str):
         raise TypeError(f"got heads={heads!r}, expected a list of names such as [{heads!r}]")
-    if init not in INITS:
-        raise ValueError(f"got init={init!r}, expected one of {list(INITS)}")
+    check_init(init)
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
     source = resolve(base, "the base")
     if len({str(name) for name in experts}) < len(experts):
@@ -185,33 +184,35 @@ def _plan(
     )
 
 
-def _cards(plan: Plan) -> Cards:
+def _blueprint(plan: Plan) -> Blueprint:
+    """What makes models of a plan's tensors, in the dtype that was asked for."""
     dtype = TO_TORCH[plan.dtype] if plan.dtype else None
     heads = {}
     for objective, names in plan.heads.items():
         expert = plan.experts[objective]
         if names:  # an adapter is no model by itself
-            heads[objective] = (plan.base if expert.is_delta else expert).card
-    return Cards(_converted(plan.base.card, dtype), {o: _converted(card, dtype) for o, card in heads.items()})
+            own = (plan.base if expert.is_delta else expert).blueprint
+            heads[objective] = _converted(own, dtype)
+    return replace(_converted(plan.base.blueprint, dtype), heads=heads)
 
 
-def _converted(card: ModelCard, dtype: torch.dtype | None) -> ModelCard:
-    """A card whose module and configuration have the dtype; what is not stored (rotary tables) follows too."""
+def _converted(blueprint: Blueprint, dtype: torch.dtype | None) -> Blueprint:
+    """A blueprint whose module and configuration have the dtype; what is not stored (rotary tables) follows too."""
     if dtype is None:
-        return card
-    original, files = card.skeleton, dict(card.files)
+        return blueprint
+    original, files = blueprint.skeleton, dict(blueprint.files)
     if hf.CONFIG in files:
         config = json.loads(files[hf.CONFIG])
         config["dtype"] = str(dtype).removeprefix("torch.")
         files[hf.CONFIG] = json.dumps(config, indent=2).encode()
     skeleton = cache(lambda: copy.deepcopy(original()).to(dtype)) if original is not None else None
-    return replace(card, skeleton=skeleton, files=files)
+    return replace(blueprint, skeleton=skeleton, files=files)
 
 
-def _card_of(files: Mapping[str, bytes], model_class: str | None) -> ModelCard:
-    """The card of a stored model, by the library that its files belong to."""
+def _blueprint_of(files: Mapping[str, bytes], model_class: str | None) -> Blueprint:
+    """The blueprint of a stored model, by the library that its files belong to."""
     if openclip.CONFIG in files:
-        return openclip.card_from_files(files)
+        return openclip.blueprint_from_files(files)
     if hf.CONFIG in files:
-        return hf.card_from_files(files)
-    return ModelCard(files=dict(files), model_class=model_class)
+        return hf.blueprint_from_files(files)
+    return Blueprint(files=dict(files), model_class=model_class)

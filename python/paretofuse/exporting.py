@@ -20,8 +20,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from paretofuse.adapters import hf
-from paretofuse.engine.engine import Engine, Preference
-from paretofuse.engine.routing.preference import as_preference
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.routing.preference import Preference, as_preference
 
 _INLINED = 8  # AOTInductor writes vectors of up to so many numbers into the code
 
@@ -105,7 +105,7 @@ def _program(
 def _text_inputs(engine: Engine, module: nn.Module) -> dict[str, Any]:
     """Example inputs of a Hugging Face model that reads tokens."""
     forward: Callable[..., Any] = module.forward
-    if hf.CONFIG not in engine.cards.base.files or "input_ids" not in inspect.signature(forward).parameters:
+    if hf.CONFIG not in engine.blueprint.files or "input_ids" not in inspect.signature(forward).parameters:
         raise ValueError(
             f"got no inputs for {type(module).__name__}, which is no Hugging Face model that reads tokens; pass "
             "example inputs (inputs=, on the command line --inputs MODULE:FUNCTION)"

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import paretofuse as pf
-from paretofuse.engine.engine import Cards, Engine
+from paretofuse.engine.engine import Engine
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.merging.flat import FlatOutputs, flatten
 from paretofuse.engine.modules.factory import live_module
-from paretofuse.engine.stacking.sources import ModelCard
+from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from tests.support.models import net_and_experts
 
@@ -59,7 +59,7 @@ def test_each_device_has_its_own_flat_buffers() -> None:
 
 def test_a_split_model_is_merged_where_it_lies() -> None:
     whole, stack = split_stack()
-    engine = Engine(stack, whole.routers, whole.cards, device=CPU, backend="reference")
+    engine = Engine(stack, whole.routers, whole.blueprint, device=CPU, backend="reference")
     assert engine._bound.backends == {CPU: "reference", META: "reference"}
     merged, truth = engine.merge_state_dict(R), whole.merge_state_dict(R)
     for name, tensor in merged.items():
@@ -72,7 +72,7 @@ def test_a_split_model_is_merged_where_it_lies() -> None:
     assert torch.equal(live["first.weight"], truth["first.weight"])
     fused = live_module(
         BoundStack(stack, "reference"),
-        whole.cards.base.skeleton(),
+        whole.blueprint.skeleton(),
         torch.ones(1, len(engine.groups) + 1, 3),
         fused=True,
     )
@@ -213,6 +213,5 @@ def test_two_processes_merge_their_shards_without_a_word(tmp_path: Path) -> None
 
 
 def test_shardings_are_kept_apart_from_the_layout() -> None:
-    """A card without any is the rule."""
-    assert ModelCard().shardings == {}
-    assert Cards().base.shardings == {}
+    """A blueprint without any is the rule."""
+    assert Blueprint().shardings == {}

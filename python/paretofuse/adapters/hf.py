@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.skeleton import make_skeleton, stored_tensors
-from paretofuse.engine.stacking.sources import ModelCard, Source, from_safetensors
+from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,10 +34,14 @@ def from_directory(path: Path, label: str) -> Source:
     config = path / CONFIG
     if not config.is_file():
         return source
-    card = card_from_files(companion_files(path), label)
-    if card.skeleton is None or card.model_class is None or _find_class(card.model_class) is None:
-        return replace(source, card=replace(card, skeleton=None))
-    return replace(source, card=card, aliases=_ties(card.skeleton(), source))
+    blueprint = blueprint_from_files(companion_files(path), label)
+    if (
+        blueprint.skeleton is None
+        or blueprint.model_class is None
+        or _find_class(blueprint.model_class) is None
+    ):
+        return replace(source, blueprint=replace(blueprint, skeleton=None))
+    return replace(source, blueprint=blueprint, aliases=_ties(blueprint.skeleton(), source))
 
 
 def companion_files(path: Path) -> dict[str, bytes]:
@@ -72,8 +76,8 @@ def json_object(content: bytes, name: str, label: str) -> dict[str, Any]:
     )
 
 
-def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> ModelCard:
-    """The card of a model whose config.json names a transformers class; without transformers, the files only.
+def blueprint_from_files(files: Mapping[str, bytes], label: str = "the model") -> Blueprint:
+    """The blueprint of a model whose config.json names a transformers class; without transformers, the files only.
 
     Imports nothing: transformers takes seconds to import, and opening a store takes milliseconds.
 
@@ -83,10 +87,10 @@ def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> Mod
     config = json_object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
     architectures = config.get("architectures") or []
     if not architectures or "model_type" not in config:
-        return ModelCard(files=dict(files))
+        return Blueprint(files=dict(files))
     name = f"transformers.{architectures[0]}"
     skeleton = cache(lambda: _skeleton(name, config)) if find_spec("transformers") else None
-    return ModelCard(skeleton=skeleton, files=dict(files), model_class=name)
+    return Blueprint(skeleton=skeleton, files=dict(files), model_class=name)
 
 
 def _find_class(name: str) -> type | None:

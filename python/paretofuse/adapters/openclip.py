@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from paretofuse.adapters.hf import companion_files, json_object
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.skeleton import make_skeleton
-from paretofuse.engine.stacking.sources import ModelCard, Source, from_safetensors
+from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,12 +33,13 @@ def from_directory(path: Path, label: str) -> Source:
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{label}: expected {WEIGHTS} beside {CONFIG}; pickles are never read")
     return replace(
-        from_safetensors([path / WEIGHTS], label), card=card_from_files(companion_files(path), label)
+        from_safetensors([path / WEIGHTS], label),
+        blueprint=blueprint_from_files(companion_files(path), label),
     )
 
 
-def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> ModelCard:
-    """The card of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's card.
+def blueprint_from_files(files: Mapping[str, bytes], label: str = "the model") -> Blueprint:
+    """The blueprint of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's.
 
     Raises:
         CheckpointError: its configuration is damaged; the message starts with the label.
@@ -49,7 +50,7 @@ def card_from_files(files: Mapping[str, bytes], label: str = "the model") -> Mod
     custom = settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
     name = "CustomTextCLIP" if custom else "CLIP"
     skeleton = cache(lambda: _skeleton(name, settings)) if find_spec("open_clip") else None
-    return ModelCard(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{name}")
+    return Blueprint(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{name}")
 
 
 def _skeleton(name: str, settings: Mapping[str, Any]) -> nn.Module:
