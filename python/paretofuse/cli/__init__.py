@@ -1,5 +1,5 @@
-"""The command line, a file for each command."""
+"""The command line: a file for each command, beside what they share."""
 
-from paretofuse.cli.commands import main
+from paretofuse.cli.program import main
 
 __all__ = ["main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import paretofuse
+from paretofuse.cli.running import Result
 
 REQUIRED = ("moocore", "numpy", "safetensors", "torch", "tqdm")
 OPTIONAL = {
@@ -136,3 +138,18 @@ def _ask_torch() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         answer[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return answer
+
+
+SUMMARY = "say what this installation can use"
+EXAMPLE = "paretofuse doctor --full"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The words of this command."""
+    parser.add_argument("--full", action="store_true", help="import torch too and ask it about GPUs")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Examine; a problem makes the exit code 1."""
+    report = examine(options.full)
+    return report.to_text(), report.to_dict(), 1 if report.problems else 0

@@ -16,6 +16,7 @@ import torch
 
 import paretofuse
 from paretofuse.cli import main
+from paretofuse.cli.program import COMMANDS
 from paretofuse.engine.merging import native
 
 EXPERTS = ("cola", "sst2")
@@ -64,14 +65,15 @@ def test_version_and_help() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"paretofuse {paretofuse.__version__}")
     done = run(["--help"])
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("stack", "info", "merge", "sweep", "doctor"))
+    assert all(name in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["stack", "info", "merge", "sweep", "doctor"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
-    assert f"example:\n  paretofuse {command}" in out
+    assert "example:\n  " in out
+    assert f"paretofuse {command}" in out.partition("example:")[2]
 
 
 def test_stack_merge_info(
@@ -192,7 +194,6 @@ def test_work_that_fails(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "COMMAND"),
         (["dance"], "invalid choice"),
         (["merge", "s", "-o", "o"], "--preference"),
         (["merge", "s", "--preference", "cola", "-o", "o"], "expected NAME=NUMBER"),

@@ -1,0 +1,110 @@
+"""`paretofuse fit`: train the routers of a store."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import paretofuse
+from paretofuse.cli.info import describe
+from paretofuse.cli.options import (
+    add_entry,
+    add_module,
+    add_output,
+    add_quiet,
+    add_store,
+    add_threads,
+    count,
+)
+from paretofuse.cli.running import Result, entry_point, shows_progress, use_threads
+
+SUMMARY = "train the routers of a store, and nothing else in it"
+EXAMPLE = "paretofuse fit gpt2.store --objectives tasks:objectives --steps 100 -o trained.store"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The words of this command."""
+    add_store(parser)
+    add_entry(
+        parser,
+        "--objectives",
+        "called without arguments; returns for each objective its batches and its loss, {name: (batches, loss)}, "
+        "loss(module, batch) being a scalar",
+        required=True,
+    )
+    add_output(
+        parser,
+        "STORE",
+        "store to write (default: the trained one takes the place of the given one)",
+        required=False,
+    )
+    parser.add_argument(
+        "--steps", type=count, default=400, metavar="N", help="optimizer steps (default: 400)"
+    )
+    parser.add_argument(
+        "--method", default="ls", metavar="NAME",
+        help="the solver, such as ls, epo or stch; docs/solvers.md has all (default: ls, linear scalarization)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lr", type=float, default=6e-2, metavar="RATE", help="learning rate at the start (default: 0.06)"
+    )
+    parser.add_argument(
+        "--preferences-per-step", type=count, default=1, metavar="N",
+        help="preferences that share a step; each costs as much as a step with one (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add_entry(
+        parser, "--validation", "called without arguments; returns a paretofuse.Validation, which stops early"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="kept while training; the same command goes on from it"
+    )
+    parser.add_argument(
+        "--log", metavar="LOG", help="losses of each step: a .csv file or a TensorBoard directory"
+    )
+    add_module(parser)
+    parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    add_threads(parser)
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Train, and write the store whole."""
+    from paretofuse.outputs import prepare_store
+
+    objectives = entry_point("--objectives", options.objectives)()
+    module = entry_point("--module", options.module)() if options.module else None
+    validation = entry_point("--validation", options.validation)() if options.validation else None
+    use_threads(options)
+    engine = paretofuse.load(options.store, device=options.device, module=module)
+    output = options.output or options.store
+    prepare_store(output, engine.objectives)
+    started = time.perf_counter()
+    records = paretofuse.fit(
+        engine,
+        objectives,
+        options.method,
+        steps=options.steps,
+        lr=options.lr,
+        preferences_per_step=options.preferences_per_step,
+        seed=options.seed,
+        validation=validation,
+        checkpoint=options.checkpoint,
+        log=options.log,
+        progress=shows_progress(options),
+    )
+    seconds = time.perf_counter() - started
+    engine.save(output)
+    text, document = describe(output)
+    lines = [text, f"{len(records)} steps of {options.method} in {seconds:.1f} s"]
+    if records:
+        last = {name: records[-1][f"loss/{name}"] for name in engine.objectives}
+        lines.append(
+            "loss at the last step: " + ", ".join(f"{name} {loss:.4g}" for name, loss in last.items())
+        )
+        document["loss"] = last
+    return (
+        "\n".join(lines),
+        {**document, "steps": len(records), "method": options.method, "seconds": seconds},
+        0,
+    )

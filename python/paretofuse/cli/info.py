@@ -1,0 +1,76 @@
+"""`paretofuse info`: what a store holds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from paretofuse.cli.options import add_quiet, add_store
+from paretofuse.cli.running import Result, bytes_bar, size
+
+SUMMARY = "say what a store holds"
+EXAMPLE = "paretofuse info gpt2.store --verify"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The words of this command."""
+    add_store(parser)
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Describe a store and, where asked for, check every byte of it."""
+    text, document = describe(options.store)
+    if options.verify:
+        from paretofuse.engine.store.reader import Store
+
+        with bytes_bar(options, "verify") as progress:
+            Store.open(options.store).verify(progress)
+        text, document = (
+            f"{text}\nchecksums     all files are as they were written",
+            {**document, "verified": True},
+        )
+    return text, document, 0
+
+
+def describe(path: str) -> tuple[str, dict[str, Any]]:
+    """A store in lines for people and as a document for --json."""
+    from paretofuse.engine.store.reader import Store
+
+    store = Store.open(path)
+    layout = store.layout
+    parameters = {
+        role: sum(spec.numel for spec in layout.with_role(role)) for role in ("routed", "static", "constant")
+    }
+    document: dict[str, Any] = {
+        "path": path,
+        "objectives": list(layout.objectives),
+        "groups": len(layout.groups),
+        "tensors": len(layout.tensors),
+        "parameters": parameters,
+        "dtypes": sorted({spec.dtype for spec in layout.tensors if spec.role != "constant"}),
+        "delta_dtypes": sorted({spec.delta_dtype for spec in layout.tensors if spec.role != "constant"}),
+        "static_weight": layout.static_weight,
+        "init": store.init,
+        "router_parameters": sum(array.size for array in store.routers.values()),
+        "heads": {objective: sorted(own) for objective, own in store.heads.items()},
+        "model_class": store.model_class,
+        "model_files": list(store.manifest.model_files),
+        "bytes": sum(record.bytes for record in store.manifest.files.values()),
+        "created_by": store.manifest.created_by,
+    }
+    counts = ", ".join(f"{count:,} {role}" for role, count in parameters.items() if count)
+    heads = ", ".join(f"{objective} ({len(own)} tensors)" for objective, own in store.heads.items())
+    rows = {
+        "store": f"{path} ({size(document['bytes'])}, {document['created_by']})",
+        "objectives": ", ".join(layout.objectives),
+        "model": store.model_class or "not recorded",
+        "parameters": counts,
+        "dtypes": f"base {'/'.join(document['dtypes'])}, deltas {'/'.join(document['delta_dtypes'])}",
+        "routing": f"{len(layout.groups)} groups, {document['router_parameters']} router parameters, {store.init}",
+        "static weight": f"{layout.static_weight:g}",
+        "heads": heads or "none",
+        "model files": ", ".join(store.manifest.model_files) or "none",
+    }
+    return "\n".join(f"{name:<14}{value}" for name, value in rows.items()), document

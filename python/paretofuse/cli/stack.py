@@ -1,0 +1,101 @@
+"""`paretofuse stack`: checkpoints become a store."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from paretofuse.cli.info import describe
+from paretofuse.cli.options import add_output, add_quiet, add_threads
+from paretofuse.cli.running import Result, bar, use_threads
+
+SUMMARY = "stack a base model and its experts into a store"
+EXAMPLE = "paretofuse stack gpt2 --expert cola=gpt2-cola --expert sst2=gpt2-sst2 -o gpt2.store"
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The words of this command."""
+    parser.add_argument("base", metavar="BASE", help="model directory or .safetensors file")
+    parser.add_argument(
+        "--expert", action=_Experts, type=_named_path, required=True, metavar="NAME=PATH",
+        help="a fine-tuned model of an objective, or its LoRA directory; once for each",
+    )  # fmt: skip
+    add_output(parser, "STORE", "directory to write")
+    parser.add_argument(
+        "--route", choices=("mlp", "module", "tensor"), default="module",
+        help="which tensors share a router (default: module)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init", choices=("identity", "sqrt", "constant"), default="identity",
+        help="routing weights before any learning: r, sqrt(r), or the static weight (default: identity)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--static-weight", type=float, default=0.3, metavar="WEIGHT",
+        help="weight of every expert in tensors without a router (default: 0.3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="dtype of the merged model (default: that of the base)"
+    )
+    parser.add_argument(
+        "--delta-dtype", choices=_DTYPES,
+        help="dtype of the stored differences alone (default: that of the merged model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--head", action="append", default=[], metavar="PATTERN",
+        help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
+    )  # fmt: skip
+    add_threads(parser)
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Stack, and describe what was written."""
+    import torch
+
+    from paretofuse.api import stack_to_store
+
+    use_threads(options)
+    started = time.perf_counter()
+    with bar(options, "stack", "param", None) as update:
+        notes = stack_to_store(
+            options.base,
+            dict(options.expert),
+            options.output,
+            route=options.route,
+            init=options.init,
+            static_weight=options.static_weight,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            delta_dtype=getattr(torch, options.delta_dtype) if options.delta_dtype else None,
+            heads=options.head,
+            progress=update,
+        )
+    seconds = time.perf_counter() - started
+    text, document = describe(options.output)
+    lines = [*(f"note: {note}" for note in notes), text, f"stacked in {seconds:.1f} s"]
+    return "\n".join(lines), {**document, "notes": list(notes), "seconds": seconds}, 0
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=PATH such as cola=models/gpt2-cola")
+    return name, path
+
+
+class _Experts(argparse.Action):
+    """Collects --expert NAME=PATH, each name once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        experts = getattr(namespace, self.dest) or []
+        if values[0] in dict(experts):
+            parser.error(f"argument --expert: got {values[0]!r} twice, expected each name once")
+        setattr(namespace, self.dest, [*experts, values])

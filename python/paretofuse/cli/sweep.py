@@ -1,0 +1,103 @@
+"""`paretofuse sweep`: a front as a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import paretofuse
+from paretofuse.cli.options import (
+    add_entry,
+    add_module,
+    add_output,
+    add_quiet,
+    add_store,
+    add_threads,
+    count,
+    named_numbers,
+)
+from paretofuse.cli.running import Result, entry_point, shows_progress, use_threads
+
+SUMMARY = "evaluate the merged models of evenly spaced preferences"
+EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front.csv --plot front.png"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The words of this command."""
+    add_store(parser)
+    add_entry(
+        parser,
+        "--evaluate",
+        "called with the live module in eval mode; returns a dict of numbers by name",
+        required=True,
+    )
+    add_module(parser)
+    add_output(parser, "CSV", "table to write")
+    parser.add_argument(
+        "--points", type=count, metavar="N",
+        help="points along an edge, ends included (default: 11 for two objectives, fewer for more)",
+    )  # fmt: skip
+    parser.add_argument("--plot", metavar="PNG", help="picture to write")
+    parser.add_argument("--minimize", action="store_true", help="smaller numbers are better, as with losses")
+    parser.add_argument(
+        "--reference", type=named_numbers, metavar="NAME=VALUE,...",
+        help="reference point of the hypervolume, which is then printed",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to merge and evaluate (default: cpu)")
+    add_threads(parser)
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Evaluate the front; all that can go wrong at the end is tried before the long work."""
+    from paretofuse.engine.evaluation.arguments import plain_point, reference_point
+    from paretofuse.outputs import prepare_file
+
+    if options.plot and find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib; pip install 'paretofuse[plot]'")
+    if options.reference is not None:
+        plain_point(options.reference)
+    evaluate = entry_point("--evaluate", options.evaluate)
+    module = entry_point("--module", options.module)() if options.module else None
+    if options.plot:
+        plots = import_module("paretofuse.fronts.plots")
+        plots.check_path(options.plot)
+        prepare_file(options.plot)
+    prepare_file(options.output)
+    use_threads(options)
+    engine = paretofuse.load(options.store, device=options.device, module=module)
+
+    def check(metrics: tuple[str, ...]) -> None:
+        if options.reference is not None:
+            reference_point(options.reference, metrics)
+        if options.plot:
+            plots.check_shape(len(engine.objectives), len(metrics))
+
+    front = paretofuse.sweep(
+        engine,
+        evaluate,
+        paretofuse.simplex_grid(len(engine.objectives), options.points) if options.points else None,
+        maximize=not options.minimize,
+        progress=shows_progress(options),
+        on_metrics=check,
+    )
+    front.to_csv(options.output)
+    if options.plot:
+        front.plot(options.plot)
+    document: dict[str, Any] = {
+        "objectives": list(front.objectives),
+        "metrics": list(front.metrics),
+        "preferences": front.preferences.tolist(),
+        "values": front.values.tolist(),
+        "non_dominated": front.non_dominated().tolist(),
+        "csv": options.output,
+        "plot": options.plot,
+    }
+    lines = [f"{options.output}: {len(front)} preferences, {int(front.non_dominated().sum())} not dominated"]
+    if options.reference is not None:
+        document["hypervolume"] = front.hypervolume(options.reference)
+        lines.append(f"hypervolume {document['hypervolume']:.6g}")
+    lines += [options.plot] if options.plot else []
+    return "\n".join(lines), document, 0
