@@ -33,6 +33,8 @@ class Engine:
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
         notes: what happened while stacking that one should know, a sentence each.
+        training: how the routers were trained (steps, method, data names, when, versions), JSON only; None if that is
+            not known. `save` keeps it in the store, and `pf.load` gives it back.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Engine:
         self.device = device
         self.notes = notes
         self.blueprint = blueprint
+        self.training: dict[str, Any] | None = None
         self.routers = routers.to(device)
         self._bound = BoundStack(stack, backend, blueprint.shardings)
         self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
@@ -304,15 +307,19 @@ class Engine:
             raise ValueError("got no losses, expected at least one scalar")
         return (self._trained or self._live_module()).collector.jacobian(rows)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write everything to a store: a directory of safetensors files and a manifest, atomically.
 
+        Args:
+            path: the store's directory; an older store there is replaced.
+            force: replace a trained store even by untrained routers.
+
         Raises:
-            ValueError: the path exists and is not a store.
+            ValueError: the path exists and is not a store, or is a trained store and these routers are untrained.
             OSError: writing failed; what was there before is untouched.
         """
         self._only_whole("saving")
-        persist.save(path, self._stack, self.routers, self.blueprint)
+        persist.save(path, self._stack, self.routers, self.blueprint, training=self.training, force=force)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """The dense model for a preference, like `merge`, dropping the memory of all other modules first."""

@@ -86,3 +86,9 @@ def routing_weights(parameters: Mapping[str, np.ndarray], init: str, preference:
         mixed = np.sqrt(r) + mixed
     rounded: np.ndarray = mixed.astype(np.float32)
     return rounded
+
+
+def was_trained(init: str, parameters: Mapping[str, np.ndarray]) -> bool:
+    """Whether the routers' parameters that start at zero (see `Routers.reset`) are zero no more."""
+    zero = ("hidden.bias",) if init == "constant" else ("output.weight", "output.bias")
+    return any(parameters[name].any() for name in zero)

@@ -38,17 +38,6 @@ class Parts:
     heads: Mapping[str, Sequence[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a store gave: the stack, its routers, and the model's and the heads' own files."""
-
-    stack: Stack
-    routers: Routers
-    files: dict[str, bytes]
-    head_files: dict[str, dict[str, bytes]]
-    model_class: str | None
-
-
 def in_memory(stack: Stack) -> Parts:
     """The parts of a stack."""
 
@@ -100,17 +89,31 @@ def write(
     layout: Layout,
     routers: Routers,
     blueprint: Blueprint,
+    *,
+    training: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> None:
     """Write a store, tensor by tensor and atomically.
 
+    Args:
+        path: the store's directory.
+        parts: its tensors.
+        layout: its tensor table.
+        routers: its routers.
+        blueprint: the model's own files, and those of the objectives that have heads.
+        training: how the routers were trained, JSON only.
+        force: let an untrained store replace a trained one.
+
     Raises:
-        ValueError: the path exists and is not a store.
+        ValueError: the path exists and is not a store, or is a trained one and this is untrained.
         OSError: writing failed; what was there before is untouched.
     """
     # The widest elements first, so that every tensor of the file is aligned to its own element size.
     specs = sorted(layout.tensors, key=lambda spec: -ITEM_SIZE[spec.dtype])
     merged = sorted(layout.with_role("routed", "static"), key=lambda spec: -ITEM_SIZE[spec.delta_dtype])
-    with StoreWriter(path, objectives=layout.objectives) as writer:
+    with StoreWriter(path, objectives=layout.objectives, force=force) as writer:
+        state = {name: t.detach().cpu().numpy() for name, t in routers.state_dict().items()}
+        writer.write_routers(routers.init, state, training)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
         for objective, deltas in zip(layout.objectives, parts.deltas, strict=True):
             writer.write_expert(objective, _expert_tensors(merged, deltas))
@@ -120,8 +123,6 @@ def write(
             head = blueprint.heads.get(objective, Blueprint())
             for name, content in head.files.items():
                 writer.add_head_file(objective, name, content)
-        state = routers.state_dict()
-        writer.write_routers(routers.init, {name: t.detach().cpu().numpy() for name, t in state.items()})
         for name, content in blueprint.files.items():
             writer.add_model_file(name, content)
         writer.finish(layout, blueprint.model_class)
@@ -132,18 +133,17 @@ def save(
     stack: Stack,
     routers: Routers,
     blueprint: Blueprint,
+    *,
+    training: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> None:
-    """Write a stack in memory to a store; raises as `write`."""
-    write(path, in_memory(stack), stack.layout, routers, blueprint)
+    """Write a stack in memory to a store; arguments and errors as `write`."""
+    parts = in_memory(stack)
+    write(path, parts, stack.layout, routers, blueprint, training=training, force=force)
 
 
-def read(path: str | os.PathLike[str], device: torch.device) -> Opened:
-    """Open a store. Tensors on the CPU are views of the mapped files.
-
-    Raises:
-        StoreError: not a store, or a damaged, incomplete or too new one.
-    """
-    store = Store.open(path)
+def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
+    """The stack and the routers of an open store. Tensors on the CPU are views of the mapped files."""
     layout = store.layout
     stack = Stack(
         layout,
@@ -154,8 +154,7 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Opened:
     )
     routers = Routers(layout.groups, layout.objectives, store.init, constant=layout.static_weight)
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})
-    heads = {objective: store.model_files(objective) for objective in store.heads}
-    return Opened(stack, routers, store.model_files(), heads, store.model_class)
+    return stack, routers
 
 
 def _expert_tensors(

@@ -47,6 +47,7 @@ class Manifest:
         model_files: names below model/.
         head_files: names below heads/<stem>/ by objective, where there are any.
         files: every file but the manifest.
+        training: how the routers were trained, for people and for other programs; None if that is not recorded.
         created_by: the program and version that wrote it, for people; this one unless read from a file.
     """
 
@@ -60,6 +61,7 @@ class Manifest:
     model_files: tuple[str, ...]
     head_files: dict[str, tuple[str, ...]]
     files: dict[str, FileRecord]
+    training: dict[str, Any] | None = None
     created_by: str = ""
 
     def model_path(self, name: str, head: str | None = None) -> str:
@@ -84,6 +86,8 @@ class Manifest:
             "tensors": [asdict(spec) for spec in self.layout.tensors],
             "files": {path: asdict(record) for path, record in self.files.items()},
         }
+        if self.training is not None:
+            document["training"] = self.training
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -189,6 +193,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         model_files=_strings(model, "files"),
         head_files={name: _strings(head_names, name) for name in head_names},
         files={path: _record(path, entry) for path, entry in _get(document, "files", dict).items()},
+        training=_get(document, "training", dict) if document.get("training") is not None else None,
         created_by=str(document.get("created_by")),
     )
     for name in (*manifest.model_files, *(name for names in manifest.head_files.values() for name in names)):

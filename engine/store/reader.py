@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout
-from paretofuse.engine.routing.evaluate import check_routers
+from paretofuse.engine.routing.evaluate import check_routers, was_trained
 from paretofuse.engine.store.manifest import FileRecord, Manifest, read_manifest
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 
@@ -42,6 +43,7 @@ class Store:
         layout: objectives, static weight and tensor table.
         init: what the routers add to: "identity", "sqrt" or "constant".
         model_class: qualified name of the base model's class, if it had one.
+        training: how the routers were trained (steps, method, data, versions); None if that is not recorded.
         files: the mapped files: the base first, then one for each expert in the objectives' order.
         base: every stored tensor of the base by name.
         deltas: for each objective, its deltas by tensor name; a missing one is zero.
@@ -56,6 +58,7 @@ class Store:
         self.layout: Layout = manifest.layout
         self.init = manifest.init
         self.model_class = manifest.model_class
+        self.training = manifest.training
         for path, record in manifest.files.items():
             _check_file(root, path, record)
         names = (manifest.base, *manifest.experts.values())
@@ -88,6 +91,11 @@ class Store:
                 if _identity(root) == directory:
                     return store
         raise StoreError(f"{root}: is being replaced again and again; try once more when that is over")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the routers are another than those that `pf.stack` starts with, or a training is recorded."""
+        return self.training is not None or was_trained(self.init, self.routers)
 
     def model_files(self, head: str | None = None) -> dict[str, bytes]:
         """The model's own files (config.json and the like) by name, with those of a head in their place."""
@@ -171,6 +179,18 @@ class Store:
         if any(view.dtype != "F32" for view in views.values()):
             raise StoreError(f"{path}: router parameters should be F32; {_AGAIN}")
         return {name: view.data.view(np.float32).reshape(view.shape).copy() for name, view in views.items()}
+
+
+def describe_training(training: Mapping[str, Any] | None) -> str:
+    """One line about a training record, such as "method ls, steps 100"; what is long or nested is left out."""
+    if training is None:
+        return "not recorded"
+    plain = {
+        name: value
+        for name, value in training.items()
+        if isinstance(value, str | int | float) and len(str(value)) <= 40
+    }
+    return ", ".join(f"{name} {value}" for name, value in plain.items()) or "recorded"
 
 
 _AGAIN = "create the store again"

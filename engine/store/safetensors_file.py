@@ -229,7 +229,7 @@ class SafetensorsWriter:
         self._file.seek(self._start)
 
     def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        """Start a tensor; then call `write` for its bytes, and `end` or `drop`."""
+        """Start a tensor; then call `write` for its bytes, and `end`."""
         if self._open_tensor is not None:
             raise ValueError(
                 f"got tensor {name!r} before the end of {self._open_tensor[0]!r}; call end() first"
@@ -262,15 +262,6 @@ class SafetensorsWriter:
                 f"got {self._end - first} bytes for tensor {name!r}, expected {expected}: "
                 f"{entry['dtype']} of shape {entry['shape']}"
             )
-        self._open_tensor = None
-
-    def drop(self) -> None:
-        """Forget the current tensor, as if it had never begun."""
-        name, first, _ = self._current()
-        self._file.seek(self._start + first)
-        self._file.truncate()
-        self._end = first
-        del self._header[name]
         self._open_tensor = None
 
     def add(self, name: str, dtype: str, shape: Sequence[int], chunks: Iterable[Chunk] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import shutil
@@ -9,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout
+from paretofuse.engine.routing.evaluate import was_trained
 from paretofuse.engine.store.atomic import beside, place_directory, replaceable, sync, sync_tree
 from paretofuse.engine.store.manifest import (
     BASE,
@@ -25,7 +28,7 @@ from paretofuse.engine.store.manifest import (
     is_model_file,
     read_manifest,
 )
-from paretofuse.engine.store.reader import Store, sha256_of
+from paretofuse.engine.store.reader import Store, describe_training, sha256_of
 from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
 
 _METADATA = {"format": "pt"}
@@ -64,23 +67,23 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, objectives: Sequence[str], overwrite: bool = True
+        self, path: str | os.PathLike[str], *, objectives: Sequence[str], force: bool = False
     ) -> None:
         """Start a store.
 
         Args:
             path: its directory; missing parents are made.
             objectives: the experts' names.
-            overwrite: replace an older store there.
+            force: let an untrained store replace a trained one.
 
         Raises:
-            ValueError: something stands there that is no store, or a store and `overwrite` is False.
+            ValueError: something stands there that is no store.
         """
         self.path = replaceable(Path(path))
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
-        self._overwrite = overwrite
+        self._force = force
         self._check_target()
         self._stems = file_stems(self.objectives)
         self._experts: dict[str, str] = {}
@@ -88,6 +91,7 @@ class StoreWriter:
         self._model_files: list[str] = []
         self._head_files: dict[str, list[str]] = {}
         self._init: str | None = None
+        self._training: dict[str, Any] | None = None
         self._records: dict[str, Future[FileRecord]] = {}
         # One thread checksums and syncs a finished file while the next one is written.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="paretofuse-store")
@@ -110,12 +114,25 @@ class StoreWriter:
         self._write_tensors(path, tensors)
         self._heads[objective] = path
 
-    def write_routers(self, init: str, parameters: Mapping[str, np.ndarray]) -> None:
-        """Write the routers: their init and their float32 parameters by name."""
+    def write_routers(
+        self, init: str, parameters: Mapping[str, np.ndarray], training: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the routers; best before all that takes longer.
+
+        Args:
+            init: what the routers add to.
+            parameters: their float32 parameters by name.
+            training: how they were trained, JSON only; see `Store.training`.
+
+        Raises:
+            ValueError: these routers are untrained, those of the store that would be replaced are not, and nobody
+                forces it; or the training is not JSON.
+        """
         for name, array in parameters.items():
             if array.dtype != np.float32:
                 raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
-        self._init = init
+        self._init, self._training = init, _plain(training)
+        self._keep_training(training is not None or was_trained(init, parameters))
         entries = [
             (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
         ]
@@ -161,6 +178,7 @@ class StoreWriter:
             model_files=tuple(self._model_files),
             head_files={name: tuple(names) for name, names in self._head_files.items()},
             files={path: record.result() for path, record in self._records.items()},
+            training=self._training,
         )
         (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         Store.open(root)  # what could not be opened again must not replace an older store
@@ -182,8 +200,20 @@ class StoreWriter:
                 f"got {self.path}, which holds a file that is not its own ({other}) and would be lost; move it, or "
                 "choose another place"
             )
-        if not self._overwrite and is_store(self.path):
-            raise ValueError(f"got {self.path}, which is a store already; remove it or allow overwriting")
+
+    def _keep_training(self, trained: bool) -> None:
+        """ValueError where a trained store would be replaced by an untrained one and nobody forces it."""
+        if trained or self._force:
+            return
+        try:
+            old = Store.open(self.path)
+        except StoreError:
+            return  # damaged, of another version, or not there: nothing that this program could have used
+        if old.trained:
+            raise ValueError(
+                f"got {self.path}, which is a trained store ({describe_training(old.training)}) and would be replaced "
+                "by an untrained one; choose another place, or force it (--force, force=True)"
+            )
 
     def _directory(self) -> Path:
         if self._root is None:
@@ -231,6 +261,19 @@ class StoreWriter:
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
+
+
+def _plain(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The record of a training as a manifest gives it back."""
+    if training is None:
+        return None
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(training), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got a training record that is not JSON ({error}), expected strings, numbers and lists by name"
+        ) from error
+    return plain
 
 
 def _seal(path: Path) -> FileRecord:

@@ -25,6 +25,7 @@ from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack, build
+from paretofuse.engine.store.reader import Store
 
 
 def stack(
@@ -89,12 +90,14 @@ def stack_to_store(
     dtype: torch.dtype | None = None,
     delta_dtype: torch.dtype | None = None,
     heads: Sequence[str] = (),
+    force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
     """Like `stack(...).save(store)`, streamed from checkpoint to store without holding a model in memory.
 
     Args:
         store: the store's directory; written atomically.
+        force: replace a trained store; its training is lost.
         progress: called with the number of parameters done since the last call.
 
     Returns:
@@ -105,7 +108,8 @@ def stack_to_store(
     """
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
-    persist.write(store, persist.streamed(plan, progress), plan.layout, routers, _blueprint(plan))
+    parts = persist.streamed(plan, progress)
+    persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)
     return plan.notes
 
 
@@ -116,8 +120,12 @@ def load(
     *,
     backend: str | None = None,
     replicas: int = 2,
+    verify: bool = False,
 ) -> Engine:
     """Open a store. On the CPU its files are mapped, not read.
+
+    What is found at once is a file that is missing, has another size, or contradicts the manifest. Flipped bits in the
+    tensors are found by `verify` alone.
 
     Args:
         path: the store's directory.
@@ -125,24 +133,31 @@ def load(
         module: the model's structure, where the store has no configuration that tells it; its weights are not used.
         backend: "reference", "native" or "triton"; chosen by device by default.
         replicas: how many merged modules `engine.replica` may keep, each as large as the model.
+        verify: read every file first and compare its checksum with the manifest.
 
     Raises:
         StoreError: not a store, or a damaged, incomplete or too new one.
         ValueError: the module does not have the store's tensors.
     """
     place = torch.device(device)
-    opened = persist.read(path, place)
-    base = _blueprint_of(opened.files, opened.model_class)
+    store = Store.open(path)
+    if verify:
+        store.verify()
+    stack, routers = persist.read(store, place)
+    base = _blueprint_of(store.model_files(), store.model_class)
     if module is not None:
         skeleton = make_skeleton(module)
-        _check_fits(skeleton, opened.stack)
+        _check_fits(skeleton, stack)
         base = replace(base, skeleton=lambda: skeleton)
-    heads = {objective: _blueprint_of(files, None) for objective, files in opened.head_files.items()}
+    heads = {objective: _blueprint_of(store.model_files(objective), None) for objective in store.heads}
     heads = {
         objective: replace(own, skeleton=own.skeleton or base.skeleton) for objective, own in heads.items()
     }
-    blueprint = replace(base, heads=heads)
-    return Engine(opened.stack, opened.routers, blueprint, device=place, backend=backend, replicas=replicas)
+    engine = Engine(
+        stack, routers, replace(base, heads=heads), device=place, backend=backend, replicas=replicas
+    )
+    engine.training = store.training
+    return engine
 
 
 def _check_fits(skeleton: nn.Module, stack: Stack) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.engine.errors import StoreError
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 BACKENDS = ["native", "reference"]
@@ -396,3 +397,34 @@ def test_unload_and_repr() -> None:
     assert type(dense) is Net
     assert same(dense, engine.merge([0.2, 0.3, 0.5]))
     assert "3 objectives" in repr(engine)
+
+
+def test_a_training_record_goes_through_save_and_load(tmp_path: Path) -> None:
+    base, experts = net_and_experts(count=2)
+    engine = pf.stack(base, experts)
+    assert engine.training is None
+    engine.save(tmp_path / "store")
+    engine.training = {"method": "ls", "steps": 3, "data": {"a": "x", "b": None}}
+    engine.save(tmp_path / "store")
+    loaded = pf.load(tmp_path / "store")
+    assert loaded.training == engine.training
+    loaded.save(tmp_path / "store")
+    fresh = pf.stack(base, experts)
+    with pytest.raises(ValueError, match=r"trained store \(method ls, steps 3\).*force=True"):
+        fresh.save(tmp_path / "store")
+    assert pf.load(tmp_path / "store").training == engine.training
+    fresh.save(tmp_path / "store", force=True)
+    assert pf.load(tmp_path / "store").training is None
+
+
+def test_verification_at_load_finds_a_flipped_bit(tmp_path: Path) -> None:
+    base, experts = net_and_experts(count=2)
+    pf.stack(base, experts).save(tmp_path / "store")
+    pf.load(tmp_path / "store", verify=True)
+    file = tmp_path / "store" / "experts" / "b.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    pf.load(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"b\.safetensors: its checksum"):
+        pf.load(tmp_path / "store", verify=True)

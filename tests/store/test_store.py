@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
+from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.store import atomic
 from paretofuse.engine.store import reader as store_module
 from paretofuse.engine.store.manifest import file_stems, is_safe_path
@@ -130,9 +131,6 @@ def test_written_files_are_read_by_safetensors_and_by_us(
     path = tmp_path / "x.safetensors"
     with SafetensorsWriter(path, metadata={"format": "pt"}, reserve=reserve) as writer:
         for name, dtype, shape in tensors:
-            writer.begin(name, "U8", (9,))
-            writer.write(b"123456789")
-            writer.drop()
             writer.add(name, dtype, shape, [content[name]])
     theirs = safetensors.torch.load_file(path)
     ours = SafetensorsFile(path)
@@ -215,7 +213,6 @@ def test_unaligned_tensors_are_copied_to_an_aligned_address(tmp_path: Path) -> N
         (lambda w: (w.add("t", "U8", (1,), [b"1"]), w.add("t", "U8", (1,), [b"1"])), "twice"),
         (lambda w: w.write(b"1"), "begin"),
         (lambda w: w.end(), "begin"),
-        (lambda w: w.drop(), "begin"),
         (lambda w: (w.begin("t", "U8", (1,)), w.begin("u", "U8", (1,))), "before the end of 't'"),
         (lambda w: w.begin("t", "U8", (1,)), "within tensor 't'"),
         (lambda w: w.add("__metadata__", "U8", (1,), [b"1"]), "__metadata__"),
@@ -455,6 +452,7 @@ MANIFEST_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown init": (lambda m: m["routers"].update(init="magic"), "init"),
     "routers elsewhere": (lambda m: m["routers"].update(file="base.safetensors"), "router parameters"),
     "no routers": (lambda m: m.pop("routers"), "routers"),
+    "training no object": (lambda m: m.update(training=["ls"]), "training"),
     "tensors no list": (lambda m: m.update(tensors={}), "tensors"),
 }
 
@@ -681,9 +679,42 @@ def test_an_empty_directory_is_a_fine_place(tmp_path: Path) -> None:
     Store.open(tmp_path / "store").verify()
 
 
-def test_overwrite_can_be_refused(store: Path) -> None:
-    with pytest.raises(ValueError, match="already"):
-        StoreWriter(store, objectives=OBJECTIVES, overwrite=False)
+def untrained(init: str) -> dict[str, np.ndarray]:
+    state = Routers(LAYOUT.groups, OBJECTIVES, init).state_dict()
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+RECORD = {"method": "ls", "steps": 100, "data": {"cola": "cola-train"}, "when": "2026-11-25T12:00:00+00:00"}
+
+
+@pytest.mark.parametrize("init", ["identity", "sqrt", "constant"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_trained_store_is_not_replaced_by_an_untrained_one(store: Path, init: str, recorded: bool) -> None:
+    edit_manifest(store, lambda m: m.update(training=RECORD) if recorded else None)
+    words = (
+        r"trained store \(method ls, steps 100, when 2026" if recorded else r"trained store \(not recorded\)"
+    )
+    with StoreWriter(store, objectives=OBJECTIVES) as writer, pytest.raises(ValueError, match=words):
+        writer.write_routers(init, untrained(init))
+    with StoreWriter(store, objectives=OBJECTIVES) as writer:  # another training is no loss
+        writer.write_routers(init, untrained(init), {"steps": 1})
+    with StoreWriter(store, objectives=OBJECTIVES, force=True) as writer:
+        writer.write_routers(init, untrained(init))
+        writer.write_base([(s.name, s.dtype, s.shape, [bytes(s.nbytes)]) for s in SPECS])
+        for objective in OBJECTIVES:
+            writer.write_expert(objective, [])
+        writer.finish(LAYOUT)
+    assert not Store.open(store).trained
+    with StoreWriter(store, objectives=OBJECTIVES) as writer:  # nothing is lost any more
+        writer.write_routers(init, untrained(init))
+
+
+def test_a_record_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    with (
+        StoreWriter(tmp_path / "s", objectives=OBJECTIVES) as writer,
+        pytest.raises(ValueError, match="not JSON"),
+    ):
+        writer.write_routers("identity", untrained("identity"), {"loss": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -782,7 +813,7 @@ from paretofuse.engine.store.reader import Store
 from paretofuse.engine.merging.disk import merge_store
 Store.open({str(tmp_path / "store")!r}).verify()
 merge_store({str(tmp_path / "store")!r}, {{"cola": 1}}, {str(tmp_path / "out")!r}, head="cola")
-paretofuse.doctor.examine()
+paretofuse.cli.doctor.examine()
 simplex_grid(3, 4)
 heavy = {{"torch", "triton", "safetensors", "tqdm", "moocore", "transformers"}} & set(sys.modules)
 assert not heavy, heavy

@@ -225,6 +225,7 @@ Manifest parse(const Json& document) {
     fail("got heads of something that is no objective");
   }
   parse_model(object_at(document, "model"), &manifest);
+  if (!member(document, "training").is_null()) object_at(document, "training");
   for (const auto& [path, record] : object_at(document, "files").items()) {
     manifest.files[path] = parse_record(path, record);
   }

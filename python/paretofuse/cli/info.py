@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def describe(path: str) -> tuple[str, dict[str, Any]]:
     """A store in lines for people and as a document for --json."""
-    from paretofuse.engine.store.reader import Store
+    from paretofuse.engine.store.reader import Store, describe_training
 
     store = Store.open(path)
     layout = store.layout
@@ -56,6 +56,8 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "router_parameters": sum(array.size for array in store.routers.values()),
         "heads": {objective: sorted(own) for objective, own in store.heads.items()},
         "model_class": store.model_class,
+        "trained": store.trained,
+        "training": store.training,
         "model_files": list(store.manifest.model_files),
         "bytes": sum(record.bytes for record in store.manifest.files.values()),
         "created_by": store.manifest.created_by,
@@ -69,6 +71,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "parameters": counts,
         "dtypes": f"base {'/'.join(document['dtypes'])}, deltas {'/'.join(document['delta_dtypes'])}",
         "routing": f"{len(layout.groups)} groups, {document['router_parameters']} router parameters, {store.init}",
+        "training": describe_training(store.training) if store.trained else "none",
         "static weight": f"{layout.static_weight:g}",
         "heads": heads or "none",
         "model files": ", ".join(store.manifest.model_files) or "none",

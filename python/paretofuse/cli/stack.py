@@ -47,6 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--head", action="append", default=[], metavar="PATTERN",
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a store even if it is a trained one, whose training is lost",
+    )
     add_threads(parser)
     add_quiet(parser)
 
@@ -70,6 +75,7 @@ def run(options: argparse.Namespace) -> Result:
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             delta_dtype=getattr(torch, options.delta_dtype) if options.delta_dtype else None,
             heads=options.head,
+            force=options.force,
             progress=update,
         )
     seconds = time.perf_counter() - started

@@ -403,3 +403,24 @@ def test_sweep(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "KeyError: 'labels' (--traceback shows where)" in done.stderr
     assert "Traceback (" not in done.stderr
+
+
+def test_a_trained_store_is_replaced_only_by_force(
+    capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path
+) -> None:
+    command = stack_arguments(models, tmp_path / "s")
+    assert call(capsys, *command)[0] == 0
+    engine = paretofuse.load(tmp_path / "s")
+    engine.training = {"method": "epo", "steps": 7, "data": {"cola": "train", "sst2": "train"}}
+    engine.save(tmp_path / "s")
+    code, out, err = call(capsys, *command)
+    assert (code, out) == (1, "")
+    assert "trained store (method epo, steps 7)" in err
+    assert "--force" in err
+    code, out, _ = call(capsys, "info", tmp_path / "s")
+    assert code == 0
+    assert "method epo, steps 7" in out
+    assert json.loads(call(capsys, "info", tmp_path / "s", "--json")[1])["training"] == engine.training
+    assert call(capsys, *command, "--force")[0] == 0
+    info = json.loads(call(capsys, "info", tmp_path / "s", "--json")[1])
+    assert (info["trained"], info["training"]) == (False, None)
