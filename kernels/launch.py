@@ -6,9 +6,30 @@ are bound by memory, so few settings matter. Every configuration is compiled for
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], near: Tensor, /, *arguments: object, **constants: object
+) -> None:
+    """Launch a kernel on the device of a tensor: Triton takes the current device, wherever its pointers lie.
+
+    Args:
+        kernel: the Triton function.
+        grid: programs in each dimension; where one is 0 there is nothing to do, and no driver takes it.
+        near: any of the kernel's tensors.
+        arguments: the kernel's run-time arguments in order.
+        constants: its compile-time constants, `num_warps` and `num_stages`, by name.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(near) if near.is_cuda else nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
 def warps(threads: int) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import GradConfig, grad_config, warps
+from paretofuse.kernels.launch import GradConfig, grad_config, launch, warps
 from paretofuse.kernels.numeric import widen
 from paretofuse.kernels.reference import block_products_reference
 from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
@@ -85,11 +85,11 @@ def _launch_partials(grad: Tensor, deltas: Tensor, block: int, config: GradConfi
     deltas = float8_as_bits(deltas)
     n, experts = grad.numel(), deltas.shape[0]
     partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
-    if n:
-        partials_kernel[(len(partials),)](
-            grad, deltas, partials, n, experts, deltas.stride(0),
-            BLOCK=block, E_CHUNK=config.e_chunk, num_warps=warps(config.threads),
-        )  # fmt: skip
+    launch(
+        partials_kernel, (len(partials),), grad,
+        grad, deltas, partials, n, experts, deltas.stride(0),
+        BLOCK=block, E_CHUNK=config.e_chunk, num_warps=warps(config.threads),
+    )  # fmt: skip
     return partials
 
 
@@ -97,17 +97,11 @@ def _launch_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     """Stage two; all arguments already checked."""
     groups, experts = len(starts) - 1, partials.shape[1]
     out = partials.new_empty((groups, experts))
-    if groups:
-        group_sums_kernel[(groups, -(-experts // SUM_EXPERTS))](
-            partials,
-            order,
-            starts,
-            out,
-            experts,
-            BLOCKS=SUM_BLOCKS,
-            EXPERTS=SUM_EXPERTS,
-            num_warps=warps(SUM_THREADS),
-        )
+    launch(
+        group_sums_kernel, (groups, -(-experts // SUM_EXPERTS)), partials,
+        partials, order, starts, out, experts,
+        BLOCKS=SUM_BLOCKS, EXPERTS=SUM_EXPERTS, num_warps=warps(SUM_THREADS),
+    )  # fmt: skip
     return out
 
 
@@ -189,8 +183,7 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None,
     Args:
         grad: [N] float32, bfloat16 or float16, contiguous: a bucket, or one tensor's gradient flattened.
             Padding between its tensors must be finite, and zero there or in the deltas.
-        deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do); E to
-            64.
+        deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do).
             Or int8 or float8_e4m3fn, with scales.
         scales: [E, ceil(N / tile)] float32, contiguous: what each tile of int8 or float8 deltas is multiplied by.
         tile: elements per tile, a power of two from 16 on; a bucket begins on a tile boundary.

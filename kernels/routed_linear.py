@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import LinearConfig, WeightsGradConfig, linear_config, weights_grad_config
+from paretofuse.kernels.launch import (
+    LinearConfig,
+    WeightsGradConfig,
+    launch,
+    linear_config,
+    weights_grad_config,
+)
 from paretofuse.kernels.numeric import dot, round_to
 from paretofuse.kernels.reference import inner_reference, routed_linear_reference
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
@@ -159,14 +165,13 @@ def _launch_linear(
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
     one_chunk = experts <= config.e_chunk
     y = x.new_empty((rows, outs))
-    grid = (-(-rows // config.rows) * -(-outs // config.outs),)
-    if grid[0]:
-        linear_kernel[grid](
-            x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
-            base.stride(0), base.stride(1), deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-            E_CHUNK=config.e_chunk if one_chunk else config.loop_chunk, ONE_CHUNK=one_chunk, HAS_BIAS=bias is not None,
-            INTERPRETED=interpreted(linear_kernel), num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    launch(
+        linear_kernel, (-(-rows // config.rows) * -(-outs // config.outs),), x,
+        x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
+        base.stride(0), base.stride(1), deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
+        E_CHUNK=config.e_chunk if one_chunk else config.loop_chunk, ONE_CHUNK=one_chunk, HAS_BIAS=bias is not None,
+        INTERPRETED=interpreted(linear_kernel), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return y
 
 
@@ -175,12 +180,12 @@ def _launch_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: Weight
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
     tiles = -(-outs // config.outs) * -(-ins // config.ins)
     partials = x.new_empty((tiles, experts), dtype=torch.float32)
-    if tiles:
-        weights_grad_kernel[(tiles,)](
-            grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
-            deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-            INTERPRETED=interpreted(weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    launch(
+        weights_grad_kernel, (tiles,), x,
+        grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
+        deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
+        INTERPRETED=interpreted(weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return partials.sum(0, dtype=torch.float64).float()
 
 
@@ -259,7 +264,7 @@ def routed_linear(
         base: [O, I] of one of those dtypes, either dimension contiguous: pass GPT-2's Conv1D weight as `weight.T`.
             Frozen.
         deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions
-            (`deltas.mT` for Conv1D); E from 1 to 64. Frozen.
+            (`deltas.mT` for Conv1D). Frozen.
         weights: [E] float32.
         bias: [O] of one of those dtypes, or None. Mix it beforehand; it is small.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import MergeConfig, merge_config, warps
+from paretofuse.kernels.launch import MergeConfig, launch, merge_config, warps
 from paretofuse.kernels.numeric import round_to, widen
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
@@ -89,14 +89,13 @@ def _launch(
     deltas = float8_as_bits(deltas)
     n, (k, groups, experts) = base.numel(), weights.shape
     block = min(config.block, tile)
-    grid = (-(-k // config.k_block) * (n // block),)
-    if n and k:
-        merge_kernel[grid](
-            base, deltas, tile_group, weights, weights if scales is None else scales, out, n, experts, groups, k,
-            deltas.stride(0), out.stride(0), HAS_SCALES=scales is not None,
-            TILE=tile, K_BLOCK=config.k_block, BLOCK=block, E_CHUNK=config.e_chunk,
-            INTERPRETED=interpreted(merge_kernel), num_warps=warps(config.threads),
-        )  # fmt: skip
+    launch(
+        merge_kernel, (-(-k // config.k_block) * (n // block),), base,
+        base, deltas, tile_group, weights, weights if scales is None else scales, out, n, experts, groups, k,
+        deltas.stride(0), out.stride(0), HAS_SCALES=scales is not None,
+        TILE=tile, K_BLOCK=config.k_block, BLOCK=block, E_CHUNK=config.e_chunk,
+        INTERPRETED=interpreted(merge_kernel), num_warps=warps(config.threads),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("paretofuse::routed_merge_out", mutates_args=("out",))
@@ -180,7 +179,7 @@ def routed_merge(
 
     Args:
         base: [N] float32, bfloat16 or float16, contiguous; N a multiple of `tile`.
-        deltas: [E, N] of one of those dtypes, planes contiguous; E from 1 to 64. Frozen. Or int8 or float8_e4m3fn,
+        deltas: [E, N] of one of those dtypes, planes contiguous. Frozen. Or int8 or float8_e4m3fn,
             with scales.
         tile_group: [N / tile] int32, the row of the weights for each tile. Values must be in [0, G): they are
             read on the device only, and not checked.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import RowsConfig, rows_config
+from paretofuse.kernels.launch import RowsConfig, launch, rows_config
 from paretofuse.kernels.numeric import dot, round_to
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_linear import check_linear
@@ -144,14 +144,13 @@ def _launch_rows(
     """Launch the forward kernel; all arguments already checked, x [B, P, I] contiguous."""
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
     y = x.new_empty((batch, per, outs))
-    grid = (-(-batch * per // config.rows) * -(-outs // config.outs),)
-    if y.numel():
-        rows_kernel[grid](
-            x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
-            base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
-            BM=config.rows, BO=config.outs, BI=config.ins, HAS_BIAS=bias is not None,
-            INTERPRETED=interpreted(rows_kernel), num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    launch(
+        rows_kernel, (-(-batch * per // config.rows) * -(-outs // config.outs),), x,
+        x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
+        base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
+        BM=config.rows, BO=config.outs, BI=config.ins, HAS_BIAS=bias is not None,
+        INTERPRETED=interpreted(rows_kernel), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return y
 
 
@@ -160,12 +159,12 @@ def _launch_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsCo
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
     rows, out_tiles = batch * per, -(-outs // config.outs)
     partials = x.new_empty((out_tiles, experts, rows), dtype=torch.float32)
-    if partials.numel():
-        rows_weights_grad_kernel[(-(-rows // config.rows) * out_tiles,)](
-            grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
-            deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-            INTERPRETED=interpreted(rows_weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    launch(
+        rows_weights_grad_kernel, (-(-rows // config.rows) * out_tiles,), x,
+        grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
+        deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
+        INTERPRETED=interpreted(rows_weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return (
         partials.view(out_tiles, experts, batch, per).sum((0, 3), dtype=torch.float64).float().T.contiguous()
     )
@@ -275,8 +274,7 @@ def routed_rows(
     Args:
         x: [B, ..., I] float32, bfloat16 or float16.
         base: [O, I] of one of those dtypes, either dimension contiguous. Frozen, and rounded to x's dtype.
-        deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions; E from 1 to
-            64. Frozen, and rounded to x's dtype.
+        deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions; Frozen, and rounded to x's dtype.
         weights: [B, E] float32, contiguous; one row for each preference in the batch.
         bias: [O], or [B, O] when it is mixed too, of one of those dtypes; or None.
 

@@ -179,7 +179,8 @@ class _KernelSums:
     def add(self, name: str, gradient: Tensor) -> None:
         """Reduce one parameter's gradient to E numbers for each tile."""
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        partials = grad_partials(dense.reshape(-1), self._planes[name].flatten(1), tile=TILE)
+        planes = self._planes[name]
+        partials = grad_partials(dense.reshape(-1), planes.view(len(planes), -1), tile=TILE)
         first = self._first[name]
         self._partials[first : first + len(partials)] += partials
         self._any = True

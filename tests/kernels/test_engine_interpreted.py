@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import paretofuse as pf
-from tests.support.models import Net, net_and_experts, same, tiny_gpt2
+from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
@@ -66,3 +66,50 @@ def test_a_tied_model_with_mixed_dtypes() -> None:
     engine = pf.stack(base, {"a": expert, "b": base}, backend="triton", delta_dtype=torch.float16)
     assert same(engine.merge([0.0, 1.0]), base)
     assert engine.module.lm_head.weight is engine.module.transformer.wte.weight
+
+
+class Scaled(torch.nn.Module):
+    """A routed parameter without dimensions, as CLIP's logit_scale, and one of a single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 1)
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 5] -> [B, 1]."""
+        y: torch.Tensor = self.linear(x) * self.scale.exp()
+        return y
+
+
+def test_parameters_without_dimensions_are_trained() -> None:
+    base = Scaled()
+    experts = {name: perturbed(base, seed) for seed, name in enumerate("ab")}
+    x = torch.randn(4, 5)
+    jacobians = []
+    for backend in ("triton", "native"):
+        engine = pf.stack(base, experts, backend=backend, route="tensor")
+        engine.train_at([0.25, 0.75])
+        jacobians.append(engine.jacobian([engine.module(x).square().mean()]))
+    assert jacobians[1][0, engine.groups.index("scale")].abs().min() > 0
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
+
+
+def test_more_experts_than_any_chunk_holds() -> None:
+    base = Scaled()
+    experts = {f"e{i}": perturbed(base, i) for i in range(67)}
+    preference = torch.rand(67).softmax(0)
+    ours = pf.stack(base, experts, backend="triton", route="tensor")
+    native = pf.stack(base, experts, backend="native", route="tensor")
+    ours.switch(preference)
+    native.switch(preference)
+    for name, tensor in native.module.state_dict().items():
+        torch.testing.assert_close(ours.module.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+    x = torch.randn(4, 5)
+    jacobians = []
+    for engine in (ours, native):
+        engine.train_at(preference)
+        jacobians.append(engine.jacobian([engine.module(x).square().mean()]))
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
+    batch = ours.batched([preference, preference])(x[:2])
+    torch.testing.assert_close(batch, native.module(x[:2]), rtol=1e-5, atol=1e-5)
