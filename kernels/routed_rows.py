@@ -274,7 +274,8 @@ def routed_rows(
     Args:
         x: [B, ..., I] float32, bfloat16 or float16.
         base: [O, I] of one of those dtypes, either dimension contiguous. Frozen, and rounded to x's dtype.
-        deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions; Frozen, and rounded to x's dtype.
+        deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions. Frozen, and
+            rounded to x's dtype.
         weights: [B, E] float32, contiguous; one row for each preference in the batch.
         bias: [O], or [B, O] when it is mixed too, of one of those dtypes; or None.
 

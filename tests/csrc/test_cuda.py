@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -174,15 +175,15 @@ def test_a_switch_is_one_copy_and_one_launch_on_the_callers_stream(
     cuda.switch([0.2, 0.3, 0.5], STREAM)
     calls = driver.log()[len(opened) :]
     assert [call.split()[0] for call in calls] == [
-        "cuCtxPushCurrent", "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuCtxPopCurrent",
+        "cuCtxPushCurrent", "cuStreamIsCapturing", "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuCtxPopCurrent",
     ]  # fmt: skip
     groups = len(engine.names("group"))
-    assert calls[1] == f"cuMemcpyHtoDAsync {(groups + 1) * 3 * 4} stream 0x1230"
+    assert calls[2] == f"cuMemcpyHtoDAsync {(groups + 1) * 3 * 4} stream 0x1230"
     found = re.fullmatch(
         r"cuLaunchKernel grid (\d+) 1 1 block 128 1 1 shared 0 stream 0x1230 "
-        r"file merge_one_few_experts_fp32_fp32_fp32.cubin arguments (.*)", calls[2]
+        r"file merge_one_few_experts_fp32_fp32_fp32.cubin arguments (.*)", calls[3]
     )  # fmt: skip
-    assert found is not None, calls[2]
+    assert found is not None, calls[3]
     tiles = int(found[1])
     fields = [bytes.fromhex(field) for field in found[2].split()]
     assert [len(field) for field in fields] == [8] * 6 + [8, 4, 4, 4, 8, 8, 8, 8]
@@ -259,6 +260,58 @@ def test_no_such_device_and_another_architecture(
         else:
             message = refused(engine, kernels, driver.path)
             assert f"kernels for sm_90, the device has sm_{architecture}; write them with --arch" in message
+    driver.check()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fits"),
+    [(80, 86, True), (86, 80, False), (90, 90, True), (100, 103, False), (100, 100, True), (120, 121, False)],
+)
+def test_only_code_of_the_older_generations_runs_on_later_devices_of_its_own(
+    library: Library,
+    driver: Driver,
+    kernels: Path,
+    store: Path,
+    tmp_path: Path,
+    ours: int,
+    theirs: int,
+    fits: bool,
+) -> None:
+    """From sm_90 on Triton writes sm_90a and the like, which no other device runs."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernels, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"architecture": f"sm_{ours}"}))
+    driver.c.fake_set_architecture(ctypes.c_int(theirs))
+    engine = library.open(store)
+    if fits:
+        engine.cuda(folder, driver.path).close()
+    else:
+        message = refused(engine, folder, driver.path)
+        assert (
+            f"kernels for sm_{ours}, the device has sm_{theirs}; write them with --arch sm_{theirs}"
+            in message
+        )
+    driver.check()
+
+
+def test_a_stream_that_is_being_captured_is_refused(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    """The captured copy would read the weights from memory that is gone when the graph runs."""
+    engine = library.open(store)
+    cuda = engine.cuda(kernels, driver.path)
+    cuda.switch([1.0, 0.0, 0.0], STREAM)
+    before = cuda.tensors(STREAM)
+    driver.c.fake_set_capturing(ctypes.c_void_p(STREAM))
+    with pytest.raises(LibraryError, match="a stream that is being captured") as refusal:
+        cuda.switch([0.0, 1.0, 0.0], STREAM)
+    assert refusal.value.status == Library.INVALID
+    driver.c.fake_set_capturing(None)
+    assert {name: array.tobytes() for name, array in cuda.tensors(STREAM).items()} == {
+        name: array.tobytes() for name, array in before.items()
+    }
+    cuda.close()
     driver.check()
 
 

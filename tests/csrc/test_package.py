@@ -201,7 +201,8 @@ def test_python_and_cmake_build_the_same_core() -> None:
     """The extension's sources are those of the core library; the library proper adds its own folder."""
     setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "csrc" / "CMakeLists.txt").read_text()
     assert 'Path("csrc/src", room).glob("*.cpp")' in setup
-    assert "/src/*.cpp)" in cmake
+    assert "/src/core/*.cpp\n" in cmake
+    assert "/src/simd/*.cpp)" in cmake
     for flag in ("-O3", "-ffp-contract=off", "-Wall", "-Wextra"):
         assert flag in setup
         assert flag in cmake

@@ -48,7 +48,8 @@ class PARETOFUSE_API CudaWeights {
 
   // Queues a merge on a stream (a CUstream or cudaStream_t; null: the default stream) and returns; no address
   // changes. Work on another stream has to wait for it by the caller's means, and the next merge for that
-  // work. A call that throws std::invalid_argument has changed nothing.
+  // work. A call that throws std::invalid_argument has changed nothing; a stream that is being captured into
+  // a graph is refused so.
   void switch_to(const Preference& preference, void* stream = nullptr);
   void switch_to(const Weights& weights, void* stream = nullptr);
 

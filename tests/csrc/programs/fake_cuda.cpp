@@ -40,6 +40,7 @@ struct Fake {
   std::mutex mutex;
   int architecture = 90;
   int fail_at = 0, calls = 0, misuses = 0;
+  void* capturing = nullptr;
   int retained = 0;
   std::vector<void*> contexts;  // the current thread's stack, pushed by us
   std::map<Address, std::size_t> memory;
@@ -223,6 +224,7 @@ FAKE void fake_reset(int fail_at) {
   f.calls = f.misuses = f.retained = 0;
 }
 FAKE void fake_set_architecture(int architecture) { fake().architecture = architecture; }
+FAKE void fake_set_capturing(void* stream) { fake().capturing = stream; }
 FAKE const char* fake_log() { return fake().log.c_str(); }
 FAKE const char* fake_failed() { return fake().failed.c_str(); }
 FAKE int fake_calls() { return fake().calls; }
@@ -362,6 +364,12 @@ FAKE int cuMemcpyDtoHAsync_v2(void* to, Address address, std::size_t size, void*
   const std::byte* from = host(address, size, "copy to the host");
   if (from == nullptr) return INVALID_VALUE;
   submit(stream, [=] { std::memcpy(to, from, size); });
+  return OK;
+}
+
+FAKE int cuStreamIsCapturing(void* stream, int* status) {
+  if (const int code = enter("cuStreamIsCapturing", text(stream))) return code;
+  *status = stream != nullptr && stream == fake().capturing ? 1 : 0;
   return OK;
 }
 

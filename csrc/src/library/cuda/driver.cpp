@@ -50,6 +50,7 @@ CudaDriver::CudaDriver(const std::string& path) : path_(path), library_(open_lib
   resolve(cuMemcpyHtoD, "cuMemcpyHtoD_v2");
   resolve(cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2");
   resolve(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2");
+  resolve(cuStreamIsCapturing, "cuStreamIsCapturing");
   resolve(cuStreamSynchronize, "cuStreamSynchronize");
   resolve(cuLaunchKernel, "cuLaunchKernel");
   resolve(cuGetErrorName, "cuGetErrorName");

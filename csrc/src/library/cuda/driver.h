@@ -37,6 +37,7 @@ class CudaDriver {
   int (*cuMemcpyHtoD)(DeviceAddress to, const void* from, std::size_t size);
   int (*cuMemcpyHtoDAsync)(DeviceAddress to, const void* from, std::size_t size, void* stream);
   int (*cuMemcpyDtoHAsync)(void* to, DeviceAddress from, std::size_t size, void* stream);
+  int (*cuStreamIsCapturing)(void* stream, int* status);
   int (*cuStreamSynchronize)(void* stream);
   int (*cuLaunchKernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream,

@@ -21,9 +21,11 @@ const void* pointer(DeviceAddress address) { return reinterpret_cast<const void*
 CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions& options)
     : model(std::move(opened)), kernels(read_kernels(options.kernels)) {
   context = std::make_shared<const CudaContext>(options.driver, options.device);
-  // Machine code runs on its own architecture and on later ones of the same generation.
+  // Machine code runs on its own architecture and on later ones of the same generation; from sm_90 on Triton
+  // uses instructions of that architecture alone (sm_90a, sm_100a), and what it wrote runs on no other.
   const int ours = kernels.architecture, theirs = context->architecture();
-  if (ours / 10 != theirs / 10 || ours > theirs) {
+  const bool own = ours >= 90;
+  if (ours / 10 != theirs / 10 || ours > theirs || (own && ours != theirs)) {
     throw CudaError(kernels.folder + ": kernels for sm_" + std::to_string(ours) + ", the device has sm_" +
                     std::to_string(theirs) + "; write them with --arch sm_" + std::to_string(theirs));
   }
@@ -147,6 +149,15 @@ void CudaWeights::State::merge(const Weights& chosen, void* stream) {
   const std::vector<float> table = model->table(chosen);
   const CurrentContext current(*context);
   const CudaDriver& driver = context->driver();
+  int capturing = 0;
+  driver.check(driver.cuStreamIsCapturing(stream, &capturing), "cuStreamIsCapturing");
+  if (capturing != 0) {
+    throw std::invalid_argument(
+        "got a stream that is being captured into a graph, expected an ordinary one: the graph would read "
+        "the routing "
+        "weights again at each launch, from memory that is gone; switch before the graph is launched, on its "
+        "stream");
+  }
   // Pageable memory is copied aside before the call returns.
   driver.check(driver.cuMemcpyHtoDAsync(weights.address(), table.data(), weights.size(), stream),
                "cuMemcpyHtoDAsync");
