@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import ITEM_SIZE
+from paretofuse.engine.stacking.factors import Factors
 from paretofuse.engine.stacking.sharding import Sharding, shards
 from paretofuse.engine.stacking.skeleton import can_copy, make_skeleton
 from paretofuse.engine.store.safetensors_file import SafetensorsFile
@@ -77,6 +78,7 @@ class Source:
         blueprint: what is known of the model besides its tensors.
         is_delta: the tensors are deltas already, and absent ones are zero (LoRA).
         replaced: with is_delta, names of tensors that are no deltas but stand for the base's (modules_to_save).
+        factors: with is_delta, the low-rank updates whose sum a delta is, by name; `read` multiplies them out.
     """
 
     label: str
@@ -87,6 +89,7 @@ class Source:
     blueprint: Blueprint = field(default_factory=Blueprint)
     is_delta: bool = False
     replaced: frozenset[str] = frozenset()
+    factors: Mapping[str, tuple[Factors, ...]] = field(default_factory=dict)
     devices: Mapping[str, torch.device] = field(default_factory=dict)
 
     def blocks(self, name: str) -> Iterator[Tensor]:

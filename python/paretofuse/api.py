@@ -50,7 +50,7 @@ def stack(
     Args:
         base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
             directory, a .safetensors file).
-        experts: each objective's expert, by name; like base, or a PEFT LoRA directory.
+        experts: each objective's expert, by name; like base, or a LoRA of PEFT (a directory, or a live PeftModel).
         route: which tensors share a router: "mlp" (one for each MLP block, nothing else routed), "module", "tensor",
             or a callable from a tensor's name to its group's name or None.
         init: where the routers start: "identity" (L = r), "sqrt" (L = sqrt(r)) or "constant" (PWEMoE's).
@@ -205,9 +205,8 @@ def _blueprint(plan: Plan) -> Blueprint:
     heads = {}
     for objective, names in plan.heads.items():
         expert = plan.experts[objective]
-        if names:  # an adapter is no model by itself
-            own = (plan.base if expert.is_delta else expert).blueprint
-            heads[objective] = _converted(own, dtype)
+        if names:
+            heads[objective] = _converted(expert.blueprint, dtype)
     return replace(_converted(plan.base.blueprint, dtype), heads=heads)
 
 

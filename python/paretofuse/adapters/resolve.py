@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from paretofuse.adapters import hf, openclip, peft
+from paretofuse.adapters import hf, openclip
+from paretofuse.adapters.peft import files as peft
+from paretofuse.adapters.peft import live
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Source, from_module, from_safetensors, from_state_dict
 
@@ -19,7 +21,7 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
 
     Args:
         model: an nn.Module; a state dict; a path to a .safetensors file, to a Hugging Face or open_clip directory,
-            or (experts only) to a PEFT LoRA directory.
+            or (experts only) to a PEFT LoRA directory; a module that carries LoRAs of PEFT (experts only).
         label: what to call it in messages.
         base: the base's source, for experts.
 
@@ -28,7 +30,13 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
         CheckpointError: the path holds nothing of the kind.
     """
     if isinstance(model, nn.Module):
-        return from_module(model, label)
+        if not live.is_live(model):
+            return from_module(model, label)
+        if base is None:
+            raise CheckpointError(
+                f"{label}: a model with adapters can be an expert only; the base is the model under it: model.unload()"
+            )
+        return live.from_model(model, label, base)
     if isinstance(model, Mapping):
         return from_state_dict(model, label)
     if not isinstance(model, (str, os.PathLike)):
@@ -43,12 +51,12 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
         )
     if not path.is_dir():
         raise CheckpointError(f"{label}: no such file or directory")
-    if (path / peft.CONFIG).is_file():
+    if (adapter := peft.adapter_folder(path, label)) is not None:
         if base is None:
             raise CheckpointError(
                 f"{label}: a LoRA directory can be an expert only; the base is the model under it"
             )
-        return peft.from_directory(path, label, base)
+        return peft.from_directory(adapter, label, base)
     if (path / openclip.CONFIG).is_file():
         return openclip.from_directory(path, label)
     return hf.from_directory(path, label)

@@ -1,8 +1,7 @@
-"""PEFT LoRA, open_clip and Hugging Face directories, against the libraries' own results."""
+"""open_clip and Hugging Face directories, against the libraries' own results."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -15,126 +14,7 @@ import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
 from tests.support.models import perturbed, same, tiny_gpt2
 
-peft = pytest.importorskip("peft")
 open_clip = pytest.importorskip("open_clip")
-
-
-def lora(base: nn.Module, path: Path, seed: int, **settings: object) -> nn.Module:
-    """Train nothing, but fill a LoRA with random factors, save it, and return PEFT's own merged model."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 7, "init_lora_weights": False, **settings})
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.copy_(0.1 * torch.randn(p.shape) + (p if "lora_" not in name else 0))
-    model.save_pretrained(path, safe_serialization=True)
-    return model.merge_and_unload()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
-        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_rslora": True},
-        {
-            "target_modules": ["c_fc", "c_attn"],
-            "fan_in_fan_out": True,
-            "rank_pattern": {"c_fc": 2},
-            "alpha_pattern": {"h.0.mlp.c_fc": 3},
-        },
-        {"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True},
-        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
-        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
-    ],
-)  # fmt: skip
-def test_lora_experts_equal_pefts_own_merge(settings: dict[str, object], tmp_path: Path) -> None:
-    base = tiny_gpt2()
-    full = perturbed(base, 5)
-    merged = lora(base, tmp_path / "lora", 1, **settings)
-    base.save_pretrained(tmp_path / "base")
-    for start in (base, tmp_path / "base"):
-        engine = pf.stack(start, {"lora": tmp_path / "lora", "full": full})
-        ours = engine.merge({"lora": 1.0}).state_dict()
-        for name, theirs in merged.state_dict().items():
-            torch.testing.assert_close(ours[name], theirs, rtol=1e-5, atol=1e-6, msg=name)
-    engine.save(tmp_path / "store")
-    kept = pf.load(tmp_path / "store")
-    assert same(kept.merge([0.5, 0.5]), engine.merge([0.5, 0.5]))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lora_on_linear_and_convolution(tmp_path: Path) -> None:
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 5, 3)
-            self.linear = nn.Linear(5, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(self.conv(x).mean((2, 3)))
-
-    torch.manual_seed(0)
-    base = Small()
-    merged = lora(base, tmp_path / "lora", 2, target_modules=["conv", "linear"])
-    ours = pf.stack(base, {"lora": tmp_path / "lora"}).merge([1.0])
-    for name, theirs in merged.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lora_errors(tmp_path: Path) -> None:
-    base = tiny_gpt2()
-    lora(base, tmp_path / "dora", 1, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
-    with pytest.raises(pf.CheckpointError, match=r"DoRA.*merge_and_unload"):
-        pf.stack(base, {"x": tmp_path / "dora"})
-    lora(base, tmp_path / "lora", 1, target_modules=["c_attn"], fan_in_fan_out=True)
-    with pytest.raises(pf.CheckpointError, match="belongs to no tensor"):
-        pf.stack(nn.Linear(3, 3), {"x": tmp_path / "lora"})
-    with pytest.raises(pf.CheckpointError, match="can be an expert only"):
-        pf.stack(tmp_path / "lora", {"x": tmp_path / "lora"})
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
-    with pytest.raises(pf.CheckpointError, match=r"makes a delta of shape \[96, 32\]"):
-        pf.stack(base, {"x": tmp_path / "lora"})
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_lora_that_changed_the_base_is_refused(start: str, tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(6, 5))
-    lora(base, tmp_path / "lora", 1, target_modules=["0"], init_lora_weights=start)
-    with pytest.raises(pf.CheckpointError, match=f"init_lora_weights='{start}'.*merge_and_unload"):
-        pf.stack(base, {"x": tmp_path / "lora"})
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_heads_of_lora_experts(tmp_path: Path) -> None:
-    """A classifier's LoRA keeps its head whole (modules_to_save); the merge holds that head, bit for bit."""
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    )  # fmt: skip
-    base = GPT2ForSequenceClassification(config).eval()
-    base.save_pretrained(tmp_path / "base")
-    settings = {"task_type": "SEQ_CLS", "target_modules": ["c_attn"], "fan_in_fan_out": True}
-    trained = {
-        name: lora(base, tmp_path / name, i, **settings).eval() for i, name in enumerate(("cola", "sst2"))
-    }
-    experts = {name: tmp_path / name for name in trained}
-    ids = torch.arange(8).unsqueeze(0)
-    pf.stack(tmp_path / "base", experts, heads=["score"]).save(tmp_path / "store")
-    for engine in (pf.stack(tmp_path / "base", experts, heads=["score"]), pf.load(tmp_path / "store")):
-        for name, model in trained.items():
-            merged = engine.merge({name: 1.0}, head=name)
-            assert torch.equal(merged.score.weight, model.score.weight)
-            torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
-    merge_store(tmp_path / "store", {"cola": 1}, tmp_path / "out", head="cola")
-    again = GPT2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(again(ids).logits, trained["cola"](ids).logits, rtol=1e-5, atol=1e-6)
 
 
 CLIP = {
