@@ -48,8 +48,6 @@ SETTINGS = (
     Setting("route tensor", {"route": "tensor"}),
     Setting("init sqrt", {"init": "sqrt"}),
     Setting("init constant", {"init": "constant"}),
-    Setting("sampler antithetic", fit={"sampler": "antithetic"}),
-    Setting("sampler stratified", fit={"sampler": "stratified"}),
     Setting("sampler low_discrepancy", fit={"sampler": "low_discrepancy"}),
     Setting("alpha 0.5", fit={"alpha": 0.5}),
     Setting("corner every 4", fit={"corner_every": 4}),
@@ -62,7 +60,6 @@ SETTINGS = (
     Setting("tensor, lr 0.03", {"route": "tensor"}, {"lr": 3e-2}),
     Setting("tensor, lr 0.1", {"route": "tensor"}, {"lr": 1e-1}),
     Setting("tensor, sqrt, lr 0.03", {"route": "tensor", "init": "sqrt"}, {"lr": 3e-2}),
-    Setting("tensor, antithetic", {"route": "tensor"}, {"sampler": "antithetic"}),
     Setting("tensor, low_discrepancy", {"route": "tensor"}, {"sampler": "low_discrepancy"}),
     Setting(
         "tensor, lr 0.03, low_discrepancy", {"route": "tensor"}, {"lr": 3e-2, "sampler": "low_discrepancy"}
@@ -73,17 +70,14 @@ SETTINGS = (
     Setting(
         "tensor, lr 0.1, low_discrepancy", {"route": "tensor"}, {"lr": 1e-1, "sampler": "low_discrepancy"}
     ),
-    Setting("tensor, lr 0.1, stratified", {"route": "tensor"}, {"lr": 1e-1, "sampler": "stratified"}),
     Setting(
         "tensor, lr 0.2, low_discrepancy", {"route": "tensor"}, {"lr": 2e-1, "sampler": "low_discrepancy"}
     ),
-    Setting("tensor, lr 0.06, antithetic", {"route": "tensor"}, {"lr": 6e-2, "sampler": "antithetic"}),
     Setting(
         "tensor, lr 0.06, low_discrepancy, 2 preferences a step (twice the cost)",
         {"route": "tensor"},
         {"lr": 6e-2, "sampler": "low_discrepancy", "preferences_per_step": 2},
     ),
-    Setting("tensor, lr 0.03, antithetic", {"route": "tensor"}, {"lr": 3e-2, "sampler": "antithetic"}),
     Setting("regularization 0.01", fit={"regularization": 1e-2}),
     Setting("regularization 0.1", fit={"regularization": 1e-1}),
     Setting("early stop", stop=True),
@@ -108,8 +102,8 @@ SETTINGS = (
     ),
 )
 
-JUDGING_BATCHES = 20
-"""Of each objective, that early stopping judges by: drawn from what routers learn from, but not in their order."""
+HELD_OUT_BATCHES = 20
+"""Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""
 STOP_EVERY, STOP_PATIENCE = 25, 3
 
 
@@ -128,7 +122,7 @@ def listed(experiment: Experiment) -> list[Contender]:
             settings: dict[str, Any] = {"steps": taken, "stack": stack, "fit": fit}
             run = learned(taken, stack, fit)
             if setting.stop:
-                settings |= {"stop": [JUDGING_BATCHES, STOP_EVERY, STOP_PATIENCE]}
+                settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE]}
                 run = stopping(taken, stack, fit)
             # Short runs first: they are the first to say something.
             found.append(Contender(label(setting.name, steps), run, 1 / steps, settings))
@@ -136,22 +130,25 @@ def listed(experiment: Experiment) -> list[Contender]:
 
 
 def stopping(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:
-    """As `learned`, but the routers that judged best are kept, and training ends when they stay the best."""
+    """As `learned`, but the routers that validated best are kept, and training ends when they stay the best."""
 
     def run(context: Context) -> Outcome:
         objectives = context.experiment.objectives
         batches = []
         for index, objective in enumerate(objectives):
             stream = Batches(objective.data, objective.name, context.seed + 1000, index)
-            batches.append([stream.take() for _ in range(JUDGING_BATCHES)])
+            batches.append([stream.take() for _ in range(HELD_OUT_BATCHES)])
 
-        def judge(module: nn.Module) -> dict[str, float]:
+        def losses(module: nn.Module) -> dict[str, float]:
             return {
                 objective.name: statistics.mean(float(objective.loss(module, batch)) for batch in own)
                 for objective, own in zip(objectives, batches, strict=True)
             }
 
-        watched = {**fit, "validation": pf.Validation(judge, every=STOP_EVERY, patience=STOP_PATIENCE)}
+        watched = {
+            **fit,
+            "validation": pf.Validation(losses, maximize=False, every=STOP_EVERY, patience=STOP_PATIENCE),
+        }
         return learned(steps, stack, watched)(context)
 
     return run

@@ -151,7 +151,8 @@ One setting changed at a time, on the same base and experts; *plain* is `route="
 Dirichlet(1)
 preference a step, Adam at 1e-2, linear scalarization. *change* is the mean over seeds of the difference in
 hypervolume to plain with the same seed and the same budget of backward passes. Written from `ablation_*.csv`, which
-`python -m benchmarks.experiments ablation NAME --seeds 0 1 2` makes.
+`python -m benchmarks.experiments ablation NAME --seeds 0 1 2` makes. The
+samplers "antithetic" and "stratified" were those of version 0.1.0; they did not help, and later versions do without.
 """
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: many preferences, judged."""
+"""Evaluation: what many preferences reach, measured."""

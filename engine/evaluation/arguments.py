@@ -1,5 +1,6 @@
 """What a user says about metrics - which way is better, a reference point - brought into their order. Needs no torch.
 
+Larger is better unless told otherwise: in `pf.sweep`, `pf.Validation`, `pf.Front` and on the command line alike.
 Metrics have names only once something was evaluated, so the kind of what was given is checked before that, and the
 names after it.
 """
@@ -51,6 +52,16 @@ def directions(maximize: Any, metrics: Sequence[str]) -> tuple[bool, ...]:
             f"got {len(plain)} entries in maximize, expected one for each of {list(metrics)} or one bool"
         )
     return tuple(plain)
+
+
+def check_function(name: str, given: Any, expected: str) -> None:
+    """Check that an argument is a function.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not callable(given):
+        raise TypeError(f"got {name}={given!r} ({type(given).__name__}), expected a function {expected}")
 
 
 def plain_point(point: Any) -> float | list[float] | dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.evaluation.objective import Objective
+from paretofuse.engine.evaluation.objective import Objective, as_objectives
 
 Number = Tensor | float
 Metric = Callable[[nn.Module, Any], Number | tuple[Number, Number]]
@@ -34,14 +34,16 @@ def evaluate(
 
     Raises:
         ValueError: data without batches, or counts that sum to 0.
-        TypeError: a metric returned something else.
+        TypeError: `module` is none, `objectives` are none, or a metric returned something else.
     """
-    if isinstance(objectives, Mapping):
-        asked = [(name, data, metric) for name, (data, metric) in objectives.items()]
-    else:
-        asked = [(objective.name, objective.data, objective.loss) for objective in objectives]
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"got {type(module).__name__} to evaluate, expected an nn.Module such as engine.module or "
+            "engine.merge(preference)"
+        )
+    asked = as_objectives(objectives)
     with torch.no_grad(), eval_mode(module):
-        return {name: _mean(module, name, data, metric) for name, data, metric in asked}
+        return {each.name: _mean(module, each.name, each.data, each.loss) for each in asked}
 
 
 @contextmanager

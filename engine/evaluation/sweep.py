@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from paretofuse.engine.distributed import names_of_first_rank, rank_and_size, sum_over_ranks
 from paretofuse.engine.evaluation.evaluate import eval_mode
+from paretofuse.engine.evaluation.kept_rows import KeptRows, model_digest
+from paretofuse.engine.evaluation.progress import progress_bar
 
 Evaluate = Callable[[torch.nn.Module], Any]
 """Takes the live module and returns its metrics: a dict by name, or a sequence or 1-d tensor of numbers."""
@@ -38,6 +39,7 @@ def evaluate_preferences(
     preferences: Sequence[Sequence[float]] | np.ndarray,
     progress: bool = True,
     on_metrics: Callable[[tuple[str, ...]], object] | None = None,
+    kept: KeptRows | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Evaluate the live module at each preference.
 
@@ -50,8 +52,9 @@ def evaluate_preferences(
         evaluate: called as evaluate(engine.module) after each switch; returns a dict of numbers by metric
             name, or a sequence or tensor of numbers; E numbers without names are named by objective.
         preferences: [P, E], P >= 1.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr where that is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
+        kept: where rows are kept as they come; a preference that is there already, of the same model, is not evaluated.
 
     Returns:
         The values [P, M] in float64 and the names of the M metrics. If the names are those of the objectives,
@@ -68,14 +71,19 @@ def evaluate_preferences(
     rows: list[list[float]] = []
     metrics: tuple[str, ...] | None = None
     objectives = tuple(engine.objectives)
-    for index in tqdm(mine, desc="sweep", unit="model", disable=not (progress and rank == 0)):
+    for index in progress_bar(progress and rank == 0, iterable=mine, desc="sweep", unit="model"):
         preference = preferences[index]
         chosen = [float(share) for share in preference]
         engine.switch(chosen)
-        with torch.no_grad(), eval_mode(engine.module):
-            result = evaluate(engine.module)
         shown = ", ".join(f"{name}={share:g}" for name, share in zip(objectives, chosen, strict=True))
-        numbers = _named_numbers(result, objectives, shown)
+        model = "" if kept is None else model_digest(engine.module, evaluate)
+        found = None if kept is None else kept.find(chosen, model)
+        if found is None:
+            with torch.no_grad(), eval_mode(engine.module):
+                result = evaluate(engine.module)
+            numbers = _named_numbers(result, objectives, shown)
+        else:
+            numbers = found
         if metrics is None:
             metrics = objectives if set(numbers) == set(objectives) else tuple(numbers)
             if on_metrics is not None:
@@ -86,6 +94,8 @@ def evaluate_preferences(
                 f"{sorted(metrics)} as at the first preference; return the same metrics each time"
             )
         rows.append([numbers[name] for name in metrics])
+        if kept is not None and found is None:
+            kept.add(chosen, rows[-1], model, metrics)
     names = names_of_first_rank(metrics) or ()
     values = torch.zeros(len(preferences), len(names), dtype=torch.float64)
     if rows:

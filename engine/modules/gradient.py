@@ -10,6 +10,7 @@ kernels': fixed order and no atomics, so the same bits every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,9 @@ class GradientCollector:
         self._kernels = _kernel_sums(self._parameters, rows, planes or {}, groups)
         self._pending = torch.zeros(groups, len(deltas), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
-        self._scheduled = False
+        self._pass: int | None = None
+        self._suspended: dict[int, Tensor] = {}
+        self._reached = False
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
@@ -63,8 +66,7 @@ class GradientCollector:
         """From now on each backward pass through the module goes on into these routing weights [G, E]."""
         for leaf in self._leaves:
             leaf.requires_grad_(True)
-        self._take()
-        self._scheduled = False
+        self._forget()
         self._routing_weights = routing_weights
 
     def disarm(self) -> None:
@@ -74,16 +76,25 @@ class GradientCollector:
         self._routing_weights = None
 
     def jacobian(self, losses: Sequence[Tensor]) -> Tensor:
-        """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are."""
+        """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are.
+
+        Raises:
+            ValueError: a loss depends on no routed weight at all.
+        """
         weights, self._routing_weights = self._routing_weights, None
         rows = []
         try:
             for index, loss in enumerate(losses):
-                self._take()
+                self._forget()
                 loss.backward(retain_graph=index + 1 < len(losses))
+                if not self._reached:
+                    raise ValueError(
+                        f"loss {index} depends on no routed weight, expected one computed by the engine's module after "
+                        "train_at; does it use another module, or only the output of frozen layers?"
+                    )
                 rows.append(self._take())
         finally:
-            self._take()
+            self._forget()
             self._routing_weights = weights
         return torch.stack(rows)
 
@@ -95,11 +106,11 @@ class GradientCollector:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
+            self._enter_pass()
             if name in self._kernels:
                 self._kernels[name].add(name, gradient)
             else:
                 self._pending[row] += inner_products(gradient, deltas).to(self._pending.device)
-            self._schedule()
 
         return reduce
 
@@ -107,14 +118,33 @@ class GradientCollector:
         """What layers without a merged weight say about their routing weights."""
         gradient, mix.grad = mix.grad, None
         if gradient is not None:
+            self._enter_pass()
             self._pending += gradient.to(self._pending.device)
-            self._schedule()
 
-    def _schedule(self) -> None:
-        """Have the routers' backward run once autograd has finished this pass, on the sum over all parameters."""
-        if self._routing_weights is not None and not self._scheduled:
-            self._scheduled = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+    def _enter_pass(self) -> None:
+        """Have the routers' backward run once autograd has finished this pass, on the sum over all parameters.
+
+        Autograd tells of a pass's end only if it does not fail, and a pass may run inside of another (activation
+        checkpointing). So each pass has sums of its own, by autograd's number for it: those of a failed pass are never
+        carried on, and do not hold up the next one's.
+        """
+        self._reached = True
+        current = torch._C._current_graph_task_id()
+        if self._routing_weights is None or current == self._pass:
+            return
+        if self._pass is not None:
+            self._suspended[self._pass] = self._take()
+        self._pass = current
+        if current in self._suspended:  # back from a pass inside of this one, which is scheduled already
+            self._pending += self._suspended.pop(current)
+        else:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._flush, current))
+
+    def _forget(self) -> None:
+        """Drop whatever was collected, by passes that failed too."""
+        self._take()
+        self._suspended.clear()
+        self._pass, self._reached = None, False
 
     def _take(self) -> Tensor:
         """What was collected, float64 [G, E]; collecting starts anew."""
@@ -126,12 +156,15 @@ class GradientCollector:
                 total += taken.to(total.device)
         return total
 
-    def _flush(self) -> None:
-        """Carry the collected sums into the routers' parameters."""
-        self._scheduled = False
-        if self._routing_weights is None:
+    def _flush(self, finished: int) -> None:
+        """Carry the sums of a pass that has ended into the routers' parameters."""
+        if finished == self._pass:
+            total, self._pass = self._take(), None
+        else:
+            total = self._suspended.pop(finished, None)
+        if self._routing_weights is None or total is None:
             return
-        gradient = self._take().to(self._routing_weights.dtype)
+        gradient = total.to(self._routing_weights.dtype)
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from paretofuse.engine.routing.preference import simplex_grid
 
-SamplerName = Literal["dirichlet", "antithetic", "stratified", "low_discrepancy"]
+SamplerName = Literal["dirichlet", "low_discrepancy"]
 
 
 class Sampler(Protocol):
@@ -36,21 +36,17 @@ def make_sampler(
     seed: int,
     *,
     alpha: float = 1.0,
-    strata: int = 32,
     corner_every: int = 0,
 ) -> Sampler:
     """A sampler by name.
 
     Args:
-        name: "dirichlet" draws each preference by itself. "antithetic" follows each Dirichlet draw by its E - 1
-            cyclic shifts, so that every objective gets the same weight in each E draws (for E = 2: r, then 1 - r).
-            "stratified" draws Latin hypercubes of `strata` preferences, each one in its own slice.
-            "low_discrepancy" is a shifted additive recurrence, which fills the simplex evenly from the start.
+        name: "dirichlet" draws each preference by itself. "low_discrepancy" is a shifted additive recurrence, which
+            fills the simplex evenly from the start.
         objectives: E >= 1.
         seed: of the stream.
         alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners.
-            Only for "dirichlet" and "antithetic".
-        strata: size of a Latin hypercube; only for "stratified".
+            Only for "dirichlet".
         corner_every: every so manyth preference is all weight on one objective, each objective in turn; 0 for none.
 
     Raises:
@@ -60,18 +56,12 @@ def make_sampler(
         raise ValueError(f"got {objectives} objectives, expected at least 1")
     if not 0 < alpha < float("inf"):
         raise ValueError(f"got alpha={alpha}, expected a number > 0; 1 is uniform over the simplex")
-    if strata < 1 or corner_every < 0 or corner_every == 1:
-        raise ValueError(
-            f"got strata={strata} and corner_every={corner_every}, expected strata >= 1 and corner_every 0 or >= 2"
-        )
-    if alpha != 1 and name in ("stratified", "low_discrepancy"):
-        raise ValueError(
-            f'got alpha={alpha} for {name!r}, expected 1; other values need "dirichlet" or "antithetic"'
-        )
+    if corner_every < 0 or corner_every == 1:
+        raise ValueError(f"got corner_every={corner_every}, expected 0 (none) or at least 2")
+    if alpha != 1 and name == "low_discrepancy":
+        raise ValueError(f'got alpha={alpha} for {name!r}, expected 1; other values need "dirichlet"')
     makers: dict[str, Callable[[], Sampler]] = {
-        "dirichlet": lambda: _Blocks(lambda rng: rng.dirichlet([alpha] * objectives)[None], seed),
-        "antithetic": lambda: _Blocks(lambda rng: _shifts(rng.dirichlet([alpha] * objectives)), seed),
-        "stratified": lambda: _Blocks(lambda rng: _latin(rng, strata, objectives), seed),
+        "dirichlet": lambda: _Dirichlet(objectives, alpha, seed),
         "low_discrepancy": lambda: _Recurrence(objectives, seed),
     }
     if name not in makers:
@@ -83,9 +73,9 @@ def make_sampler(
 def layered_grid(objectives: int, points: Sequence[int]) -> np.ndarray:
     """Nested Das-Dennis grids: few preferences, yet some inside the simplex, where one coarse grid has corners only.
 
-    Layer k of K is simplex_grid(objectives, points[k]), shrunk toward the equal preference by 1 - k / K; with K = 2
-    the inner layer has half the size, as in Deb and Jain, "An evolutionary many-objective optimization algorithm
-    using reference-point-based nondominated sorting approach, part I", 2014.
+    The field calls them reference directions. Layer k of K is simplex_grid(objectives, points[k]), shrunk toward the
+    equal preference by 1 - k / K; with K = 2 the inner layer has half the size, as in Deb and Jain, "An evolutionary
+    many-objective optimization algorithm using reference-point-based nondominated sorting approach, part I", 2014.
 
     Args:
         objectives: E >= 1.
@@ -121,9 +111,9 @@ def sample_preferences(
     Args:
         objectives: E >= 1.
         count: how many, P.
-        sampler: "low_discrepancy" fills the simplex evenly; "dirichlet", "antithetic" and "stratified" draw.
+        sampler: "low_discrepancy" fills the simplex evenly; "dirichlet" draws.
         seed: of the draws.
-        alpha: concentration for "dirichlet" and "antithetic"; below 1 favours corners.
+        alpha: concentration for "dirichlet"; below 1 favours corners.
 
     Returns:
         float64 [P, E], each row >= 0 with sum 1.
@@ -131,7 +121,7 @@ def sample_preferences(
     Raises:
         ValueError: an unknown sampler, or a number out of range.
     """
-    drawn = make_sampler(sampler, objectives, seed, alpha=alpha, strata=max(count, 1)).draw(count)
+    drawn = make_sampler(sampler, objectives, seed, alpha=alpha).draw(count)
     return np.asarray(drawn / drawn.sum(axis=1, keepdims=True))
 
 
@@ -155,47 +145,21 @@ def to_simplex(cube: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(shares, 0.0))
 
 
-def _shifts(preference: np.ndarray) -> np.ndarray:
-    return np.stack([np.roll(preference, step) for step in range(len(preference))])
+class _Dirichlet:
+    """Independent draws; the state is the generator's."""
 
-
-def _latin(rng: np.random.Generator, strata: int, objectives: int) -> np.ndarray:
-    slices = (
-        np.stack([rng.permutation(strata) for _ in range(objectives - 1)], axis=1) if objectives > 1 else None
-    )
-    if slices is None:
-        return np.ones((strata, 1))
-    return to_simplex((slices + rng.random(slices.shape)) / strata)
-
-
-class _Blocks:
-    """A stream made of random blocks; its state is the generator's at the block's start and the place in it."""
-
-    def __init__(self, make: Callable[[np.random.Generator], np.ndarray], seed: int) -> None:
-        self._make = make
+    def __init__(self, objectives: int, alpha: float, seed: int) -> None:
+        self._alpha = [alpha] * objectives
         self._rng = np.random.default_rng(seed)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._before = copy.deepcopy(dict(self._rng.bit_generator.state))
-        self._block, self._taken = self._make(self._rng), 0
 
     def draw(self, count: int) -> np.ndarray:
-        rows = []
-        for _ in range(_checked(count)):
-            if self._taken == len(self._block):
-                self._begin()
-            rows.append(self._block[self._taken])
-            self._taken += 1
-        return np.stack(rows)
+        return self._rng.dirichlet(self._alpha, size=_checked(count))
 
     def state(self) -> dict[str, Any]:
-        return {"generator": copy.deepcopy(self._before), "taken": self._taken}
+        return {"generator": copy.deepcopy(dict(self._rng.bit_generator.state))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._rng.bit_generator.state = copy.deepcopy(dict(state["generator"]))
-        self._begin()
-        self._taken = int(state["taken"])
 
 
 class _Recurrence:
@@ -203,10 +167,8 @@ class _Recurrence:
 
     def __init__(self, objectives: int, seed: int) -> None:
         ratio = 2.0
-        for _ in range(60):
-            ratio = (1 + ratio) ** (
-                1 / objectives
-            )  # the root of x^E = x + 1, for the E - 1 dimensions of the cube
+        for _ in range(60):  # converges to the root of x^E = x + 1, for the E - 1 dimensions of the cube
+            ratio = (1 + ratio) ** (1 / objectives)
         self._step = ratio ** -np.arange(1.0, objectives)
         self._shift = np.random.default_rng(seed).random(objectives - 1)
         self._drawn = 0

@@ -60,6 +60,21 @@ def place_file(new: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all, over an older file if there is one; a link there is replaced, not followed."""
+    new = beside(target)
+    file = new.open("xb")  # x: a name that somebody put there first, a link too, is an error
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        place_file(new, target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def place_directory(new: Path, target: Path) -> None:
     """Put a written and synced directory at its place, over an older directory if there is one.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paretofuse.engine.training.random_state import seed as seed_random_state
+
 
 class Batches:
     """An endless stream over an iterable, with a random state of its own.
@@ -26,13 +28,21 @@ class Batches:
 
     def __init__(self, data: Iterable[Any], name: str, seed: int, index: int) -> None:
         self._data = data
-        self._name = name
+        self.name = name
         self._seed = seed
         self._index = index
         self.epoch = 0
         self.taken = 0
         self._iterator: Iterator[Any] | None = None
         self._state: Tensor | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Batches in an epoch, where the iterable knows."""
+        try:
+            return len(self._data)  # type: ignore[arg-type]
+        except TypeError:  # a generator, or a DataLoader over an iterable data set
+            return None
 
     def take(self) -> Any:
         """The next batch.
@@ -50,21 +60,33 @@ class Batches:
                 batch = next(self._iterator, _END)  # type: ignore[arg-type]
             if batch is _END:
                 raise ValueError(
-                    f"the data of objective {self._name!r} ended after {self.epoch} rounds and cannot begin again; "
+                    f"the data of objective {self.name!r} ended after {self.epoch} rounds and cannot begin again; "
                     "pass a list, a DataLoader or another iterable that can be iterated repeatedly"
                 )
             self.taken += 1
             return batch
 
     def seek(self, epoch: int, taken: int) -> None:
-        """Go to the place after `taken` batches of an epoch."""
-        self.epoch, self.taken, self._iterator = epoch, 0, None
-        while self.taken < taken:
+        """Go to the place after `taken` batches of an epoch.
+
+        Raises:
+            ValueError: the epoch has fewer batches.
+        """
+        self.epoch, self.taken, self._iterator, self._state = epoch, 0, None, None
+        for done in range(taken):
             self.take()
+            if (
+                self.epoch != epoch
+            ):  # the data ended and began again: the place that is looked for is not there
+                raise ValueError(
+                    f"the data of objective {self.name!r} has {done} batches, but the run stands after batch {taken}; "
+                    "resume it with the data that it began with, or name another checkpoint file to start anew"
+                )
 
     def _begin_epoch(self) -> None:
-        # A large odd multiplier keeps neighbouring seeds, objectives and epochs apart.
-        torch.manual_seed((self._seed * 1_000_003 + self._index * 7_919 + self.epoch) % (1 << 63))
+        # A large odd multiplier keeps neighbouring seeds, objectives and epochs apart. The CPU's generator alone: data
+        # is drawn there, and seeding the GPUs as well would repeat the model's dropout with every epoch.
+        seed_random_state((self._seed * 1_000_003 + self._index * 7_919 + self.epoch) % (1 << 63))
         self._iterator = iter(self._data)
 
     @contextmanager

@@ -6,28 +6,34 @@ that it returns goes on into the routers. Method: Tang et al., arXiv 2406.09770.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.evaluation.objective import Objective
+from paretofuse.engine.evaluation.arguments import check_function
+from paretofuse.engine.evaluation.objective import Objective, Objectives, as_objectives
+from paretofuse.engine.evaluation.progress import progress_bar
 from paretofuse.engine.routing.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
+from paretofuse.engine.training import random_state
 from paretofuse.engine.training.log import open_log
-from paretofuse.engine.training.run import Record, Run, Settings
+from paretofuse.engine.training.run import Record, Run
+from paretofuse.engine.training.settings import Settings, check_number
+from paretofuse.engine.training.termination import termination_raises
 from paretofuse.engine.training.validation import Validation
 
 
 def fit(
     engine: Engine,
-    objectives: Sequence[Objective] | Mapping[str, tuple[Any, Callable[..., Tensor]]],
+    objectives: Objectives,
     method: str | Solver = "ls",
     *,
     steps: int = 400,
@@ -63,41 +69,52 @@ def fit(
         engine: the engine; only its routers change.
         objectives: one `Objective` for each expert, in any order, or {name: (data, loss)}.
         method: a solver by name ("ls" is linear scalarization; docs/solvers.md has all) or one of your own.
-        steps: optimizer steps in all, those before a resumed checkpoint included.
+        steps: optimizer steps in all, those before a resumed checkpoint included. With more than the checkpoint's run
+            had, a finished run goes on; see `checkpoint`.
         lr: Adam's learning rate at the start.
         lr_end: its share left at the end, 0 to 1.
         options: the solver's own options, by name; only with a solver's name.
-        sampler: how preferences are drawn: "low_discrepancy", "dirichlet", "antithetic" or "stratified"; by default
-            "low_discrepancy", or "dirichlet" where alpha is given.
-        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners, with
-            "dirichlet" or "antithetic".
+        sampler: how preferences are drawn: "low_discrepancy" or "dirichlet"; by default "low_discrepancy", or
+            "dirichlet" where alpha is given.
+        alpha: concentration of the Dirichlet distribution; 1 is uniform over the simplex, below 1 favours corners; with
+            "dirichlet" only.
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
         preferences_per_step: preferences in one step; each costs as much as a step with one.
         accumulate: batches of each objective for each preference.
         regularization: adds this times the mean over groups of |L(r) - L_start(r)|^2, L_start being the routing
             weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
-        validation: judge the routers by a sweep of held-out data now and then, keep the best, and stop early.
+        validation: sweep held-out data now and then, keep the best routers, and stop early.
         materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
             less memory, more time, the same gradients. The live module is then neither built nor changed.
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
-        checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps and at the end.
+        checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps, at the end, and when
+            the run is interrupted (SIGINT, SIGTERM, SIGHUP) or an error ends it, with all steps until then. Only
+            `steps` may differ from those of the run that wrote it: the rest of a lengthened run follows the longer
+            run's cosine, so the learning rate first rises again to what that has at this step.
         checkpoint_every: steps between checkpoints.
         log: a .csv file or a TensorBoard directory. A run that resumes goes on in it, a new one replaces it; a file
             that is no such log is left alone.
         callback: called with each step's record; returning True ends the training after it.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr where that is a terminal, with each objective's loss at equal
+            preference, smoothed over the last steps.
 
     Returns:
-        The records of the steps taken now (not of those before the checkpoint).
+        The records of the steps taken now (not of those before the checkpoint). `engine.training` then says how the
+        routers were trained: steps, method, seed, data (the objectives' names), when, versions.
 
     Raises:
-        ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar,
-            the checkpoint belongs to a run with other settings, or `log` is some other file that is there already.
-        StoreError: the checkpoint is damaged.
+        ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar or
+            does not depend on the module's routed weights, the checkpoint belongs to a run with other settings or
+            data, or `log` is some other file that is there already.
+        TypeError: an argument is of another kind, such as a module instead of the engine.
+        StoreError: the checkpoint is damaged, or another file.
         RuntimeError: another process of the run has ended.
     """
+    if not isinstance(engine, Engine):
+        raise TypeError(
+            f"got {type(engine).__name__} to train, expected an engine that pf.stack or pf.load made"
+        )
     settings = Settings(
-        method=method if isinstance(method, str) else type(method).__qualname__,
         steps=steps,
         lr=lr,
         lr_end=lr_end,
@@ -108,59 +125,101 @@ def fit(
         accumulate=accumulate,
         seed=seed,
         regularization=regularization,
-        options=dict(options or {}),
     )
     settings.check()
-    if checkpoint_every < 1:
-        raise ValueError(f"got checkpoint_every={checkpoint_every}, expected at least 1")
-    matched = _match(objectives, engine.objectives)
-    run = Run(engine, matched, get_solver(method, options), settings, validation, materialize)
-    path = Path(checkpoint) if checkpoint is not None else None
+    check_number("checkpoint_every", checkpoint_every, 1)
+    if validation is not None and not isinstance(validation, Validation):
+        raise TypeError(
+            f"got validation of type {type(validation).__name__}, expected pf.Validation(evaluate, ...)"
+        )
+    if callback is not None:
+        check_function("callback", callback, "callback(record)")
+    matched = _match(as_objectives(objectives), engine.objectives)
+    solver = get_solver(method, options)
+    path = _checkpoint_path(checkpoint)
+    run = Run(engine, matched, solver, settings, validation, materialize)
     first = rank_and_size()[0] == 0
     records: list[Record] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        start = run.restore(path) if path is not None and path.exists() else 0
-        if run.watch is not None and start == 0:
-            run.watch.judge(0)
-        writer = open_log(log, start) if log is not None and first else None
-        bar = tqdm(total=steps, initial=start, disable=not (progress and first), desc="fit", unit="step")
+    stopping = run.early_stopping
+    with termination_raises(), random_state.forked(run.gpus):
+        random_state.seed(seed, run.gpus)
+        if path is not None and path.exists():
+            run.restore(path)
+        elif stopping is not None:
+            stopping.validate(0)
+        writer = open_log(log, run.taken) if log is not None and first else None
+        bar = progress_bar(progress and first, total=steps, initial=run.taken, desc="fit", unit="step")
         try:
-            for step in range(start, steps):
-                if run.watch is not None and run.watch.ended:
+            for step in range(run.taken, steps):
+                if stopping is not None and stopping.ended:
                     break
                 record = run.step(step)
                 records.append(record)
                 bar.update()
-                bar.set_postfix({o: f"{record[f'loss/{o}']:.3f}" for o in engine.objectives})
+                bar.set_postfix({o: f"{record[f'equal/{o}']:.3f}" for o in engine.objectives})
                 if writer is not None:
                     writer.write(record)
-                stop = callback is not None and bool(callback(record))
-                stop = stop or (run.watch is not None and run.watch.ended)
-                if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps or stop):
-                    run.save(path, step + 1)
-                if stop:
+                if path is not None:
+                    run.keep()
+                if path is not None and (step + 1) % checkpoint_every == 0:
+                    run.save(path)
+                if callback is not None and callback(record):
                     break
         finally:
+            # However it ends: done, stopped, interrupted, told to end, or by an error in the middle of a step.
             bar.close()
             if writer is not None:
                 writer.close()
-    if run.watch is not None:
-        run.watch.finish()
+            if run.taken > 0:
+                engine.training = _record_of(engine, run.taken, method, seed)
+            if path is not None:
+                run.save(path)
+    if stopping is not None:
+        stopping.finish()
     if materialize:
         engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
     return records
 
 
-def _match(
-    objectives: Sequence[Objective] | Mapping[str, tuple[Any, Callable[..., Tensor]]], names: tuple[str, ...]
-) -> list[Objective]:
+def _match(objectives: Sequence[Objective], names: tuple[str, ...]) -> list[Objective]:
     """The objectives in the engine's order."""
-    if isinstance(objectives, Mapping):
-        objectives = [Objective(name, data, loss) for name, (data, loss) in objectives.items()]
     given = {objective.name: objective for objective in objectives}
     if set(given) != set(names) or len(given) != len(objectives):
         raise ValueError(
             f"got objectives {[o.name for o in objectives]}, expected one for each of {list(names)}"
         )
     return [given[name] for name in names]
+
+
+def _checkpoint_path(checkpoint: str | os.PathLike[str] | None) -> Path | None:
+    """The checkpoint file, where one can be written: that is tried now rather than after the first hundred steps."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(f"got checkpoint={str(path)!r}, which is a directory, expected a file")
+    if rank_and_size()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
+
+
+def _record_of(engine: Engine, steps: int, method: str | Solver, seed: int) -> dict[str, Any]:
+    """How the routers were trained, for the store and for people."""
+    return {
+        "steps": steps,
+        "method": method if isinstance(method, str) else type(method).__qualname__,
+        "seed": seed,
+        "data": list(engine.objectives),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"paretofuse": _version("paretofuse"), "torch": torch.__version__},
+    }
+
+
+def _version(package: str) -> str:
+    """A package's installed version; of a source tree that was never installed, "unknown"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

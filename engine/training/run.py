@@ -1,14 +1,12 @@
-"""One training run: its settings, its state, and a step."""
+"""One training run: its state, and a step."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +17,20 @@ from torch import Tensor, nn
 from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.objective import Objective
-from paretofuse.engine.routing.sampling import SamplerName, make_sampler
+from paretofuse.engine.routing.sampling import make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
 from paretofuse.engine.training.batches import Batches
-from paretofuse.engine.training.checkpoint import read_checkpoint, read_state, write_checkpoint
-from paretofuse.engine.training.validation import Validation, Watch
+from paretofuse.engine.training.checkpoint import damaged, like, read_checkpoint, write_checkpoint
+from paretofuse.engine.training.identity import differences, plain
+from paretofuse.engine.training.random_state import gpus_of, random_states, set_random_states
+from paretofuse.engine.training.settings import Settings, check_number
+from paretofuse.engine.training.smoothing import LossAtEqualPreference
+from paretofuse.engine.training.validation import EarlyStopping, Validation
 
 Record = dict[str, float]
-"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences), and
-with a validation "validation", the latest hypervolume."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run's result depends on besides the engine and the data; the arguments of `pf.fit`."""
-
-    method: str
-    steps: int
-    lr: float
-    lr_end: float
-    sampler: SamplerName
-    alpha: float
-    corner_every: int
-    preferences_per_step: int
-    accumulate: int
-    seed: int
-    regularization: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise ValueError unless every number is in its range."""
-        for name in ("steps", "lr", "alpha", "preferences_per_step", "accumulate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
-        if not 0 <= self.lr_end <= 1:
-            raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
-        if not 0 <= self.regularization < math.inf:
-            raise ValueError(f"got regularization={self.regularization}, expected a number of at least 0")
-        size = rank_and_size()[1]
-        if self.accumulate < size:
-            raise ValueError(
-                f"got accumulate={self.accumulate} with {size} processes, which share out a step's batches: each "
-                f"needs one; pass accumulate={size} or more"
-            )
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step (from 0): a cosine from lr down to lr * lr_end."""
-        return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
+"""One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences),
+"equal/<objective>" (the loss at equal preference, smoothed over the last steps), and with a validation "validation",
+the latest hypervolume."""
 
 
 class Trained:
@@ -124,6 +89,7 @@ class Run:
         self.objectives = objectives
         self.solver = solver
         self.settings = settings
+        self.gpus = gpus_of([engine.device, *(p.device for p in self.trained.module.parameters())])
         self.optimizer = torch.optim.Adam(engine.routers.parameters(), lr=settings.lr)
         self.sampler = make_sampler(
             settings.sampler,
@@ -133,10 +99,18 @@ class Run:
             corner_every=settings.corner_every,
         )
         self.start = copy.deepcopy(engine.routers).requires_grad_(False)
-        self.watch = (
-            None if validation is None else Watch(validation, self.trained, engine.routers, settings.seed)
+        self.early_stopping = (
+            None
+            if validation is None
+            else EarlyStopping(validation, self.trained, engine.routers, settings.seed, self.gpus)
         )
         self.streams = [Batches(o.data, o.name, settings.seed, i) for i, o in enumerate(objectives)]
+        self.smoothed = LossAtEqualPreference(len(objectives))
+        self.taken = 0
+        """Steps taken, those before a resumed checkpoint included."""
+        # Described before the first step: a solver may keep a state of its own while it works.
+        self._identity = self._describe()
+        self._kept: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def step(self, step: int) -> Record:
         """Take a step (counted from 0): sample, measure, solve, update the routers."""
@@ -145,6 +119,8 @@ class Run:
         measured = [self._measure(ray) for ray in rays]
         losses = torch.stack([losses for losses, _ in measured])
         jacobians = torch.stack([jacobian for _, jacobian in measured])
+        if self.taken == 0:
+            self._check_jacobians(losses, jacobians)
         directions = solve_each(self.solver, losses, jacobians, rays)
         self.optimizer.zero_grad()
         weights = self.engine.routers(rays)
@@ -153,41 +129,102 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(step)
         self.optimizer.step()
-        if self.watch is not None:
-            self.watch.judge(step + 1)
+        if self.early_stopping is not None:
+            self.early_stopping.validate(step + 1)
+        for preference, own in zip(preferences, losses.numpy(), strict=True):
+            self.smoothed.add(preference, own)
+        self.taken = step + 1
         return self._record(step, preferences, losses)
 
-    def save(self, path: Path, step: int) -> None:
-        """Write a checkpoint after `step` steps; with several processes, the first one does."""
-        if rank_and_size()[0] == 0:
-            state = {
-                "settings": self._identity(),
-                "step": step,
-                "preferences": self.sampler.state(),
-                "streams": [(stream.epoch, stream.taken) for stream in self.streams],
-            }
-            copies = {"start": self.start.state_dict()} if self.settings.regularization else {}
-            if self.watch is not None:
-                state["validation"], copies["best"] = self.watch.state(), self.watch.best
-            write_checkpoint(path, self.engine.routers, self.optimizer, state, copies)
+    def keep(self) -> None:
+        """Hold on to the state after this step: what `save` writes, whatever happens in the middle of the next."""
+        routers = self.engine.routers.state_dict()
+        tensors = {f"routers.{name}": value for name, value in routers.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        if self.settings.regularization:
+            tensors |= {f"start.{name}": value for name, value in self.start.state_dict().items()}
+        state: dict[str, Any] = {
+            "settings": {**self._identity, "steps": self.settings.steps},
+            "step": self.taken,
+            "preferences": self.sampler.state(),
+            "streams": [(stream.epoch, stream.taken) for stream in self.streams],
+            "smoothed": self.smoothed.state(),
+        }
+        if self.early_stopping is not None:
+            state["validation"] = self.early_stopping.state()
+            tensors |= {f"best.{name}": value for name, value in self.early_stopping.best.items()}
+        tensors |= {f"random.{name}": value for name, value in random_states(self.gpus).items()}
+        copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        self._kept = copies, state
 
-    def restore(self, path: Path) -> int:
-        """Continue from a checkpoint; returns its number of steps.
+    def save(self, path: Path) -> None:
+        """Write what was kept last as a checkpoint, once; with several processes, the first one does."""
+        if self._kept is not None and rank_and_size()[0] == 0:
+            write_checkpoint(path, *self._kept)
+        self._kept = None
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint. A refusal leaves the routers as they are.
 
         Raises:
-            ValueError: it belongs to a run with other settings.
-            StoreError: it is damaged.
+            ValueError: it belongs to a run with other settings or data, or has more steps than are asked for.
+            StoreError: it is damaged or is not a checkpoint.
         """
-        _check_same(path, read_state(path)["settings"], self._identity())
-        state, copies = read_checkpoint(path, self.engine.routers, self.optimizer)
-        if self.settings.regularization:
-            self.start.load_state_dict(copies["start"])
-        if self.watch is not None:
-            self.watch.restore(state["validation"], copies["best"])
-        self.sampler.restore(state["preferences"])
-        for stream, (epoch, taken) in zip(self.streams, state["streams"], strict=True):
+        tensors, state = read_checkpoint(path)
+        self._check_same(path, state.get("settings"))
+        try:
+            step, places = state["step"], [(epoch, taken) for epoch, taken in state["streams"]]
+            for number, least in ((step, 1), *((place, 0) for pair in places for place in pair)):
+                check_number("a place", number, least)
+            if len(places) != len(self.streams):
+                raise ValueError(f"{len(places)} streams of data")
+            self.sampler.restore(state["preferences"])
+            self.smoothed.restore(state["smoothed"])
+            if self.early_stopping is not None:
+                self.early_stopping.restore(state["validation"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise damaged(path, f"{type(error).__name__}: {error}") from error
+        if step > self.settings.steps:
+            raise ValueError(
+                f"got steps={self.settings.steps}, but {path} holds a run of {step} steps already; give at least as "
+                "many, or name another checkpoint file to start anew"
+            )
+        self._restore_tensors(path, tensors, places)
+        self.taken = step
+
+    def _restore_tensors(
+        self, path: Path, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, int]]
+    ) -> None:
+        """Check every tensor first, then put them in their places, the routers last."""
+        routers = self.engine.routers.state_dict()
+        cpu = {name: value.cpu() for name, value in routers.items()}
+
+        def part(prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            named = like(path, tensors, {f"{prefix}.{name}": value for name, value in expected.items()})
+            return {name.removeprefix(f"{prefix}."): value for name, value in named.items()}
+
+        slots = {
+            index: part(f"optimizer.{index}", {**dict.fromkeys(("exp_avg", "exp_avg_sq"), p), "step": p.new_zeros(())})
+            for index, p in enumerate(p.detach().cpu() for p in self.engine.routers.parameters())
+        }  # fmt: skip
+        expected = random_states(self.gpus)
+        present = {name: value for name, value in expected.items() if f"random.{name}" in tensors}
+        random = part("random", {"cpu": expected["cpu"], **present})
+        start = part("start", cpu) if self.settings.regularization else None
+        best = part("best", cpu) if self.early_stopping is not None else None
+        trained = part("routers", cpu)
+        for stream, (epoch, taken) in zip(self.streams, places, strict=True):
             stream.seek(epoch, taken)
-        return int(state["step"])
+        self.optimizer.load_state_dict(
+            {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+        if start is not None:
+            self.start.load_state_dict(start)
+        if self.early_stopping is not None and best is not None:
+            self.early_stopping.best = {n: t.to(routers[n].device) for n, t in best.items()}
+        set_random_states(random, self.gpus)
+        self.engine.routers.load_state_dict(trained)
 
     def _measure(self, ray: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [M] and Jacobian [M, G, E] at one preference: means over `accumulate` batches, float64 on the CPU.
@@ -201,15 +238,39 @@ class Run:
         sums = torch.zeros(len(self.objectives), 1 + len(engine.groups) * len(ray), dtype=torch.float64)
         for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
             for index in range(count):
-                batch = stream.take()
+                batch = stream.take()  # by every process, so that all streams stand at the same place
                 if index % size != rank:
                     continue
                 loss = objective.loss(module, batch)
                 _check_loss(loss, objective.name)
                 row[0] += loss.item() / count
-                row[1:] += engine.jacobian([loss / count]).flatten().cpu()
+                row[1:] += self._jacobian(loss / count, objective.name).flatten().cpu()
         sums = sum_over_ranks(sums, "training")
         return sums[:, 0], sums[:, 1:].reshape(-1, len(engine.groups), len(ray))
+
+    def _jacobian(self, loss: Tensor, name: str) -> Tensor:
+        """One loss's gradient in the routing weights, [1, G, E]; what is wrong with it is told with its name."""
+        try:
+            return self.engine.jacobian([loss])
+        except ValueError as error:
+            raise ValueError(f"the loss of objective {name!r}: {error}") from error
+
+    def _check_jacobians(self, losses: Tensor, jacobians: Tensor) -> None:
+        """Refuse an objective that nothing can be learned from, in the first step of K preferences.
+
+        A loss of exactly 0 is let go on: a margin may well be met by the first batch.
+
+        Args:
+            losses: [K, M].
+            jacobians: [K, M, G, E].
+        """
+        for index, objective in enumerate(self.objectives):
+            if losses[:, index].any() and not jacobians[:, index].any():
+                raise ValueError(
+                    f"got a loss of objective {objective.name!r} that does not change with the routing weights (its "
+                    "gradient is zero everywhere), expected one computed from the module that it is given; check that "
+                    "it uses that module, and that the experts differ from the base in routed tensors"
+                )
 
     def _pull(self, weights: Tensor, rays: Tensor) -> Tensor:
         """Gradient of regularization * mean over preferences and groups of |L(r) - L_start(r)|^2; [K, G, E] or 0.
@@ -228,38 +289,44 @@ class Run:
         record: Record = {"step": step + 1, "lr": self.settings.rate(step)}
         record |= {f"preference/{n}": float(r) for n, r in zip(names, preferences.mean(0), strict=True)}
         record |= {f"loss/{n}": float(loss) for n, loss in zip(names, losses.mean(0), strict=True)}
-        return record if self.watch is None else record | {"validation": self.watch.score}
+        record |= {f"equal/{n}": float(loss) for n, loss in zip(names, self.smoothed.value(), strict=True)}
+        return record if self.early_stopping is None else record | {"validation": self.early_stopping.score}
 
-    @cached_property
+    def _describe(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to belong to this run, as JSON gives it back; not the steps."""
+        described = {
+            "objectives": self.engine.objectives,
+            "groups": self.engine.groups,
+            "init": self.engine.routers.init,
+            "weights": self._fingerprint(),
+            "static_weight": self.engine.layout.static_weight,
+            "method": self.solver,
+            "validation": None if self.early_stopping is None else self.early_stopping.identity(),
+            "batches": {stream.name: stream.length for stream in self.streams},
+            "train_mode": self.trained.module.training,
+            **{name: value for name, value in asdict(self.settings).items() if name != "steps"},
+        }
+        return {name: plain(value) for name, value in described.items()}
+
     def _fingerprint(self) -> str:
-        """Tells one base and its experts from others, by the first numbers of each tensor."""
+        """Tells one base and its experts from others, by the first numbers of each tensor and its group."""
         digest = hashlib.sha256()
         for tensors in (self.engine._stack.base, *self.engine._stack.deltas):
             for name, tensor in tensors.items():
                 first = tensor.detach().flatten()[:64].contiguous().cpu()
                 digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+        digest.update(json.dumps(self.engine.tensor_groups).encode())
         return digest.hexdigest()[:16]
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to belong to this run, as JSON gives it back."""
-        watch = None if self.watch is None else self.watch.identity()
-        identity = {
-            "objectives": list(self.engine.objectives),
-            "groups": list(self.engine.groups),
-            "init": self.engine.routers.init,
-            "weights": self._fingerprint,
-            "validation": watch,
-            **asdict(self.settings),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity, default=_plain))
-        return plain
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know, such as a solver's options: arrays as lists, functions and objects by name."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    def _check_same(self, path: Path, theirs: Any) -> None:
+        if not isinstance(theirs, Mapping):
+            raise damaged(path, "it does not say whose run it is")
+        different = list(differences(theirs, self._identity))
+        if different:
+            raise ValueError(
+                f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or name "
+                "another checkpoint file to start anew"
+            )
 
 
 def _check_loss(loss: Tensor, name: str) -> None:
@@ -270,14 +337,8 @@ def _check_loss(loss: Tensor, name: str) -> None:
         raise ValueError(
             f"the loss of objective {name!r} is {loss.item()}; lower lr, or check its data and the static weight"
         )
-
-
-def _check_same(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    different = [
-        f"{k}={theirs.get(k)!r} (now {value!r})" for k, value in ours.items() if theirs.get(k) != value
-    ]
-    if different:
+    if not loss.requires_grad:
         raise ValueError(
-            f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or another "
-            "checkpoint file"
+            f"the loss of objective {name!r} needs no gradient, expected one computed from the module that it is "
+            "given, outside torch.no_grad()"
         )

@@ -253,3 +253,81 @@ def test_frozen_static_parameters_have_no_gradient() -> None:
     required = {name for name, p in engine.module.named_parameters() if p.requires_grad}
     assert required == {"first.weight", "first.bias"}
     assert isinstance(engine.module, Net)
+
+
+class FailingError(Exception):
+    """Stands for anything that ends a backward pass in its middle."""
+
+
+class Fail(torch.autograd.Function):
+    """Passes its input on, and fails in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        raise FailingError
+
+
+class HalfWay(nn.Module):
+    """Two layers, between which the backward pass may fail once the second has its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fails = nn.Linear(3, 4), nn.Linear(4, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(Fail.apply(hidden) if self.fails else hidden)
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_a_failed_backward_leaves_the_next_ones_gradients_as_they_are(
+    materialize: bool, reentrant: bool | None
+) -> None:
+    """The router step of a failed pass never came, and then no pass of the same merge had one any more."""
+    torch.manual_seed(0)
+    base = HalfWay()
+    engine = pf.stack(base, {name: perturbed(base, i) for i, name in enumerate("abc")})
+    x = torch.randn(5, 3).requires_grad_()
+    module = engine.module if materialize else engine.fused_module
+
+    def gradients(*failing: bool) -> list[Tensor]:
+        engine.routers.zero_grad()
+        engine.train_at(R, materialize=materialize)
+        for fails in failing:
+            module.fails = fails
+            output = module(x) if reentrant is None else checkpoint(module, x, use_reentrant=reentrant)
+            if fails:
+                with pytest.raises(FailingError):
+                    output.square().sum().backward()
+            else:
+                output.square().sum().backward()
+        return [p.grad.clone() for p in engine.routers.parameters() if p.grad is not None]
+
+    expected = gradients(False)
+    assert sum(g.abs().sum() for g in expected) > 0
+    for failing in ((True, False), (True, True, False), (False, True)):
+        found = gradients(*failing)
+        assert len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    engine.train_at(R, materialize=materialize)
+    module.fails = True
+    with pytest.raises(FailingError):
+        engine.jacobian([module(x).square().sum()])
+    module.fails = False
+    jacobian = engine.jacobian([module(x).square().sum()])
+    engine.train_at(R, materialize=materialize)
+    assert torch.equal(engine.jacobian([module(x).square().sum()]), jacobian)
+
+
+def test_a_loss_of_no_routed_weight_has_no_jacobian() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    engine.train_at(R)
+    used = sum(p.square().sum() for p in engine.module.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="loss 1 depends on no routed weight"):
+        engine.jacobian([used, torch.ones((), requires_grad=True) * 2])

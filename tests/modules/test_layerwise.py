@@ -306,7 +306,7 @@ def test_fit_builds_no_live_module(tmp_path: Path) -> None:
     objectives: dict[str, Any] = {
         name: (data, lambda module, batch: module(batch).square().mean()) for name in engine.objectives
     }
-    validation = pf.Validation(lambda module: pf.evaluate(module, objectives), every=2)
+    validation = pf.Validation(lambda module: pf.evaluate(module, objectives), maximize=False, every=2)
     settings: dict[str, Any] = {"steps": 6, "validation": validation, "progress": False}
     pf.fit(engine, objectives, materialize=False, checkpoint=tmp_path / "c", **settings)
     assert engine._live is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def test_it_finds_a_known_pareto_set() -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "ls": {},
     "epo": {"method": "epo"},
-    "antithetic pairs": {"sampler": "antithetic", "preferences_per_step": 2},
+    "pairs": {"preferences_per_step": 2},
     "hypervolume": {"method": "hypervolume", "preferences_per_step": 3},
 }
 
@@ -121,82 +123,6 @@ def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     pf.fit(engine, objectives, steps=2, progress=False)
     assert torch.equal(torch.rand(3), expected)
-
-
-class StopError(Exception):
-    """Stands for a crash."""
-
-
-@pytest.mark.parametrize(
-    "sampling", [{}, {"sampler": "antithetic", "preferences_per_step": 3, "corner_every": 4}]
-)
-def test_resume_is_exact(tmp_path: Path, sampling: dict[str, Any]) -> None:
-    engine, objectives = problem()
-    pf.fit(engine, objectives, steps=23, seed=1, **sampling, log=tmp_path / "whole.csv", progress=False)
-    whole = state(engine)
-
-    def crash(record: dict[str, float]) -> None:
-        if record["step"] == 17:
-            raise StopError
-
-    settings = {
-        "steps": 23,
-        "seed": 1,
-        "checkpoint": tmp_path / "run.ckpt",
-        "checkpoint_every": 5,
-        **sampling,
-    }
-    engine, objectives = problem()
-    with pytest.raises(StopError):
-        pf.fit(engine, objectives, callback=crash, log=tmp_path / "cut.csv", progress=False, **settings)
-    engine, objectives = problem()
-    records = pf.fit(engine, objectives, log=tmp_path / "cut.csv", progress=False, **settings)
-    assert records[0]["step"] == 16
-    assert equal(whole, state(engine))
-    assert (tmp_path / "cut.csv").read_text() == (tmp_path / "whole.csv").read_text()
-    assert pf.fit(engine, objectives, progress=False, **settings) == []
-    assert equal(whole, state(engine))
-
-
-def test_wrong_checkpoints(tmp_path: Path) -> None:
-    engine, objectives = problem()
-    path = tmp_path / "run.ckpt"
-    pf.fit(engine, objectives, steps=2, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match=r"seed=0 \(now 5\)"):
-        pf.fit(engine, objectives, steps=2, seed=5, checkpoint=path, progress=False)
-    kept = path.read_bytes()
-    other, _ = problem()
-    with torch.no_grad():
-        other.routers.output.bias.add_(1)
-    before = state(other)
-    for change in ({"seed": 5}, {"steps": 3}):
-        with pytest.raises(ValueError, match="use the same settings"):
-            pf.fit(other, objectives, **{"steps": 2, "checkpoint": path, "progress": False, **change})
-    assert equal(before, state(other))  # a refusal changes nothing
-    assert path.read_bytes() == kept
-    starts = {"init": {"init": "sqrt"}, "groups": {"route": "tensor"}}
-    for word, settings in starts.items():
-        with pytest.raises(ValueError, match=word):
-            pf.fit(problem(**settings)[0], objectives, steps=2, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="weights="):  # experts that were trained anew
-        pf.fit(problem(seed=7)[0], objectives, steps=2, checkpoint=path, progress=False)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(pf.StoreError, match="not a readable checkpoint"):
-        pf.fit(engine, objectives, steps=2, checkpoint=path, progress=False)
-    assert not list(tmp_path.glob(".*tmp"))
-
-
-@pytest.mark.parametrize("ideal", [(0.0, 0.0), np.zeros(2)])
-def test_solver_options_of_any_kind_are_kept_and_resumed(tmp_path: Path, ideal: Any) -> None:
-    engine, objectives = problem()
-    settings = {
-        "method": "stch",
-        "options": {"ideal": ideal},
-        "checkpoint": tmp_path / "c",
-        "progress": False,
-    }
-    assert len(pf.fit(engine, objectives, steps=2, **settings)) == 2
-    assert pf.fit(engine, objectives, steps=2, **settings) == []
 
 
 def test_callback_ends_the_training(tmp_path: Path) -> None:
@@ -290,9 +216,153 @@ def test_wrong_input() -> None:
         pf.fit(engine, broken, progress=False)
 
 
-def test_checkpoint_has_no_pickle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": "400"}, "got steps='400'"), ({"steps": 2.5}, "got steps=2.5"), ({"steps": True}, "got steps=True"),
+        ({"lr": "0.1"}, "got lr='0.1'"), ({"seed": 1.0}, "got seed=1.0"), ({"alpha": None}, "got alpha=None"),
+        ({"checkpoint_every": "5"}, "got checkpoint_every='5'"), ({"accumulate": [2]}, "got accumulate="),
+        ({"regularization": "no"}, "got regularization='no'"), ({"validation": len}, "got validation of type"),
+        ({"callback": 3}, "got callback=3"), ({"method": 3}, "got method of type int"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind(change: dict[str, Any], words: str) -> None:
     engine, objectives = problem()
-    pf.fit(engine, objectives, steps=2, checkpoint=tmp_path / "c", progress=False)
-    content = (tmp_path / "c").read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert json.loads(header["__metadata__"]["state"])["step"] == 2
+    with pytest.raises(TypeError, match=words):
+        pf.fit(engine, objectives, **{"progress": False, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": -1}, {"lr": float("inf")}, {"lr": float("nan")}, {"corner_every": -2}, {"preferences_per_step": 0},
+     {"regularization": float("inf")}, {"checkpoint_every": 0}],
+)  # fmt: skip
+def test_numbers_out_of_range(change: dict[str, Any]) -> None:
+    engine, objectives = problem()
+    with pytest.raises(ValueError, match=f"got {next(iter(change))}="):
+        pf.fit(engine, objectives, progress=False, **change)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    engine, objectives = problem()
+    assert len(pf.fit(engine, objectives, steps=np.int64(2), lr=np.float32(0.01), progress=False)) == 2  # type: ignore[arg-type]
+
+
+def test_engine_and_module_are_told_apart() -> None:
+    engine, objectives = problem()
+    with pytest.raises(TypeError, match="got Noisy to train, expected an engine"):
+        pf.fit(engine.module, objectives, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got Engine to evaluate.*engine\.module"):
+        pf.evaluate(engine, objectives)  # type: ignore[arg-type]
+
+
+def wrong_objectives() -> list[Any]:
+    return [
+        [("left", [1], loss), ("right", [1], loss)], ["left", "right"], "left", 3, None,
+        pf.Objective("left", [1], loss), {"left": loss, "right": loss}, {"left": ([1],), "right": ([1],)},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_objectives_of_another_kind(index: int) -> None:
+    engine, _ = problem()
+    with pytest.raises(TypeError, match=r"expected pf\.Objective\(name, data, loss\)"):
+        pf.fit(engine, wrong_objectives()[index], progress=False)
+    with pytest.raises(TypeError, match=r"expected pf\.Objective\(name, data, loss\)"):
+        pf.evaluate(engine.module, wrong_objectives()[index])
+
+
+def test_parts_of_objectives_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="got an objective named 3"):
+        pf.Objective(3, [1], loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got data of type int for objective 'left'"):
+        pf.Objective("left", 3, loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got loss of objective 'left'=None.*loss\(module, batch\)"):
+        pf.Objective("left", [1], None)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_ignores_its_module_is_refused_by_name() -> None:
+    engine, objectives = problem()
+    batch = next(iter(objectives[0].data))
+    other = Noisy()
+    ignoring = {
+        "no gradient": (lambda m, b: torch.tensor(1.0), "needs no gradient"),
+        "another module": (lambda m, b: loss(other, b), "depends on no routed weight"),
+        "a zero": (lambda m, b: torch.zeros((), requires_grad=True), "depends on no routed weight"),
+        "detached": (lambda m, b: loss(other, b) + m(b[0]).detach().mean(), "depends on no routed weight"),
+        "times zero": (
+            lambda m, b: loss(other, b) + 0 * m(b[0]).mean(),
+            "does not change with the routing weights",
+        ),
+    }
+    for wrong, words in ignoring.values():
+        before = state(engine)
+        with pytest.raises(ValueError, match=f"'right'.*{words}"):
+            pf.fit(engine, {"left": ([batch], loss), "right": ([batch], wrong)}, steps=2, progress=False)
+        assert equal(state(engine), before)
+
+
+def test_a_margin_that_is_met_is_no_error() -> None:
+    engine, objectives = problem()
+    batch = next(iter(objectives[0].data))
+    met = {"left": ([batch], loss), "right": ([batch], lambda m, b: (loss(m, b) - 100).relu())}
+    assert len(pf.fit(engine, met, steps=2, progress=False)) == 2
+
+
+def test_experts_equal_to_the_base_have_nothing_to_train() -> None:
+    engine = pf.stack(Point(0, 0), {"x": Point(0, 0), "y": Point(0, 0)})
+    objectives = {name: ([torch.ones(2)], lambda module, batch: module(batch)) for name in ("x", "y")}
+    with pytest.raises(ValueError, match=r"objective 'x'.*experts differ from the base"):
+        pf.fit(engine, objectives, steps=2, progress=False)
+
+
+def test_the_rate_is_the_cosine_of_the_whole_run() -> None:
+    engine, objectives = problem()
+    records = pf.fit(engine, objectives, steps=4, lr=0.2, lr_end=0.5, progress=False)
+    expected = [0.2 * (0.5 + 0.25 * (1 + math.cos(math.pi * step / 4))) for step in range(4)]
+    assert [record["lr"] for record in records] == pytest.approx(expected, rel=1e-12)
+
+
+def test_fit_records_how_the_routers_were_trained(tmp_path: Path) -> None:
+    engine, objectives = problem()
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    pf.fit(engine, objectives, "epo", steps=50, seed=3, callback=lambda r: r["step"] == 4, progress=False)
+    training = engine.training
+    assert training is not None
+    assert before <= datetime.fromisoformat(training["when"]) <= datetime.now(timezone.utc)
+    assert {name: training[name] for name in ("steps", "method", "seed", "data")} == {
+        "steps": 4, "method": "epo", "seed": 3, "data": ["left", "right"],
+    }  # fmt: skip
+    assert training["versions"]["torch"] == torch.__version__
+    engine.save(tmp_path / "store")
+    assert pf.load(tmp_path / "store").training == training
+
+
+def test_bars_are_for_terminals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, objectives = problem()
+    pf.fit(engine, objectives, steps=2)
+    pf.sweep(engine, lambda module: [0.0, 0.0], pf.simplex_grid(2, 2))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    pf.fit(engine, objectives, steps=2)
+    assert "left=" in capsys.readouterr().err
+    pf.fit(engine, objectives, steps=2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_random_states_of_gpus_that_are_not_in_use_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with GPUs, torch's own functions fork and seed all of them, and warn where they are many."""
+    engine, objectives = problem()
+    asked: list[list[int]] = []
+    fork = torch.random.fork_rng
+
+    def watched(devices: Any = None, **options: Any) -> Any:
+        asked.append(devices)
+        return fork(devices=[], **options)
+
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every GPU"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("starts every GPU"))
+    validation = pf.Validation(lambda module: pf.evaluate(module, objectives), maximize=False, every=1)
+    pf.fit(engine, objectives, steps=2, validation=validation, progress=False)
+    assert asked == [[]] * 4  # the run, and three validations

@@ -75,6 +75,6 @@ def scalarized_optimum(r: np.ndarray, objectives: dict[str, Any]) -> float:
 
 def test_validation_of_sixteen_objectives() -> None:
     engine, objectives = problem(16)
-    validation = pf.Validation(lambda m: pf.evaluate(m, objectives), every=10, patience=3)
+    validation = pf.Validation(lambda m: pf.evaluate(m, objectives), maximize=False, every=10, patience=3)
     records = pf.fit(engine, objectives, steps=30, lr=1e-2, validation=validation, progress=False)
     assert records[-1]["validation"] > records[0]["validation"] > 0

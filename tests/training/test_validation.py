@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
-from tests.training.test_fit import Point, StopError, equal, problem, state
+from tests.training.test_fit import Point, equal, problem, state
+from tests.training.test_resume import StopError
 
 WORST = 3.0
 """The reference of every hypervolume here."""
@@ -23,7 +24,9 @@ def losses_of(objectives: list[pf.Objective]) -> Any:
 
 
 def held_out(objectives: list[pf.Objective], every: int = 5, patience: int = 2) -> pf.Validation:
-    return pf.Validation(losses_of(objectives), every=every, patience=patience, reference=(WORST, WORST))
+    return pf.Validation(
+        losses_of(objectives), maximize=False, every=every, patience=patience, reference=(WORST, WORST)
+    )
 
 
 def volume(engine: Engine, objectives: list[pf.Objective]) -> float:
@@ -37,7 +40,7 @@ def worse_after(count: int) -> Any:
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         calls.append(1)
-        turn = (len(calls) - 1) // 5  # five preferences a judgement
+        turn = (len(calls) - 1) // 5  # five preferences a validation
         loss = 1.0 - 0.1 * turn if turn <= count else 1.0 + 0.1 * turn
         return {"left": loss, "right": loss}
 
@@ -51,9 +54,9 @@ def test_it_stops_and_returns_to_the_best_routers() -> None:
     def keep(record: dict[str, float]) -> None:
         seen[int(record["step"])] = state(engine)
 
-    validation = pf.Validation(worse_after(3), every=4, patience=2)
+    validation = pf.Validation(worse_after(3), maximize=False, every=4, patience=2)
     records = pf.fit(engine, objectives, steps=100, validation=validation, callback=keep, progress=False)
-    assert len(records) == 20  # judged at 0, 4, 8, 12 (best), 16, 20
+    assert len(records) == 20  # validated at 0, 4, 8, 12 (best), 16, 20
     assert equal(state(engine), seen[12])
     assert not equal(state(engine), seen[20])
     scores = [record["validation"] for record in records]
@@ -64,7 +67,7 @@ def test_it_stops_and_returns_to_the_best_routers() -> None:
 def test_routers_that_never_got_better_are_as_they_were() -> None:
     engine, objectives = problem()
     before = state(engine)
-    validation = pf.Validation(worse_after(0), every=1, patience=3)
+    validation = pf.Validation(worse_after(0), maximize=False, every=1, patience=3)
     assert len(pf.fit(engine, objectives, steps=50, validation=validation, progress=False)) == 3
     assert equal(state(engine), before)
 
@@ -102,19 +105,19 @@ def test_resume_is_exact(tmp_path: Path, regularization: float) -> None:
     engine, objectives = problem()
     with pytest.raises(StopError):
         pf.fit(engine, objectives, validation=held_out(objectives, 4, 9), callback=crash, **settings)
-    for expected in (8, 0):  # the second time there is nothing left to do
+    for expected in (6, 0):  # the second time there is nothing left to do
         records = pf.fit(engine, objectives, validation=held_out(objectives, 4, 9), **settings)
         assert len(records) == expected
         assert equal(whole, state(engine))
     assert (tmp_path / "cut.csv").read_text() == (tmp_path / "whole.csv").read_text()
-    with pytest.raises(ValueError, match="belongs to a run with validation="):
+    with pytest.raises(ValueError, match=r"belongs to a run with validation\.every=4 \(now 5\)"):
         pf.fit(engine, objectives, validation=held_out(objectives, 5, 9), **settings)
 
 
 def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
     engine, objectives = problem()
     settings: dict[str, Any] = {"steps": 50, "checkpoint": tmp_path / "c", "progress": False}
-    validation = pf.Validation(worse_after(1), every=2, patience=2)
+    validation = pf.Validation(worse_after(1), maximize=False, every=2, patience=2)
     assert len(pf.fit(engine, objectives, validation=validation, **settings)) == 6
     best = state(engine)
     engine, objectives = problem()
@@ -170,17 +173,25 @@ def test_maximize_and_reference_by_name_are_those_in_order() -> None:
     """A dict that says "smaller is better" once trained for the largest losses."""
     scores = []
     for options in (
-        {"maximize": [False, True], "reference": [WORST, 0.0]},
-        {"maximize": {"right": True, "left": False}, "reference": {"right": 0.0, "left": WORST}},
-        {"maximize": np.array([False, True]), "reference": torch.tensor([WORST, 0.0])},
+        {"maximize": [False, True], "reference": [WORST, -WORST]},
+        {"maximize": {"right": True, "left": False}, "reference": {"right": -WORST, "left": WORST}},
+        {"maximize": np.array([False, True]), "reference": torch.tensor([WORST, -WORST])},
     ):
         engine, objectives = problem()
-        validation = pf.Validation(losses_of(objectives), every=2, **options)  # type: ignore[arg-type]
+
+        def mixed(module: nn.Module, objectives: Any = objectives) -> dict[str, float]:
+            losses = pf.evaluate(module, objectives)
+            return {"left": losses["left"], "right": -losses["right"]}
+
+        validation = pf.Validation(mixed, every=2, **options)  # type: ignore[arg-type]
         records = pf.fit(engine, objectives, steps=4, validation=validation, progress=False)
         scores.append([record["validation"] for record in records])
     assert scores[0] == scores[1] == scores[2]
     scores = []
-    for options in ({"maximize": np.False_, "reference": WORST}, {"reference": (WORST, WORST)}):
+    for options in (
+        {"maximize": np.False_, "reference": WORST},
+        {"maximize": False, "reference": (WORST, WORST)},
+    ):
         engine, objectives = problem()
         validation = pf.Validation(losses_of(objectives), every=2, **options)  # type: ignore[arg-type]
         records = pf.fit(engine, objectives, steps=4, validation=validation, progress=False)
@@ -194,7 +205,7 @@ def test_maximize_and_reference_by_name_are_those_in_order() -> None:
     [
         {"maximize": "yes"}, {"maximize": 1}, {"maximize": ["left"]}, {"maximize": {"left": "no"}},
         {"maximize": {0: True}}, {"maximize": None}, {"reference": "3"}, {"reference": True},
-        {"reference": {"left": "1"}}, {"reference": [[1.0]]},
+        {"reference": {"left": "1"}}, {"reference": [[1.0]]}, {"every": "5"}, {"patience": 2.0},
     ],
 )  # fmt: skip
 def test_wrong_kinds_are_refused_at_once(wrong: dict[str, Any]) -> None:
@@ -204,6 +215,30 @@ def test_wrong_kinds_are_refused_at_once(wrong: dict[str, Any]) -> None:
         engine, _ = problem()
         with pytest.raises(TypeError, match="maximize"):
             pf.sweep(engine, lambda module: pytest.fail("evaluated"), progress=False, **wrong)
+
+
+def test_losses_taken_for_scores_are_warned_of() -> None:
+    engine, objectives = problem()
+    with pytest.warns(UserWarning, match=r"\['left', 'right'\] get worse.*pass maximize=False to Validation"):
+        pf.fit(engine, objectives, steps=1, validation=pf.Validation(losses_of(objectives)), progress=False)
+    with pytest.warns(UserWarning, match=r"pass maximize=\{'left': False, 'right': True\} to Validation"):
+        pf.fit(
+            engine,
+            objectives,
+            steps=1,
+            validation=pf.Validation(
+                lambda module: {
+                    name: loss if name == "left" else -loss
+                    for name, loss in losses_of(objectives)(module).items()
+                }
+            ),
+            progress=False,
+        )
+
+
+def test_what_evaluates_must_be_a_function() -> None:
+    with pytest.raises(TypeError, match=r"got evaluate=\{.*evaluate\(module\)"):
+        pf.Validation({"left": 1.0})  # type: ignore[arg-type]
 
 
 def test_wrong_names_end_after_the_first_evaluation() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,12 @@ def test_sweep_tells_the_metrics_after_the_first_evaluation() -> None:
     assert told == [(NAMES[:2], 1)]
 
 
-def test_sweep_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_shows_progress_on_terminals(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(Line(), evaluate, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     sweep(Line(), evaluate, progress=True)
     assert "11/11" in capsys.readouterr().err
     sweep(Line(), evaluate, progress=False)

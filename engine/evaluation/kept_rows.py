@@ -1,0 +1,120 @@
+"""A sweep's rows on disk as they come, so that a sweep that was cut short goes on where it ended."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paretofuse.engine.distributed import rank_and_size
+from paretofuse.engine.store.atomic import write_file
+
+_SAMPLE = 64
+"""Numbers of each tensor that tell one merged model from another."""
+
+
+class KeptRows:
+    """The rows beside a sweep's result: front.partial.csv beside front.csv, until that is written.
+
+    A row counts only for the very model that it was measured on: after more training, or with another store, the same
+    preference is evaluated again. With several processes (torchrun) each writes a file of its own and reads all, so any
+    number of them goes on. Columns: "preference:NAME", "value:METRIC", "model".
+
+    Args:
+        out: the result's file.
+        objectives: the E objectives.
+
+    Raises:
+        ValueError: a file of that name holds something else.
+    """
+
+    def __init__(self, out: Path, objectives: Sequence[str]) -> None:
+        self.path = out.with_name(f"{out.stem}.partial{rank_and_size()[0] or ''}{out.suffix}")
+        self._out = out
+        self._objectives = tuple(objectives)
+        self._rows: dict[
+            tuple[tuple[float, ...], str], list[float]
+        ] = {}  # values [M] by preference and model
+        self.metrics: tuple[str, ...] = ()
+        for path in self._files():
+            self._read(path)
+
+    def find(self, preference: Sequence[float], model: str) -> dict[str, float] | None:
+        """The metrics at a preference by name, if this model was evaluated there already."""
+        row = self._rows.get((tuple(preference), model))
+        return None if row is None else dict(zip(self.metrics, row, strict=True))
+
+    def add(
+        self, preference: Sequence[float], values: Sequence[float], model: str, metrics: Sequence[str]
+    ) -> None:
+        """Keep a row: the file is written anew, whole or not at all."""
+        self._take_metrics(tuple(metrics))
+        self._rows[tuple(preference), model] = list(values)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self._heading())
+        for (shares, digest), numbers in self._rows.items():
+            writer.writerow([*map(repr, shares), *map(repr, numbers), digest])
+        write_file(self.path, text.getvalue().encode())
+
+    def finish(self) -> None:
+        """The result is written: drop what every process kept."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """What the processes of this sweep, or of earlier ones into the same file, keep."""
+        files = []
+        for path in sorted(self._out.parent.iterdir()):
+            rank = path.name.removeprefix(f"{self._out.stem}.partial").removesuffix(self._out.suffix)
+            ours = path.name == f"{self._out.stem}.partial{rank}{self._out.suffix}"
+            if ours and (rank == "" or rank.isdecimal()):
+                files.append(path)
+        return files
+
+    def _heading(self) -> list[str]:
+        names = [f"preference:{name}" for name in self._objectives]
+        return [*names, *(f"value:{name}" for name in self.metrics), "model"]
+
+    def _take_metrics(self, metrics: tuple[str, ...]) -> None:
+        """Rows of other metrics are of another evaluation, and of no use to this one."""
+        if metrics != self.metrics:
+            self._rows.clear()
+            self.metrics = metrics
+
+    def _read(self, path: Path) -> None:
+        wrong = ValueError(
+            f"got {str(path)!r}, which does not hold what a sweep of {list(self._objectives)} keeps there; give "
+            "another out=, or move that file away"
+        )
+        count = len(self._objectives)
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                heading, *rows = list(csv.reader(file))
+            self._take_metrics(tuple(name.removeprefix("value:") for name in heading[count:-1]))
+            if heading != self._heading() or not self.metrics:
+                raise wrong
+            for row in rows:
+                numbers = [float(cell) for cell in row[:-1]]
+                if len(row) != len(heading):
+                    raise wrong
+                self._rows[tuple(numbers[:count]), row[-1]] = numbers[count:]
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            raise wrong from error
+
+
+def model_digest(module: torch.nn.Module, evaluate: Callable[..., Any]) -> str:
+    """Tells what is evaluated here from other models and other evaluations: numbers of each tensor, spread evenly."""
+    sampled = []
+    for tensor in (*module.parameters(), *module.buffers()):
+        flat = tensor.detach().reshape(-1)
+        sampled.append(flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].to(torch.float64))
+    digest = hashlib.sha256(getattr(evaluate, "__qualname__", type(evaluate).__qualname__).encode())
+    for device in dict.fromkeys(part.device for part in sampled):  # one copy from each device
+        digest.update(torch.cat([part for part in sampled if part.device == device]).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""The numbers of a training run, and the learning rate that they give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from paretofuse.engine.distributed import rank_and_size
+from paretofuse.engine.routing.sampling import SamplerName
+
+_LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0}
+"""The whole numbers among the settings, and the least that each may be."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's result depends on besides the engine, the data and the solver; the arguments of `pf.fit`."""
+
+    steps: int
+    lr: float
+    lr_end: float
+    sampler: SamplerName
+    alpha: float
+    corner_every: int
+    preferences_per_step: int
+    accumulate: int
+    seed: int
+    regularization: float = 0.0
+
+    def check(self) -> None:
+        """Raise TypeError unless each is of its kind, and ValueError unless it is in its range."""
+        for name in (field.name for field in fields(self) if field.name != "sampler"):
+            check_number(name, getattr(self, name), _LEAST.get(name))
+        for name in ("lr", "alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
+        if not self.regularization >= 0:
+            raise ValueError(f"got regularization={self.regularization}, expected a number of at least 0")
+        size = rank_and_size()[1]
+        if self.accumulate < size:
+            raise ValueError(
+                f"got accumulate={self.accumulate} with {size} processes, which share out a step's batches: each "
+                f"needs one; pass accumulate={size} or more"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0): a cosine from lr down to lr * lr_end."""
+        return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
+
+
+def check_number(name: str, value: object, least: int | None = None) -> None:
+    """Check an argument that is a whole number of at least `least`, or any finite number where that is None.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it is below `least`, or not finite.
+    """
+    kind = "a number" if least is None else "a whole number"
+    plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+    if isinstance(plain, bool) or not isinstance(plain, int if least is not None else int | float):
+        raise TypeError(f"got {name}={value!r} ({type(value).__name__}), expected {kind}")
+    if not math.isfinite(plain):
+        raise ValueError(f"got {name}={value}, expected a finite number")
+    if least is not None and plain < least:
+        raise ValueError(f"got {name}={value}, expected at least {least}")

@@ -1,0 +1,64 @@
+"""The smoothed loss at equal preference, against losses that are known there."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from paretofuse.engine.routing.sampling import make_sampler
+from paretofuse.engine.training.smoothing import LossAtEqualPreference
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 8])
+def test_linear_losses_are_found_at_equal_preference(objectives: int) -> None:
+    rng = np.random.default_rng(objectives)
+    slopes, level = rng.normal(size=(objectives, objectives)), rng.normal(size=objectives)
+    smoothed = LossAtEqualPreference(objectives)
+    for preference in make_sampler("low_discrepancy", objectives, 1).draw(200):
+        smoothed.add(preference, level + preference @ slopes)
+    expected = level + slopes.mean(axis=0)
+    np.testing.assert_allclose(smoothed.value(), expected, atol=0.02)
+
+
+def test_curved_losses_are_nearer_than_their_mean() -> None:
+    smoothed = LossAtEqualPreference(2)
+    preferences = make_sampler("low_discrepancy", 2, 0).draw(400)
+    losses = (1 - preferences) ** 2
+    for preference, own in zip(preferences, losses, strict=True):
+        smoothed.add(preference, own)
+    assert (abs(smoothed.value() - 0.25) < 0.03).all()
+    assert (abs(losses.mean(axis=0) - 0.25) > 0.07).all()
+
+
+def test_it_follows_a_fall_and_forgets() -> None:
+    smoothed = LossAtEqualPreference(2)
+    preferences = make_sampler("low_discrepancy", 2, 0).draw(500)
+    for step, preference in enumerate(preferences):
+        smoothed.add(preference, np.array([1.0, 2.0]) if step < 200 else np.array([0.5, 1.0]))
+    np.testing.assert_allclose(smoothed.value(), [0.5, 1.0], atol=5e-3)  # exp(-300 / 50) is left of the first
+
+
+def test_one_observation_is_its_value() -> None:
+    smoothed = LossAtEqualPreference(3)
+    smoothed.add(np.array([1.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(smoothed.value(), [1.0, 2.0, 3.0], rtol=0.05)
+
+
+def test_it_resumes_exactly_from_its_json() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.dirichlet([1.0] * 3, 40)
+    losses = rng.random((40, 3))
+    whole, cut = LossAtEqualPreference(3), LossAtEqualPreference(3)
+    for i in range(40):
+        whole.add(draws[i], losses[i])
+        if i < 20:
+            cut.add(draws[i], losses[i])
+    other = LossAtEqualPreference(3)
+    other.restore(json.loads(json.dumps(cut.state())))
+    for i in range(20, 40):
+        other.add(draws[i], losses[i])
+    np.testing.assert_array_equal(other.value(), whole.value())
+    with pytest.raises(ValueError, match="got sums of shapes"):
+        LossAtEqualPreference(2).restore(cut.state())
