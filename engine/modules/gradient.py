@@ -158,6 +158,7 @@ class GradientCollector:
 
     def _flush(self, finished: int) -> None:
         """Carry the sums of a pass that has ended into the routers' parameters."""
+        total: Tensor | None
         if finished == self._pass:
             total, self._pass = self._take(), None
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.evaluation import indicators
 from paretofuse.engine.evaluation.arguments import (
     Maximize,
@@ -22,12 +24,14 @@ from paretofuse.engine.evaluation.arguments import (
     reference_point,
 )
 from paretofuse.engine.evaluation.sweep import Evaluate, Switchable, evaluate_preferences
-from paretofuse.engine.evaluation.wrong_directions import warn_of_wrong_directions
+from paretofuse.engine.evaluation.wrong_directions import against_preferences
 from paretofuse.engine.routing.preference import as_preference, simplex_grid
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.sampling import layered_grid
 from paretofuse.engine.training import random_state
 from paretofuse.engine.training.settings import check_number
+
+_LOG = logging.getLogger("paretofuse")
 
 _EXACT_METRICS = 5
 """With more metrics than this, the hypervolume is estimated, from the same samples each time."""
@@ -40,7 +44,8 @@ class Validation:
     Before the first step and after every `every` steps, a model for each preference is evaluated; the routers whose
     front has the largest hypervolume are kept, and are what training ends with. Training ends early once `patience`
     validations in a row have brought nothing better. Checkpoints hold all of it. Metrics that get worse as their
-    objective's preference grows are warned of at the first validation: `maximize` probably says the wrong direction.
+    objective's preference grows are logged as a warning (logger "paretofuse") at the first validation: `maximize`
+    probably says the wrong direction.
 
     Attributes:
         evaluate: as for `pf.sweep`: takes the module, returns its metrics. It sees the same random state each time.
@@ -145,9 +150,9 @@ class EarlyStopping:
             )
         if not self._scores:
             larger = directions(self._validation.maximize, metrics)
-            warn_of_wrong_directions(
-                self._grid, values, self._engine.objectives, metrics, larger, "Validation"
-            )
+            note = against_preferences(self._grid, values, self._engine.objectives, metrics, larger)
+            if note is not None and rank_and_size()[0] == 0:
+                _LOG.warning("validation before training: %s", note)
         score = self._hypervolume(values, metrics)
         better = not self._scores or score > max(self._scores)
         self._scores.append(score)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -182,32 +181,6 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) 
     with pytest.raises(OSError, match="file"):
         pf.sweep(line(), evaluation, GRID, out=tmp_path / "file" / "front.csv", progress=False)
     assert evaluation.calls == 0
-
-
-def test_losses_taken_for_scores_are_warned_of() -> None:
-    def losses(module: nn.Module) -> list[float]:
-        return [-float(module.w[0]), -float(module.w[1])]
-
-    with pytest.warns(UserWarning, match=r"\['x', 'y'\] get worse.*pass maximize=False to the sweep"):
-        pf.sweep(line(), losses, GRID, progress=False)
-    pf.sweep(line(), losses, GRID, maximize=False, progress=False)
-
-
-def test_one_wrong_direction_is_named(tmp_path: Path) -> None:
-    def mixed(module: nn.Module) -> dict[str, float]:
-        return {"y": -float(module.w[1]), "x": float(module.w[0])}
-
-    with pytest.warns(UserWarning, match=r"\['y'\] get worse.*pass maximize=\{'x': True, 'y': False\}"):
-        pf.sweep(line(), mixed, GRID, progress=False)
-    pf.sweep(line(), mixed, GRID, maximize={"x": True, "y": False}, progress=False)
-
-
-@pytest.mark.parametrize(
-    "evaluate",
-    [lambda module: {"f1": 1 - float(module.w[0]), "accuracy": 0.0}, lambda module: [0.5, 0.5], lambda module: [1.0]],
-)  # fmt: skip
-def test_what_does_not_tell_is_not_warned_of(evaluate: Callable[[nn.Module], Any]) -> None:
-    pf.sweep(line(), evaluate, GRID, progress=False)
 
 
 def test_wrong_kinds() -> None:

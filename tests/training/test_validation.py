@@ -217,25 +217,6 @@ def test_wrong_kinds_are_refused_at_once(wrong: dict[str, Any]) -> None:
             pf.sweep(engine, lambda module: pytest.fail("evaluated"), progress=False, **wrong)
 
 
-def test_losses_taken_for_scores_are_warned_of() -> None:
-    engine, objectives = problem()
-    with pytest.warns(UserWarning, match=r"\['left', 'right'\] get worse.*pass maximize=False to Validation"):
-        pf.fit(engine, objectives, steps=1, validation=pf.Validation(losses_of(objectives)), progress=False)
-    with pytest.warns(UserWarning, match=r"pass maximize=\{'left': False, 'right': True\} to Validation"):
-        pf.fit(
-            engine,
-            objectives,
-            steps=1,
-            validation=pf.Validation(
-                lambda module: {
-                    name: loss if name == "left" else -loss
-                    for name, loss in losses_of(objectives)(module).items()
-                }
-            ),
-            progress=False,
-        )
-
-
 def test_what_evaluates_must_be_a_function() -> None:
     with pytest.raises(TypeError, match=r"got evaluate=\{.*evaluate\(module\)"):
         pf.Validation({"left": 1.0})  # type: ignore[arg-type]

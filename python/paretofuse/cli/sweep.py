@@ -65,7 +65,6 @@ def run(options: argparse.Namespace) -> Result:
         plots = import_module("paretofuse.fronts.plots")
         plots.check_path(options.plot)
         prepare_file(options.plot)
-    prepare_file(options.output)
     use_threads(options)
     engine = paretofuse.load(options.store, device=options.device, module=module)
 
@@ -80,10 +79,10 @@ def run(options: argparse.Namespace) -> Result:
         evaluate,
         paretofuse.simplex_grid(len(engine.objectives), options.points) if options.points else None,
         maximize=not options.minimize,
+        out=options.output,
         progress=shows_progress(options),
         on_metrics=check,
     )
-    front.to_csv(options.output)
     if options.plot:
         front.plot(options.plot)
     document: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from paretofuse.engine.evaluation.arguments import (
     plain_maximize,
     reference_point,
 )
-from paretofuse.engine.evaluation.wrong_directions import warn_of_wrong_directions
+from paretofuse.engine.evaluation.wrong_directions import against_preferences
 from paretofuse.engine.routing.preference import as_preference, simplex_grid
 from paretofuse.outputs import prepare_file
 
@@ -99,6 +100,14 @@ class Front:
     def directions(self) -> tuple[bool, ...]:
         """For each of the M metrics, whether larger is better."""
         return self.maximize if isinstance(self.maximize, tuple) else (self.maximize,) * len(self.metrics)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What one should know about the front, a sentence each: metrics that run against their preferences."""
+        note = against_preferences(
+            self.preferences, self.values, self.objectives, self.metrics, self.directions
+        )
+        return () if note is None else (note,)
 
     def hypervolume(self, ref: Point) -> float:
         """The hypervolume between the front and a reference point, exactly (moocore).
@@ -267,7 +276,8 @@ def sweep(
 ) -> Front:
     """Merge and evaluate a model for each preference.
 
-    Metrics that get worse as their objective's preference grows are warned of: `maximize` is probably wrong.
+    Metrics that get worse as their objective's preference grows are logged as a warning (logger "paretofuse") and stay
+    in the front's `notes`: `maximize` is probably wrong.
 
     Args:
         engine: the engine; switched in place, and left at the last preference.
@@ -323,7 +333,9 @@ def sweep(
     if kept is not None and out is not None and rank_and_size()[0] == 0:
         front.to_csv(out)
         kept.finish()
-    warn_of_wrong_directions(grid, values, objectives, metrics, front.directions, "the sweep")
+    if rank_and_size()[0] == 0:
+        for note in front.notes:
+            logging.getLogger("paretofuse").warning("sweep: %s", note)
     return front
 
 
