@@ -132,7 +132,7 @@ class Engine:
             timeout: seconds to wait for a replica; None waits for ever.
 
         Raises:
-            ValueError: the preference is not valid, or the model's class is not known (stacked from bare tensors).
+            ValueError: the preference is not valid, or the model cannot be built (bare tensors, no transformers).
             TimeoutError: on entering, when no replica became free.
         """
         numbers = as_preference(preference, self.objectives)
@@ -163,19 +163,16 @@ class Engine:
             A module of the base's own class (of the expert's, with `head`), or a list of them.
 
         Raises:
-            ValueError: invalid input, or the model's class is not known (stacked from bare tensors).
+            ValueError: invalid input, or the model cannot be built (bare tensors, no transformers).
         """
-        skeleton = self._blueprint(head).skeleton
-        if skeleton is None:
-            raise ValueError(
-                "this engine was stacked from bare tensors (or a module under fully_shard) "
-                "and knows no module class; use merge_state_dict, stack an nn.Module or a Hugging Face directory, or "
-                "pass module= to pf.load"
-            )
+        self._head_tensors(head)
+        blueprint = self.blueprint if head is None else self.blueprint.heads.get(head, self.blueprint)
+        skeleton = blueprint.make()
         states = self.merge_state_dict(preference, weights=weights, head=head)
+        constants = {spec.name for spec in self.layout.with_role("constant")}
         free = set(self._stack.heads.get(head or "", {}))
         built = [
-            materialize(skeleton(), state, "the merged tensors", any_shape=free)
+            materialize(skeleton, state, "the merged tensors", any_shape=free, constants=constants)
             for state in (states if isinstance(states, list) else [states])
         ]
         return built if isinstance(states, list) else built[0]
@@ -281,7 +278,7 @@ class Engine:
         if weights.dim() != 3:
             raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
         routing = weights.to(self.device, torch.float32)
-        return batched_module(self._bound, self._skeleton(), routing, isolate=isolate)
+        return batched_module(self._bound, self.blueprint.make(), routing, isolate=isolate)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
@@ -355,16 +352,7 @@ class Engine:
     def _build_live(self, *, fused: bool, full: Tensor | None = None) -> LiveModule:
         """A module bound to its mergers, merged at full weights or at equal preferences."""
         weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if full is None else full
-        return live_module(self._bound, self._skeleton(), weights, fused=fused)
-
-    def _skeleton(self) -> nn.Module:
-        if self.blueprint.skeleton is None:
-            raise ValueError(
-                "this engine was stacked from bare tensors (or a module under fully_shard) "
-                "and knows no module class; stack an nn.Module or a Hugging Face directory, pass module= to pf.load, "
-                "or use merge_state_dict"
-            )
-        return self.blueprint.skeleton()
+        return live_module(self._bound, self.blueprint.make(), weights, fused=fused)
 
     def _full_weights(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
         """Validated weights float32 [K, G + 1, E]: the routing weights and the static row."""
@@ -405,10 +393,6 @@ class Engine:
     def _only_one(self, full: Tensor) -> None:
         if len(full) != 1:
             raise ValueError(f"got {len(full)} preferences, expected one: there is one live module")
-
-    def _blueprint(self, head: str | None) -> Blueprint:
-        self._head_tensors(head)
-        return self.blueprint if head is None else self.blueprint.heads.get(head, self.blueprint)
 
     def _head_tensors(self, head: str | None) -> dict[str, Tensor]:
         if head is None:

@@ -37,7 +37,8 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         state[spec.name] = bound.stack.base[spec.name].clone()
     # The base's own tensors, held only until the layers are replaced.
     state.update({name: bound.stack.base[name] for name in hidden})
-    module = materialize(skeleton, bound.whole(state), "the stacked tensors")
+    constants = {spec.name for spec in bound.layout.with_role("constant")}
+    module = materialize(skeleton, bound.whole(state), "the stacked tensors", constants=constants)
     mixes: dict[torch.device, Tensor] = {}
     if fused:
         mixes = {d: torch.zeros(weights[0, :-1].shape, device=d) for d in bound.backends}

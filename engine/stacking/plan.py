@@ -6,8 +6,6 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.routing.groups import Route, assign_groups
@@ -74,7 +72,7 @@ def make_plan(
     merged: list[tuple[str, str]] = []
     for name, info in base.infos.items():
         stored = dtype_name(info, base.label, name)
-        if _is_constant(info) or name in base.scalar_buffers or name in is_head:
+        if _is_constant(info) or name in base.constants or name in is_head:
             continue
         if dtype is None and stored not in MERGED_DTYPES:
             raise CheckpointError(
@@ -162,14 +160,21 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
     ours = {**base.infos, **{a: base.infos[n] for a, n in base.aliases.items()}}
     head = tuple(name for name in expert.infos if _matches(name, heads))
     known = {*ours, *head}
-    extra = [name for name in theirs if name not in known and expert.aliases.get(name) not in known]
+    extra = [
+        name
+        for name in theirs
+        if name not in known and expert.aliases.get(name) not in known and name not in expert.constants
+    ]
     missing = (
         []
         if expert.is_delta
         else [
             name
             for name, info in base.infos.items()
-            if name not in theirs and not _is_constant(info) and not _matches(name, heads)
+            if name not in theirs
+            and not _is_constant(info)
+            and name not in base.constants
+            and not _matches(name, heads)
         ]
     )
     if extra or missing:
@@ -178,7 +183,7 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
             + _name_advice(extra, missing, list(ours), list(theirs))
         )
     for name, info in theirs.items():
-        if name in head or name not in ours or _is_constant(ours[name]):
+        if name in head or name not in ours or _is_constant(ours[name]) or name in base.constants:
             continue
         if info.shape != ours[name].shape:
             raise CheckpointError(
@@ -187,13 +192,12 @@ def _check_names(base: Source, expert: Source, heads: Sequence[str]) -> tuple[st
             )
     for alias, name in base.aliases.items():
         # A tie that an expert has broken cannot be stored once.
-        if alias in expert.infos and name in expert.infos and not expert.is_delta:
-            pairs = zip(expert.blocks(alias), expert.blocks(name), strict=True)
-            if not all(torch.equal(a, b) for a, b in pairs):
-                raise CheckpointError(
-                    f"{base.label} ties {alias!r} to {name!r}, but {expert.label} has different values for them; "
-                    "untie the base first"
-                )
+        both = alias in expert.infos and name in expert.infos and not expert.is_delta
+        if both and not expert.equal(alias, name):
+            raise CheckpointError(
+                f"{base.label} ties {alias!r} to {name!r}, but {expert.label} has different values for them; "
+                "untie the base first"
+            )
     return head
 
 
@@ -218,7 +222,7 @@ def _name_advice(extra: list[str], missing: list[str], ours: list[str], theirs: 
 
 def _notes(layout: Layout, base: Source, experts: Mapping[str, Source]) -> tuple[str, ...]:
     """What was converted, a sentence each."""
-    notes = []
+    notes = [note for source in (base, *experts.values()) for note in source.notes]
     for objective, expert in experts.items():
         pairs: dict[tuple[str, str, str], int] = {}
         for spec in layout.with_role("routed", "static"):

@@ -28,40 +28,60 @@ def can_copy(module: nn.Module) -> bool:
     return fsdp is None or not any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
-def make_skeleton(module: nn.Module) -> nn.Module:
-    """A copy of a module whose stored tensors are on the meta device; buffers outside the state dict are copied."""
+def make_skeleton(module: nn.Module, keep: Collection[str] = ()) -> nn.Module:
+    """A copy of a module whose stored tensors are on the meta device; buffers outside the state dict are copied.
+
+    Args:
+        module: any module.
+        keep: names of stored tensors that are copied too, for models that no file gives them.
+    """
     memo: dict[int, object] = {}
-    for tensor in stored_tensors(module).values():
-        if id(tensor) not in memo:
+    for name, tensor in stored_tensors(module).items():
+        if id(tensor) not in memo and name not in keep:
             meta = torch.empty_like(tensor.detach(), device="meta")
             memo[id(tensor)] = _as(tensor, meta)
     return copy.deepcopy(module, memo)
 
 
 def materialize(
-    skeleton: nn.Module, tensors: Mapping[str, Tensor], source: str, any_shape: Collection[str] = ()
+    skeleton: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    any_shape: Collection[str] = (),
+    constants: Collection[str] = (),
 ) -> nn.Module:
     """A copy of a skeleton that holds the given tensors themselves (no copy).
+
+    What the skeleton holds itself (initial values, buffers outside the state dict) is copied to the device of the
+    given tensors, where that is a single one.
 
     Args:
         skeleton: from `make_skeleton`, or any module.
         tensors: every stored tensor by name; tied names may be given once.
         source: what to call the tensors in messages.
         any_shape: names whose shape may differ from the skeleton's (heads).
+        constants: names that the module may do without: what a checkpoint holds beside its class.
 
     Raises:
         ValueError: tensors are missing, superfluous or of another shape than the module's.
     """
     wanted = stored_tensors(skeleton)
-    given = {id(wanted[name]): tensor for name, tensor in tensors.items() if name in wanted}
-    missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
-    extra = [name for name in tensors if name not in wanted]
+    given: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in wanted and given.setdefault(id(wanted[name]), tensor) is not tensor:
+            raise ValueError(
+                f"{source}: {type(skeleton).__name__} ties {name!r} to another tensor, but each has values of its own"
+            )
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in given and tensor.is_meta]
+    extra = [name for name in tensors if name not in wanted and name not in constants]
     if missing or extra:
         raise ValueError(
             f"{source} and {type(skeleton).__name__} do not fit: missing {some(missing)}, unknown {some(extra)}"
         )
     memo: dict[int, object] = {}
     for name, tensor in wanted.items():
+        if id(tensor) not in given:
+            continue
         new = given[id(tensor)]
         if new.shape != tensor.shape and name not in any_shape:
             raise ValueError(
@@ -69,6 +89,12 @@ def materialize(
                 f"{list(tensor.shape)}"
             )
         memo.setdefault(id(tensor), _as(tensor, new))
+    places = {tensor.device for tensor in tensors.values()}
+    if len(places) == 1:
+        place = places.pop()
+        for tensor in (*skeleton.parameters(), *skeleton.buffers()):
+            if id(tensor) not in memo and not tensor.is_meta:
+                memo[id(tensor)] = _as(tensor, tensor.detach().to(place, copy=True))
     return copy.deepcopy(skeleton, memo)
 
 

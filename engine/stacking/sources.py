@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.engine.stacking.factors import Factors
 from paretofuse.engine.stacking.sharding import Sharding, shards
 from paretofuse.engine.stacking.skeleton import can_copy, make_skeleton
+from paretofuse.engine.stacking.wrappers import unwrap
 from paretofuse.engine.store.safetensors_file import SafetensorsFile
 
 BLOCK = 1 << 20
@@ -49,7 +50,8 @@ class Blueprint:
     """What makes a model of tensors.
 
     Attributes:
-        skeleton: gives the module with meta tensors; None where its class is not known.
+        skeleton: gives the module with meta tensors; None where its class is not known. What it holds on another
+            device stays as it is where no tensor of that name is given.
         files: the model directory's other files (config.json, tokenizer, ...), name -> content.
         model_class: qualified class name, where known.
         shardings: how the tensors that are sharded over processes lie, by name; their shapes elsewhere are those of
@@ -63,6 +65,26 @@ class Blueprint:
     shardings: Mapping[str, Sharding] = field(default_factory=dict)
     heads: Mapping[str, Blueprint] = field(default_factory=dict)
 
+    def make(self) -> nn.Module:
+        """The skeleton.
+
+        Raises:
+            ValueError: how to build the model is not known.
+            ImportError: the library of its class is missing.
+        """
+        if self.skeleton is not None:
+            return self.skeleton()
+        if self.shardings:
+            reason = f"a {self.model_class} under fully_shard cannot be copied"
+        elif self.model_class is not None:
+            reason = f"nothing here tells how to build a {self.model_class}; pass module= to pf.load"
+        else:
+            reason = (
+                "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a Hugging Face directory, or pass "
+                "module= to pf.load"
+            )
+        raise ValueError(f"{reason}; merge_state_dict gives the merged tensors")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -73,8 +95,10 @@ class Source:
         infos: shape and dtype by name; tied tensors appear once.
         read: (name, start, stop) -> the flat elements start..stop of a tensor; never to be written to.
         devices: where tensors lie that are in memory, by name.
+        notes: what a user should know of it, a sentence each.
         aliases: further names of tied tensors -> the name in `infos`.
-        scalar_buffers: names of 0-dim buffers, taken from the base as they are.
+        constants: names of tensors that are never merged but taken from the base as they are: 0-dim buffers, and what
+            a file holds that the model's class has no use for.
         blueprint: what is known of the model besides its tensors.
         is_delta: the tensors are deltas already, and absent ones are zero (LoRA).
         replaced: with is_delta, names of tensors that are no deltas but stand for the base's (modules_to_save).
@@ -85,18 +109,49 @@ class Source:
     infos: Mapping[str, TensorInfo]
     read: Callable[[str, int, int], Tensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    scalar_buffers: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
     blueprint: Blueprint = field(default_factory=Blueprint)
     is_delta: bool = False
     replaced: frozenset[str] = frozenset()
     factors: Mapping[str, tuple[Factors, ...]] = field(default_factory=dict)
     devices: Mapping[str, torch.device] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tensor's flat blocks, in order."""
         numel = self.infos[name].numel
         for start in range(0, numel, BLOCK):
             yield self.read(name, start, min(start + BLOCK, numel))
+
+    def equal(self, one: str, two: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        pairs = zip(self.blocks(one), self.blocks(two), strict=False)
+        return self.infos[one].shape == self.infos[two].shape and all(torch.equal(a, b) for a, b in pairs)
+
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """The tensors that have a name here, under it: new name -> old name."""
+        read, infos, devices = self.read, self.infos, self.devices
+        now = {old: new for new, old in names.items()}
+        return replace(
+            self,
+            infos={new: infos[old] for new, old in names.items() if old in infos},
+            read=lambda name, start, stop: read(names[name], start, stop),
+            aliases={
+                now[alias]: now[old] for alias, old in self.aliases.items() if {alias, old} <= now.keys()
+            },
+            constants=frozenset(new for new, old in names.items() if old in self.constants),
+            replaced=frozenset(new for new, old in names.items() if old in self.replaced),
+            devices={new: devices[old] for new, old in names.items() if old in devices},
+        )
+
+    def beside(self, other: Source) -> Source:
+        """These tensors and another source's, whose names differ from theirs."""
+        mine, others = self.read, other.read
+        return replace(
+            self,
+            infos={**self.infos, **other.infos},
+            read=lambda name, start, stop: (others if name in other.infos else mine)(name, start, stop),
+        )
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
@@ -132,6 +187,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
 
 def from_module(module: nn.Module, label: str) -> Source:
     """A source over a module's state dict, with its skeleton and, for HF models, its configuration."""
+    module = unwrap(module)
     state = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     on_meta = [name for name, tensor in state.items() if tensor.device.type == "meta"]
     if on_meta:
@@ -144,7 +200,7 @@ def from_module(module: nn.Module, label: str) -> Source:
         infos=plain.infos,
         read=plain.read,
         aliases=plain.aliases,
-        scalar_buffers=frozenset(n for n, b in buffers.items() if b.dim() == 0),
+        constants=frozenset(n for n, b in buffers.items() if b.dim() == 0),
         blueprint=Blueprint(
             skeleton=None if skeleton is None else lambda: skeleton,
             files=_configuration(module),

@@ -144,12 +144,16 @@ def load(
     if verify:
         store.verify()
     stack, routers = persist.read(store, place)
-    base = _blueprint_of(store.model_files(), store.model_class)
+    owners = {name: spec.name for name, spec in stack.layout.by_name.items()}
+    base = _blueprint_of(store.model_files(), store.model_class, owners)
     if module is not None:
         skeleton = make_skeleton(module)
         _check_fits(skeleton, stack)
         base = replace(base, skeleton=lambda: skeleton)
-    heads = {objective: _blueprint_of(store.model_files(objective), None) for objective in store.heads}
+    heads = {
+        objective: _blueprint_of(store.model_files(objective), None, owners | {name: name for name in own})
+        for objective, own in stack.heads.items()
+    }
     heads = {
         objective: replace(own, skeleton=own.skeleton or base.skeleton) for objective, own in heads.items()
     }
@@ -162,9 +166,14 @@ def load(
 
 def _check_fits(skeleton: nn.Module, stack: Stack) -> None:
     """ValueError unless a module has the store's tensors, in their shapes (heads may have another)."""
-    tensors = {name: torch.empty(s.shape, device="meta") for name, s in stack.layout.by_name.items()}
+    metas = {spec.name: torch.empty(spec.shape, device="meta") for spec in stack.layout.tensors}
+    tensors = {name: metas[spec.name] for name, spec in stack.layout.by_name.items()}
     materialize(
-        skeleton, tensors, "the store's tensors", {name for own in stack.heads.values() for name in own}
+        skeleton,
+        tensors,
+        "the store's tensors",
+        {name for own in stack.heads.values() for name in own},
+        {spec.name for spec in stack.layout.with_role("constant")},
     )
 
 
@@ -223,10 +232,12 @@ def _converted(blueprint: Blueprint, dtype: torch.dtype | None) -> Blueprint:
     return replace(blueprint, skeleton=skeleton, files=files)
 
 
-def _blueprint_of(files: Mapping[str, bytes], model_class: str | None) -> Blueprint:
+def _blueprint_of(
+    files: Mapping[str, bytes], model_class: str | None, owners: Mapping[str, str]
+) -> Blueprint:
     """The blueprint of a stored model, by the library that its files belong to."""
     if openclip.CONFIG in files:
         return openclip.blueprint_from_files(files)
     if hf.CONFIG in files:
-        return hf.blueprint_from_files(files)
+        return hf.blueprint_from_files(files, owners=owners)
     return Blueprint(files=dict(files), model_class=model_class)

@@ -260,5 +260,6 @@ def batched_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, i
             state[spec.name] = hole(base)
         elif spec.role == "constant":
             state[spec.name] = base.clone()
-    module = materialize(skeleton, state, "the stacked tensors").requires_grad_(False)
+    constants = {spec.name for spec in bound.layout.with_role("constant")}
+    module = materialize(skeleton, state, "the stacked tensors", constants=constants).requires_grad_(False)
     return _Builder(bound, module, RowMix(weights)).build(isolate)

@@ -2,124 +2,79 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from paretofuse.adapters.files import companion_files, json_object
+from paretofuse.adapters.hf_class import find_class, in_class, make_model
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.stacking.skeleton import make_skeleton, stored_tensors
 from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
-
-if TYPE_CHECKING:
-    from torch import nn
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no configuration
 
 
 def from_directory(path: Path, label: str) -> Source:
-    """A source over a Hugging Face directory, streamed from its files.
+    """A source over a Hugging Face directory: what from_pretrained would make of it, streamed from its files.
+
+    Where the class computes its tensors from the files' ones (experts put together), they are held in memory.
 
     Raises:
         CheckpointError: there are no safetensors weights, a shard that the index names is missing, or the index or
-            the configuration is damaged.
+            the configuration is damaged, or of another model.
+        ImportError: transformers is missing or too old.
     """
-    source = from_safetensors(_weight_files(path, label), label)
-    config = path / CONFIG
-    if not config.is_file():
-        return source
     blueprint = blueprint_from_files(companion_files(path), label)
-    if (
-        blueprint.skeleton is None
-        or blueprint.model_class is None
-        or _find_class(blueprint.model_class) is None
-    ):
-        return replace(source, blueprint=replace(blueprint, skeleton=None))
-    return replace(source, blueprint=blueprint, aliases=_ties(blueprint.skeleton(), source))
+    return in_class_of(replace(from_safetensors(_weight_files(path, label), label), blueprint=blueprint))
 
 
-def companion_files(path: Path) -> dict[str, bytes]:
-    """A model directory's small files besides the weights: configuration, tokenizer, chat template, licence."""
-    skipped = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-    return {
-        file.name: file.read_bytes()
-        for file in sorted(path.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and not file.name.endswith(skipped)
-        and file.stat().st_size <= _SMALL_FILE
-    }
+def in_class_of(source: Source, base: Source | None = None) -> Source:
+    """A source by the names of the class that a configuration names, its own one unless the base's is to be taken.
 
-
-def json_object(content: bytes, name: str, label: str) -> dict[str, Any]:
-    """What a model directory's JSON file holds.
-
-    Raises:
-        CheckpointError: no JSON, or no object of names; names the file.
+    Left as it is where there is no configuration of transformers, or the class is not part of it (its code lies in
+    the directory).
     """
-    try:
-        found = json.loads(content)
-    except ValueError as error:  # of JSON, or of UTF-8
-        reason = f"is no JSON ({error})"
-    else:
-        if isinstance(found, dict):
-            return found
-        reason = f"holds a {type(found).__name__} instead of an object"
-    raise CheckpointError(
-        f"{label}: {name} {reason}; it may be truncated: copy it again, or save the model again"
-    )
+    files = (base or source).blueprint.files
+    config = json_object(files[CONFIG], CONFIG, source.label) if CONFIG in files else {}
+    name = class_name(config)
+    if name is None or "quantization_config" in config or find_class(name) is None:
+        return source
+    return in_class(source, name, config)
 
 
-def blueprint_from_files(files: Mapping[str, bytes], label: str = "the model") -> Blueprint:
-    """The blueprint of a model whose config.json names a transformers class; without transformers, the files only.
+def blueprint_from_files(
+    files: Mapping[str, bytes], label: str = "the model", owners: Mapping[str, str] | None = None
+) -> Blueprint:
+    """The blueprint of a model whose config.json names a transformers class.
 
     Imports nothing: transformers takes seconds to import, and opening a store takes milliseconds.
+
+    Args:
+        files: the model directory's files besides the weights.
+        label: what to call it in messages.
+        owners: the tensors that there are, as `make_model` takes them.
 
     Raises:
         CheckpointError: config.json is damaged; the message starts with the label.
     """
     config = json_object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
-    architectures = config.get("architectures") or []
-    if not architectures or "model_type" not in config:
+    name = class_name(config)
+    if name is None:
         return Blueprint(files=dict(files))
-    name = f"transformers.{architectures[0]}"
-    skeleton = cache(lambda: _skeleton(name, config)) if find_spec("transformers") else None
+    skeleton = cache(lambda: make_model(name, config, owners))
     return Blueprint(skeleton=skeleton, files=dict(files), model_class=name)
 
 
-def _find_class(name: str) -> type | None:
-    """A class of transformers by its full name; None where this version has none of that name."""
-    import transformers
-
-    return getattr(transformers, name.removeprefix("transformers."), None)
-
-
-def _skeleton(name: str, config: dict[str, object]) -> nn.Module:
-    """The model of a configuration, with meta tensors; buffers that are not stored keep their values.
-
-    Raises:
-        ValueError: this version of transformers has no class of that name.
-    """
-    from transformers import __version__
-    from transformers.initialization import no_init_weights
-
-    cls = _find_class(name)
-    if cls is None:
-        raise ValueError(
-            f"got a model of class {name}, which transformers {__version__} does not have; pass module= to pf.load, or "
-            "install the version that has it"
-        )
-    settings = cls.config_class.from_dict(config)  # type: ignore[attr-defined]
-    with no_init_weights():
-        model = cls(settings)
-    model.tie_weights()  # left out together with the initial values
-    return make_skeleton(model).eval()
+def class_name(config: Mapping[str, Any]) -> str | None:
+    """The full name of the transformers class that a configuration names, if it names any."""
+    architectures = config.get("architectures")
+    if not architectures or "model_type" not in config:
+        return None
+    return f"transformers.{architectures[0]}"
 
 
 def _weight_files(path: Path, label: str) -> list[Path]:
@@ -157,13 +112,3 @@ def _shards(index: Path, label: str) -> list[str]:
             f"{label}: {INDEX} has no 'weight_map' from each tensor to its file; copy it again, or save the model again"
         )
     return sorted(set(tensors.values()))
-
-
-def _ties(skeleton: nn.Module, source: Source) -> dict[str, str]:
-    """Names that the model ties to stored ones, and that the files therefore leave out (GPT-2's lm_head)."""
-    owners = {id(tensor): name for name, tensor in stored_tensors(skeleton).items() if name in source.infos}
-    return {
-        name: owners[id(tensor)]
-        for name, tensor in stored_tensors(skeleton).items()
-        if name not in source.infos and id(tensor) in owners
-    }

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretofuse.adapters.hf import companion_files, json_object
+from paretofuse.adapters.files import companion_files, json_object
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.skeleton import make_skeleton
 from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
@@ -39,7 +38,7 @@ def from_directory(path: Path, label: str) -> Source:
 
 
 def blueprint_from_files(files: Mapping[str, bytes], label: str = "the model") -> Blueprint:
-    """The blueprint of an open_clip model; without open_clip, the files only. Imports nothing, as Hugging Face's.
+    """The blueprint of an open_clip model. Imports nothing, as Hugging Face's.
 
     Raises:
         CheckpointError: its configuration is damaged; the message starts with the label.
@@ -49,12 +48,18 @@ def blueprint_from_files(files: Mapping[str, bytes], label: str = "the model") -
         raise CheckpointError(f"{label}: {CONFIG} has no 'model_cfg'; copy it again from where it came from")
     custom = settings.pop("custom_text", False) or "hf_model_name" in settings.get("text_cfg", {})
     name = "CustomTextCLIP" if custom else "CLIP"
-    skeleton = cache(lambda: _skeleton(name, settings)) if find_spec("open_clip") else None
+    skeleton = cache(lambda: _skeleton(name, settings))
     return Blueprint(skeleton=skeleton, files=dict(files), model_class=f"open_clip.{name}")
 
 
 def _skeleton(name: str, settings: Mapping[str, Any]) -> nn.Module:
-    """The model of a configuration, with meta tensors."""
-    from open_clip import model
+    """The model of a configuration, with meta tensors; ImportError without open_clip."""
+    try:
+        from open_clip import model
+    except ImportError as error:
+        raise ImportError(
+            f"a model of open_clip.{name} needs open_clip ({error}); pip install 'paretofuse[openclip]', or pass "
+            "module= to pf.load"
+        ) from error
 
     return make_skeleton(getattr(model, name)(**settings)).eval()

@@ -14,6 +14,7 @@ from paretofuse.adapters.peft import files as peft
 from paretofuse.adapters.peft import live
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Source, from_module, from_safetensors, from_state_dict
+from paretofuse.engine.stacking.wrappers import unwrapped
 
 
 def resolve(model: Any, label: str, base: Source | None = None) -> Source:
@@ -29,6 +30,11 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
         TypeError: none of these.
         CheckpointError: the path holds nothing of the kind.
     """
+    source = _source(model, label, base)
+    return source if base is None or source.is_delta else _by_names_of(base, source)
+
+
+def _source(model: Any, label: str, base: Source | None) -> Source:
     if isinstance(model, nn.Module):
         if not live.is_live(model):
             return from_module(model, label)
@@ -60,3 +66,21 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
     if (path / openclip.CONFIG).is_file():
         return openclip.from_directory(path, label)
     return hf.from_directory(path, label)
+
+
+def _by_names_of(base: Source, expert: Source) -> Source:
+    """An expert by its base's tensor names, where they differ by a wrapper's prefix or by the class that saved it."""
+    ours = {*base.infos, *base.aliases}
+    plain = {unwrapped(name): name for name in ours}
+    theirs = (*expert.infos, *expert.aliases)
+    names = {name if name in ours else plain.get(unwrapped(name), name): name for name in theirs}
+    if len(names) == len(theirs) and names != {name: name for name in theirs}:
+        expert = expert.renamed(names)
+
+    def missing(source: Source) -> int:
+        return len(base.infos.keys() - source.infos.keys() - source.aliases.keys() - base.constants)
+
+    if missing(expert):
+        fitted = hf.in_class_of(expert, base)
+        expert = fitted if missing(fitted) < missing(expert) else expert
+    return expert

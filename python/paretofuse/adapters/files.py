@@ -1,0 +1,64 @@
+"""A model directory's small files: what makes it complete besides its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.store.manifest import is_model_file
+
+_SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no configuration
+_LEFT_BEHIND = (".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+"""Ends of names that are no weights to a store but would bring the base's weights beside the merged ones."""
+
+
+def companion_files(path: Path) -> dict[str, bytes]:
+    """The files, by name below the directory, that a merged model needs as they are in the base.
+
+    Configurations, tokenizer, processor, chat templates, licence; those in folders too (sentence-transformers'
+    1_Pooling, additional_chat_templates), unless the folder holds weights of its own. Hidden files, training logs,
+    large files, and what no store takes (weights, names that are not portable) stay behind.
+    """
+    folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not holds_weights(f)]
+    found = {}
+    for file in sorted((*path.iterdir(), *(file for folder in folders for file in folder.rglob("*")))):
+        name = file.relative_to(path)
+        skipped = any(part.startswith(".") for part in name.parts) or "tfevents" in name.name
+        if (
+            not skipped
+            and file.is_file()
+            and _is_kept(name.as_posix())
+            and file.stat().st_size <= _SMALL_FILE
+        ):
+            found[name.as_posix()] = file.read_bytes()
+    return found
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether weights of any kind lie in a folder or below it."""
+    return any(file.is_file() and not _is_kept(f"x{file.suffix}") for file in folder.rglob("*"))
+
+
+def _is_kept(name: str) -> bool:
+    return is_model_file(name) and not name.endswith(_LEFT_BEHIND)
+
+
+def json_object(content: bytes, name: str, label: str) -> dict[str, Any]:
+    """What a model directory's JSON file holds.
+
+    Raises:
+        CheckpointError: no JSON, or no object of names; names the file.
+    """
+    try:
+        found = json.loads(content)
+    except ValueError as error:  # of JSON, or of UTF-8
+        reason = f"is no JSON ({error})"
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = f"holds a {type(found).__name__} instead of an object"
+    raise CheckpointError(
+        f"{label}: {name} {reason}; it may be truncated: copy it again, or save the model again"
+    )
