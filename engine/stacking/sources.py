@@ -77,11 +77,14 @@ class Blueprint:
         if self.shardings:
             reason = f"a {self.model_class} under fully_shard cannot be copied"
         elif self.model_class is not None:
-            reason = f"nothing here tells how to build a {self.model_class}; pass module= to pf.load"
+            reason = (
+                f"nothing here tells how to build a {self.model_class}; pass module= to pf.load (--module on the command "
+                "line)"
+            )
         else:
             reason = (
-                "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a Hugging Face directory, or pass "
-                "module= to pf.load"
+                "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a Hugging "
+                "Face directory, or pass module= to pf.load (--module on the command line)"
             )
         raise ValueError(f"{reason}; merge_state_dict gives the merged tensors")
 

@@ -212,7 +212,7 @@ def test_a_package_needs_inputs_and_a_name(
         pf.export(engine, tmp_path / "model.pt2", exported.example(), preference=np.eye(2))
     words = ["export", str(small_store), "-o", str(tmp_path / "model.pt2")]
     assert main(words) == 1
-    assert "knows no module class" in capsys.readouterr().err
+    assert "pass module= to pf.load (--module on the command line)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, "--dynamic", "0,x"])
     assert "expected axes such as 0 or 0,1" in capsys.readouterr().err
