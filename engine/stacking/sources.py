@@ -78,8 +78,8 @@ class Blueprint:
             reason = f"a {self.model_class} under fully_shard cannot be copied"
         elif self.model_class is not None:
             reason = (
-                f"nothing here tells how to build a {self.model_class}; pass module= to pf.load (--module on the command "
-                "line)"
+                f"nothing here tells how to build a {self.model_class}; pass module= to pf.load (--module on the "
+                "command line)"
             )
         else:
             reason = (

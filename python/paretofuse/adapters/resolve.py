@@ -14,7 +14,7 @@ from paretofuse.adapters.peft import files as peft
 from paretofuse.adapters.peft import live
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Source, from_module, from_safetensors, from_state_dict
-from paretofuse.engine.stacking.wrappers import unwrapped
+from paretofuse.engine.stacking.wrappers import unwrap, unwrapped
 
 
 def resolve(model: Any, label: str, base: Source | None = None) -> Source:
@@ -36,6 +36,7 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
 
 def _source(model: Any, label: str, base: Source | None) -> Source:
     if isinstance(model, nn.Module):
+        model = unwrap(model)
         if not live.is_live(model):
             return from_module(model, label)
         if base is None:
