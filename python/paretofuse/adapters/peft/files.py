@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paretofuse.adapters.files import json_object
 from paretofuse.adapters.hf import CONFIG as MODEL_CONFIG
-from paretofuse.adapters.hf import json_object
 from paretofuse.adapters.peft.config import (
     OUT_PROJ_ADDED,
     check_plain_sum,

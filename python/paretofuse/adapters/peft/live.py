@@ -50,7 +50,7 @@ def from_model(model: Any, label: str, base: Source) -> Source:
     walk = _Walk(label)
     plain = dict(walk.tensors(root, ""))
     known = Base(base)
-    missing = [name for name in known.infos if name not in plain and name not in base.scalar_buffers]
+    missing = [name for name in known.infos if name not in plain and name not in base.constants]
     if missing:
         raise CheckpointError(
             f"{label}: has no tensor {missing[0]!r}, which {base.label} has; pass the model that it was made of"
