@@ -126,11 +126,13 @@ def _is_finite(block: Tensor) -> bool:
     """Whether no value is NaN or infinite: both extremes tell, twenty times faster than torch.isfinite."""
     if block.numel() == 0:
         return True
+    if block.element_size() == 1:  # torch has no aminmax of float8
+        block = block.to(torch.float32)
     low, high = torch.aminmax(block)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _check_finite(block: Tensor, label: str, name: str) -> None:
     if not _is_finite(block):
-        kind = "NaN" if torch.isnan(block).any() else "infinity"
+        kind = "NaN" if torch.isnan(block.to(torch.float32)).any() else "infinity"
         raise CheckpointError(f"{label}: tensor {name!r} holds {kind}; repair or re-export the checkpoint")

@@ -74,6 +74,11 @@ def make_plan(
         stored = dtype_name(info, base.label, name)
         if _is_constant(info) or name in base.constants or name in is_head:
             continue
+        if info.dtype.is_complex:
+            raise CheckpointError(
+                f"{base.label}: tensor {name!r} is {info.dtype}, and complex numbers are not merged; store it as "
+                "torch.view_as_real(...) in the base and in every expert"
+            )
         if dtype is None and stored not in MERGED_DTYPES:
             raise CheckpointError(
                 f"{base.label}: tensor {name!r} is {info.dtype}, which cannot be merged; pass dtype=torch.float32 "

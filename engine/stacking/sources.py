@@ -283,8 +283,10 @@ def dtype_name(info: TensorInfo, label: str, name: str) -> str:
     """The safetensors name of a tensor's dtype.
 
     Raises:
-        CheckpointError: safetensors has no such dtype.
+        CheckpointError: a store has no such dtype.
     """
     if info.dtype not in TO_NAME:
-        raise CheckpointError(f"{label}: tensor {name!r} is {info.dtype}, which safetensors cannot store")
+        raise CheckpointError(
+            f"{label}: tensor {name!r} is {info.dtype}, which no store holds; convert it to float32 first"
+        )
     return TO_NAME[info.dtype]

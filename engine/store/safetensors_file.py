@@ -38,6 +38,7 @@ HEADER_RESERVE = 1 << 17
 """Header bytes that the writer reserves unless told: room for about a thousand tensors."""
 
 _DATA_ALIGNMENT = 64
+_OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -147,6 +148,11 @@ class SafetensorsFile:
         if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
             raise _malformed(self.path, f"tensor {name!r} should have {sorted(_ENTRY_KEYS)}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype in _OTHER_DTYPES:
+            raise StoreError(
+                f"{self.path}: tensor {name!r} is {dtype}, a dtype of the safetensors format that is not read here; "
+                "convert it to a wider one first, such as bfloat16"
+            )
         if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
             raise _malformed(
                 self.path, f"tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(ITEM_SIZE)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from paretofuse.adapters.files import companion_files, json_object
 from paretofuse.adapters.hf_class import find_class, in_class, make_model
+from paretofuse.adapters.quantized import check_source
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
 
@@ -25,11 +26,13 @@ def from_directory(path: Path, label: str) -> Source:
 
     Raises:
         CheckpointError: there are no safetensors weights, a shard that the index names is missing, or the index or
-            the configuration is damaged, or of another model.
+            the configuration is damaged, or of another model, or the model is quantized.
         ImportError: transformers is missing or too old.
     """
     blueprint = blueprint_from_files(companion_files(path), label)
-    return in_class_of(replace(from_safetensors(_weight_files(path, label), label), blueprint=blueprint))
+    source = replace(from_safetensors(_weight_files(path, label), label), blueprint=blueprint)
+    check_source(source)  # before its tensors are fitted to the class, which packed ones never do
+    return in_class_of(source)
 
 
 def in_class_of(source: Source, base: Source | None = None) -> Source:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from paretofuse.adapters import hf, openclip
+from paretofuse.adapters import hf, openclip, quantized
 from paretofuse.adapters.peft import files as peft
 from paretofuse.adapters.peft import live
 from paretofuse.engine.errors import CheckpointError
@@ -28,15 +28,21 @@ def resolve(model: Any, label: str, base: Source | None = None) -> Source:
 
     Raises:
         TypeError: none of these.
-        CheckpointError: the path holds nothing of the kind.
+        CheckpointError: the path holds nothing of the kind, or a quantized model.
     """
     source = _source(model, label, base)
-    return source if base is None or source.is_delta else _by_names_of(base, source)
+    quantized.check_source(source)
+    if base is None or source.is_delta:
+        return source
+    source = _by_names_of(base, source)
+    quantized.check_kinds(source, base)
+    return source
 
 
 def _source(model: Any, label: str, base: Source | None) -> Source:
     if isinstance(model, nn.Module):
         model = unwrap(model)
+        quantized.check_module(model, label)
         if not live.is_live(model):
             return from_module(model, label)
         if base is None:
@@ -45,6 +51,7 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
             )
         return live.from_model(model, label, base)
     if isinstance(model, Mapping):
+        quantized.check_tensors(model, label)
         return from_state_dict(model, label)
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{label}: got {type(model).__name__}, expected an nn.Module, a state dict or a path")
@@ -52,6 +59,8 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
     label = f"{label} ({path})"
     if path.is_file() and path.suffix == ".safetensors":
         return from_safetensors([path], label)
+    if path.is_file() and path.suffix == ".gguf":
+        raise quantized.gguf_refusal(label)
     if path.is_file():
         raise CheckpointError(
             f"{label}: only .safetensors files are read, never pickles; convert it with safetensors.torch.save_file"
@@ -66,6 +75,8 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
         return peft.from_directory(adapter, label, base)
     if (path / openclip.CONFIG).is_file():
         return openclip.from_directory(path, label)
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+        raise quantized.gguf_refusal(label)
     return hf.from_directory(path, label)
 
 
