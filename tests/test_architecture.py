@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import paretofuse
+from tests.support.process import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "paretofuse.kernels": ROOT / "kernels",
     "paretofuse.engine": ROOT / "engine",
@@ -140,24 +138,16 @@ def test_files_stay_small() -> None:
     assert {name: lines for name, lines in long.items() if lines > 450} == {}
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_import_loads_neither_torch_nor_numpy() -> None:
-    loaded = run(
+    loaded = python(
         "import sys, paretofuse; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
     assert loaded.strip() == "[]"
 
 
 def test_every_public_name_resolves() -> None:
-    assert (
-        run("import paretofuse as pf; print([n for n in pf.__all__ if getattr(pf, n) is None])").strip()
-        == "[]"
-    )
+    program = "import paretofuse as pf; print([n for n in pf.__all__ if getattr(pf, n) is None])"
+    assert python(program).strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         paretofuse.nothing  # noqa: B018
 
@@ -179,4 +169,4 @@ def test_every_public_name_resolves() -> None:
 )
 def test_the_store_and_the_native_merge_need_no_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import paretofuse.engine.{module}; print('torch' in sys.modules)"
-    assert run(code).strip() == "True"
+    assert python(code).strip() == "True"

@@ -9,26 +9,13 @@ import pytest
 
 import paretofuse as pf
 from tests.support import cpplib
-from tests.support.models import net_and_experts
+from tests.support.process import ROOT, run
 
-TEXT = (cpplib.ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
-
-
-@pytest.fixture(scope="module")
-def release() -> Path:
-    return cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stores") / "net"
-    base, experts = net_and_experts(count=2)
-    pf.stack(base, experts).save(path)
-    return path
 
 
 def bias(store: Path, preference: list[float]) -> float:
@@ -36,32 +23,31 @@ def bias(store: Path, preference: list[float]) -> float:
 
 
 def test_the_cpp_programs(
-    release: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: Path, two_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, gpu = blocks("cpp")
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{cpplib.ROOT / 'csrc' / 'include'}"]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc' / 'include'}"]
     (tmp_path / "program.cpp").write_text(whole)
     (tmp_path / "gpu.cpp").write_text(gpu)
     program, library = tmp_path / "program", release / "libparetofuse.a"
     threads = ["-fopenmp", "-ldl", "-pthread"]
-    cpplib.run(["c++", *flags, tmp_path / "program.cpp", library, *threads, "-o", program])
-    cpplib.run(["c++", *flags, "-fsyntax-only", tmp_path / "gpu.cpp"])
+    run("c++", *flags, tmp_path / "program.cpp", library, *threads, "-o", program)
+    run("c++", *flags, "-fsyntax-only", tmp_path / "gpu.cpp")
     monkeypatch.chdir(tmp_path)
-    first, second = cpplib.run([program, store]).splitlines()
+    first, second = run(program, two_experts).splitlines()
     assert first.split()[:2] == ["F32", "8"]
-    assert float(first.split()[2]) == pytest.approx(bias(store, [0.25, 0.75]), rel=1e-7)
-    assert float(second) == pytest.approx(bias(store, [1.0, 0.0]), rel=1e-7)
+    assert float(first.split()[2]) == pytest.approx(bias(two_experts, [0.25, 0.75]), rel=1e-7)
+    assert float(second) == pytest.approx(bias(two_experts, [1.0, 0.0]), rel=1e-7)
     assert (tmp_path / "merged.safetensors").is_file()
 
 
-def test_the_ctypes_program(release: Path, store: Path) -> None:
+def test_the_ctypes_program(release: Path, two_experts: Path) -> None:
     (block,) = blocks("python")
-    (library,) = (path for path in release.glob("libparetofuse.*") if path.suffix in (".so", ".dylib"))
-    names = {"library": str(library), "store": str(store).encode()}
+    names = {"library": str(cpplib.shared_library(release)), "store": str(two_experts).encode()}
     exec(block, names)
-    assert names["first"] == pytest.approx(bias(store, [0.25, 0.75]), rel=1e-7)
+    assert names["first"] == pytest.approx(bias(two_experts, [0.25, 0.75]), rel=1e-7)
 
 
 def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (cpplib.ROOT / "docs" / link).exists(), link
+        assert (ROOT / "docs" / link).exists(), link

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.packages import copy_checkout, distributions
+from tests.support.process import run
 
 USE = """
 import paretofuse, paretofuse._C, paretofuse.engine.merging.native, paretofuse.kernels, paretofuse.adapters
@@ -23,24 +23,6 @@ engine = pf.stack({"w": torch.zeros(3)}, {"a": {"w": torch.ones(3)}}, route="ten
 assert engine.merge_state_dict([1.0])["w"].tolist() == [1, 1, 1]
 print(paretofuse.__file__)
 """
-
-
-def run(*command: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked and new files, so that nothing built in the checkout is used."""
-    copy = tmp_path_factory.mktemp("checkout")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\n")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-    return copy
 
 
 @pytest.fixture
@@ -64,9 +46,8 @@ def install(python: Path, *what: str | Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdist_and_wheel(checkout: Path, empty: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout)
-    (sdist,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
+def test_sdist_and_wheel(empty: Path, tmp_path: Path) -> None:
+    sdist, wheel = distributions()
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "LICENSE", "csrc/CMakeLists.txt", "csrc/bindings/module.cpp"} <= names
@@ -83,7 +64,8 @@ def test_sdist_and_wheel(checkout: Path, empty: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_editable(checkout: Path, empty: Path, tmp_path: Path, mode: str) -> None:
+def test_editable(empty: Path, tmp_path: Path, mode: str) -> None:
+    checkout = copy_checkout(tmp_path / "checkout")
     install(empty, f"--config-settings=editable_mode={mode}", "--editable", checkout)
     found = run(empty, "-c", USE, cwd=tmp_path).strip()
     assert os.path.realpath(found) == os.path.realpath(checkout / "python" / "paretofuse" / "__init__.py")

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.process import ROOT, run
+
 BIN = Path(sys.executable).parent
 
 
-def clean(*command: str | Path, **environment: str) -> None:
-    import os
-
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_ruff_check() -> None:
-    clean(BIN / "ruff", "check", "--output-format", "concise", ".")
+    run(BIN / "ruff", "check", "--output-format", "concise", ".", cwd=ROOT)
 
 
 def test_ruff_format() -> None:
-    clean(BIN / "ruff", "format", "--check", ".")
+    run(BIN / "ruff", "format", "--check", ".", cwd=ROOT)
 
 
 def test_clang_format() -> None:
     sources = [p for folder in ("csrc", "tests/csrc", "examples") for p in (ROOT / folder).rglob("*")]
-    clean(
+    run(
         BIN / "clang-format",
         "--dry-run",
         "--Werror",
@@ -54,7 +40,7 @@ def test_mypy(tmp_path: Path) -> None:
     for room in ("engine", "kernels"):
         (package / room).symlink_to(ROOT / room)
     cache = ROOT / ".mypy_cache"
-    clean(
+    run(
         BIN / "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", cache, "-p", "paretofuse",
         MYPYPATH=str(tmp_path),
     )  # fmt: skip

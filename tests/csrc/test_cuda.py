@@ -26,19 +26,9 @@ from paretofuse.kernels.aot.variants import merge_variants
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.models import net_and_experts
+from tests.support.process import run
 
 STREAM = 0x1230
-RELEASE = ("-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-
-
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return cpplib.build("release", *RELEASE)
-
-
-@pytest.fixture(scope="module")
-def library(folder: Path) -> Library:
-    return Library(next(path for path in folder.glob("libparetofuse.*") if path.suffix in (".so", ".dylib")))
 
 
 class Driver:
@@ -61,8 +51,8 @@ class Driver:
 
 
 @pytest.fixture
-def driver(folder: Path) -> Driver:
-    (path,) = folder.glob("libfake_cuda.*")
+def driver(release: Path) -> Driver:
+    (path,) = release.glob("libfake_cuda.*")
     fake = Driver(path)
     fake.reset()
     return fake
@@ -218,18 +208,17 @@ def test_work_on_another_stream_waits_for_nothing(
 
 
 def test_every_failing_call_is_one_clean_error(
-    folder: Path, driver: Driver, kernels: Path, store: Path
+    release: Path, driver: Driver, kernels: Path, store: Path
 ) -> None:
-    printed = cpplib.run([folder / "cuda_faults", store, kernels, driver.path])
+    printed = run(release / "cuda_faults", store, kernels, driver.path)
     assert int(printed.split()[0]) > 80
 
 
 @pytest.mark.slow
 def test_failing_calls_leak_no_host_memory(driver: Driver, kernels: Path, store: Path) -> None:
-    options = ("-DPARETOFUSE_TESTS=ON", "-DPARETOFUSE_SANITIZE=address,undefined")
-    folder = cpplib.build("asan", *options, targets=["cuda_faults", "fake_cuda"])
+    folder = cpplib.build("asan", "cuda_faults", "fake_cuda")
     (fake,) = folder.glob("libfake_cuda.*")
-    cpplib.run([folder / "cuda_faults", store, kernels, fake], ASAN_OPTIONS="detect_leaks=1")
+    run(folder / "cuda_faults", store, kernels, fake, ASAN_OPTIONS="detect_leaks=1")
 
 
 def refused(engine: cpplib.Engine, *arguments: Any) -> str:
@@ -239,12 +228,12 @@ def refused(engine: cpplib.Engine, *arguments: Any) -> str:
     return str(caught.value)
 
 
-def test_no_driver(library: Library, folder: Path, kernels: Path, store: Path, tmp_path: Path) -> None:
+def test_no_driver(library: Library, release: Path, kernels: Path, store: Path, tmp_path: Path) -> None:
     engine = library.open(store)
     assert "install NVIDIA's driver, or merge on the CPU" in refused(
         engine, kernels, tmp_path / "libcuda.so.1"
     )
-    other = next(path for path in folder.glob("libparetofuse.*") if path.suffix in (".so", ".dylib"))
+    other = cpplib.shared_library(release)
     assert "has no function cuInit; install a newer NVIDIA driver" in refused(engine, kernels, other)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +24,9 @@ from paretofuse.engine.store.safetensors_file import SafetensorsFile, Safetensor
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.models import net_and_experts, tiny_gpt2
+from tests.support.process import run
 
 Array = npt.NDArray[np.generic]
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    folder = cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-    return Library(folder / ("libparetofuse.dylib" if sys.platform == "darwin" else "libparetofuse.so"))
 
 
 def trained(engine: pf.Engine, seed: int) -> pf.Engine:
@@ -355,10 +348,7 @@ def test_a_store_that_is_replaced_goes_on_as_it_was(library: Library, tmp_path: 
 
 
 def test_the_version_is_the_packages(library: Library) -> None:
-    import tomllib
-
-    project = tomllib.loads((cpplib.ROOT / "pyproject.toml").read_text())["project"]
-    assert library.c.paretofuse_version().decode() == project["version"]
+    assert library.c.paretofuse_version().decode() == pf.__version__
 
 
 def test_misaligned_constants_are_copied(library: Library, store: Path, tmp_path: Path) -> None:
@@ -386,9 +376,8 @@ def test_misaligned_constants_are_copied(library: Library, store: Path, tmp_path
         assert view.array().tobytes() == bits(tensor).tobytes(), name
 
 
-def test_the_core_tests_pass_in_this_build(library: Library) -> None:
-    done = subprocess.run([cpplib.BUILDS / "release" / "test_core"], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_core_tests_pass_in_this_build(release: Path) -> None:
+    run(release / "test_core")
 
 
 def test_engines_are_independent(library: Library, store: Path) -> None:

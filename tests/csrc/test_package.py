@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 
 import paretofuse as pf
 from tests.support import cpplib
-from tests.support.cpplib import ROOT
-from tests.support.models import net_and_experts
+from tests.support.packages import distributions
+from tests.support.process import ROOT, listed_files, run
 
 PROGRAM = """
 #include <cstdio>
@@ -76,27 +75,6 @@ target_link_libraries(program_c PRIVATE paretofuse::shared)
 """
 
 
-@pytest.fixture(scope="module")
-def release() -> Path:
-    return cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-
-
-@pytest.fixture(scope="module")
-def prefix(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, installed."""
-    prefix = tmp_path_factory.mktemp("prefix")
-    cpplib.run(["cmake", "--install", release, "--prefix", prefix])
-    return prefix
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stores") / "net"
-    base, experts = net_and_experts(count=2)
-    pf.stack(base, experts).save(path)
-    return path
-
-
 def truth(store: Path) -> float:
     return float(pf.load(store).merge_state_dict([0.25, 0.75])["second.bias"][0])
 
@@ -111,69 +89,51 @@ def write_consumer(folder: Path, find: str) -> Path:
 
 def check_programs(build: Path, store: Path) -> None:
     for kind in ("paretofuse", "static", "shared", "c"):
-        printed = cpplib.run([build / f"program_{kind}", store])
+        printed = run(build / f"program_{kind}", store)
         assert float(printed.split()[0]) == truth(store), kind
 
 
-def test_a_consumer_by_find_package(prefix: Path, store: Path, tmp_path: Path) -> None:
+def test_a_consumer_by_find_package(prefix: Path, two_experts: Path, tmp_path: Path) -> None:
     source = write_consumer(tmp_path / "consumer", "find_package(paretofuse 0.1 REQUIRED)")
-    cpplib.run(
-        ["cmake", "-S", source, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}",
-         "-DCMAKE_C_FLAGS=-Wall -Wextra -Wpedantic -Werror -std=c99",
-         "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Wpedantic -Werror"]
-    )  # fmt: skip
-    cpplib.run(["cmake", "--build", tmp_path / "build"])
-    check_programs(tmp_path / "build", store)
+    found = f"-DCMAKE_PREFIX_PATH={prefix}"
+    strict = [f"-DCMAKE_{language}_FLAGS=-Wall -Wextra -Wpedantic -Werror" for language in ("C", "CXX")]
+    cpplib.configure(source, tmp_path / "build", found, *strict, "-DCMAKE_C_STANDARD=99")
+    cpplib.compile_targets(tmp_path / "build")
+    check_programs(tmp_path / "build", two_experts)
     newer = tmp_path / "newer"
     source = write_consumer(newer, "find_package(paretofuse 0.2 REQUIRED)")
-    failed = subprocess.run(
-        ["cmake", "-S", source, "-B", newer / "build", f"-DCMAKE_PREFIX_PATH={prefix}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert failed.returncode != 0
-    assert "version" in failed.stderr
+    assert "version" in run(cpplib.cmake(), "-S", source, "-B", newer / "build", found, code=1)
 
 
-def test_a_consumer_by_pkg_config(prefix: Path, store: Path, tmp_path: Path) -> None:
+def test_a_consumer_by_pkg_config(prefix: Path, two_experts: Path, tmp_path: Path) -> None:
     if shutil.which("pkg-config") is None:
         pytest.skip("needs pkg-config")
     (folder,) = {path.parent for path in prefix.rglob("paretofuse.pc")}
-    flags = cpplib.run(
-        ["pkg-config", "--cflags", "--libs", "paretofuse"], PKG_CONFIG_PATH=str(folder)
-    ).split()
+    flags = run("pkg-config", "--cflags", "--libs", "paretofuse", PKG_CONFIG_PATH=str(folder)).split()
     (tmp_path / "program.cpp").write_text(PROGRAM)
-    cpplib.run(["c++", "-std=c++17", tmp_path / "program.cpp", "-o", tmp_path / "program", *flags])
-    printed = cpplib.run([tmp_path / "program", store], LD_LIBRARY_PATH=str(folder.parent))
-    assert float(printed.split()[0]) == truth(store)
+    run("c++", "-std=c++17", tmp_path / "program.cpp", "-o", tmp_path / "program", *flags)
+    printed = run(tmp_path / "program", two_experts, LD_LIBRARY_PATH=str(folder.parent))
+    assert float(printed.split()[0]) == truth(two_experts)
 
 
 @pytest.mark.slow
-def test_a_consumer_by_add_subdirectory_of_what_the_wheel_carries(store: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "checkout"  # a build leaves files behind
-    listed = cpplib.run(["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"])
-    names = [name for name in listed.splitlines() if (ROOT / name).is_file()]
-    for name in names:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    cpplib.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, copy])
-    (wheel,) = tmp_path.glob("*.whl")
+def test_a_consumer_by_add_subdirectory_of_what_the_wheel_carries(two_experts: Path, tmp_path: Path) -> None:
+    _, wheel = distributions()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    folder = cpplib.run(
-        [sys.executable, "-m", "paretofuse", "--cmakedir"], PYTHONPATH=str(tmp_path / "site")
-    ).strip()
+    folder = run(sys.executable, "-m", "paretofuse", "--cmakedir", PYTHONPATH=str(tmp_path / "site")).strip()
     assert Path(folder) == tmp_path / "site" / "paretofuse" / "csrc"
-    for name in names:
+    for name in listed_files():
         if name.startswith(("csrc/include/", "csrc/src/", "csrc/cmake/")):
             assert (tmp_path / "site" / "paretofuse" / name).read_bytes() == (ROOT / name).read_bytes(), name
     source = write_consumer(tmp_path / "consumer", f'add_subdirectory("{folder}" paretofuse)')
     cpplib.configure(source, tmp_path / "build", "-DCMAKE_BUILD_TYPE=Release")
-    cpplib.run(["cmake", "--build", tmp_path / "build", "--parallel", "2"])
-    check_programs(tmp_path / "build", store)
+    cpplib.compile_targets(tmp_path / "build")
+    check_programs(tmp_path / "build", two_experts)
 
 
 def test_the_checkout_prints_its_own_sources() -> None:
-    printed = cpplib.run([sys.executable, "-m", "paretofuse", "--cmakedir"])
+    printed = run(sys.executable, "-m", "paretofuse", "--cmakedir")
     assert Path(printed.strip()) == ROOT / "csrc"
 
 
@@ -184,13 +144,13 @@ def test_size_soname_and_symbols(prefix: Path, tmp_path: Path) -> None:
     version = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", pf.__version__)
     assert version is not None
     assert library.resolve().name == f"libparetofuse.so.{'.'.join(version.groups())}"
-    headers = cpplib.run(["readelf", "--dynamic", library])
+    headers = run("readelf", "--dynamic", library)
     assert f"[libparetofuse.so.{version[1]}.{version[2]}]" in headers
     for foreign in ("torch", "python", "nlohmann"):
         assert foreign not in headers
-    cpplib.run(["strip", "-o", tmp_path / "stripped.so", library.resolve()])
+    run("strip", "-o", tmp_path / "stripped.so", library.resolve())
     assert (tmp_path / "stripped.so").stat().st_size < 500_000
-    symbols = cpplib.run(["nm", "--dynamic", "--defined-only", "--demangle", library]).splitlines()
+    symbols = run("nm", "--dynamic", "--defined-only", "--demangle", library).splitlines()
     names = [line.split(maxsplit=2)[2] for line in symbols]
     assert any(name == "paretofuse_acquire" for name in names)
     assert [name for name in names if "paretofuse" not in name] == []
@@ -201,8 +161,7 @@ def test_python_and_cmake_build_the_same_core() -> None:
     """The extension's sources are those of the core library; the library proper adds its own folder."""
     setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "csrc" / "CMakeLists.txt").read_text()
     assert 'Path("csrc/src", room).glob("*.cpp")' in setup
-    assert "/src/core/*.cpp\n" in cmake
-    assert "/src/simd/*.cpp)" in cmake
+    assert all(f"/src/{room}/*.cpp" in cmake for room in ("core", "simd"))
     for flag in ("-O3", "-ffp-contract=off", "-Wall", "-Wextra"):
         assert flag in setup
         assert flag in cmake

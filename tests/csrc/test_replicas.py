@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 import paretofuse as pf
 from tests.support import cpplib
 from tests.support.models import net_and_experts
+from tests.support.process import run
 
 
 @pytest.fixture(scope="module")
@@ -21,44 +20,34 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def result(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 3, 9])
-def test_eight_threads_under_the_thread_sanitizer(store: Path, replicas: int) -> None:
+@pytest.mark.parametrize(
+    ("replicas", "seconds"), [(1, 2), (3, 5), (9, 2), pytest.param(3, 300, marks=pytest.mark.long)]
+)
+def test_eight_threads_under_the_thread_sanitizer(store: Path, replicas: int, seconds: int) -> None:
     """More preferences than replicas, so that most calls merge; and as many, so that most do not."""
-    options = ["-DPARETOFUSE_TESTS=ON", "-DPARETOFUSE_STD_THREADS=ON", "-DPARETOFUSE_SANITIZE=thread"]
-    folder = cpplib.build("tsan", *options, targets=["stress_replicas"])
-    seconds = 5 if replicas == 3 else 2
-    printed = result(folder / "stress_replicas", store, str(seconds), "8", str(replicas), "6")
+    folder = cpplib.build("tsan", "stress_replicas")
+    printed = run(folder / "stress_replicas", store, str(seconds), "8", str(replicas), "6")
     acquired, wrong = (int(part.split()[0]) for part in printed.strip().split(", "))
     assert wrong == 0
     assert acquired > 1000
 
 
-def test_eight_threads_at_full_speed(store: Path) -> None:
-    folder = cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-    assert "0 wrong" in result(folder / "stress_replicas", store, "2", "8", "3", "6")
+def test_eight_threads_at_full_speed(release: Path, store: Path) -> None:
+    assert "0 wrong" in run(release / "stress_replicas", store, "2", "8", "3", "6")
+
+
+SWITCHES = pytest.mark.parametrize("switches", [10_000, pytest.param(500_000, marks=pytest.mark.long)])
 
 
 @pytest.mark.slow
-def test_ten_thousand_switches_leak_nothing(store: Path) -> None:
-    options = ["-DPARETOFUSE_TESTS=ON", "-DPARETOFUSE_SANITIZE=address,undefined"]
-    folder = cpplib.build("asan", *options, targets=["soak"])
+@SWITCHES
+def test_many_switches_leak_nothing(store: Path, switches: int) -> None:
+    folder = cpplib.build("asan", "soak")
     # Freed memory goes to the sanitizer's quarantine first, which must not pass for growth.
-    result(folder / "soak", store, "10000", ASAN_OPTIONS="detect_leaks=1:quarantine_size_mb=1")
+    run(folder / "soak", store, str(switches), ASAN_OPTIONS="detect_leaks=1:quarantine_size_mb=1")
 
 
-def test_memory_stays_flat_over_ten_thousand_switches(store: Path) -> None:
-    folder = cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-    result(folder / "soak", store, "10000")
+@SWITCHES
+def test_memory_stays_flat_over_many_switches(release: Path, store: Path, switches: int) -> None:
+    run(release / "soak", store, str(switches))

@@ -20,23 +20,15 @@ from paretofuse import exporting
 from paretofuse.cli import main
 from tests.support import cpplib, exported
 from tests.support.models import perturbed, tiny_gpt2
+from tests.support.process import ROOT, run
 
-SOURCES = cpplib.ROOT / "examples" / "cpp"
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, installed."""
-    release = cpplib.build("release", "-DCMAKE_BUILD_TYPE=Release", "-DPARETOFUSE_TESTS=ON")
-    folder = tmp_path_factory.mktemp("prefix")
-    cpplib.run(["cmake", "--install", release, "--prefix", folder])
-    return folder
+SOURCES = ROOT / "examples" / "cpp"
 
 
 def build(prefix: Path, target: str) -> Path:
     torch_folder = Path(torch.__file__).parent
     options = [f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPARETOFUSE_TORCH={torch_folder}"]
-    return cpplib.build("examples", *options, targets=[target], source=SOURCES) / target
+    return cpplib.build_source("examples", SOURCES, options, target) / target
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +78,7 @@ def test_the_transformer_classifies_as_python_does(
     for task in pair:
         images = write_idx(tmp_path / "images", pixels(task.test))
         labels = write_idx(tmp_path / "labels", task.test.labels.numpy())
-        lines = cpplib.run([program, store, images, labels]).splitlines()
+        lines = run(program, store, images, labels).splitlines()
         assert len(lines) == 3
         for share, line in zip((1.0, 0.5, 0.0), lines, strict=True):
             found = re.fullmatch(r"preference (\S+) (\S+): (\d+) of (\d+) right, accuracy (\S+)", line)
@@ -110,8 +102,6 @@ def test_the_transformer_classifies_as_python_does(
 def test_wrong_files_are_one_message(
     prefix: Path, demo_store: tuple[Path, tuple[Task, Task]], tmp_path: Path
 ) -> None:
-    import subprocess
-
     program = build(prefix, "classify")
     good = write_idx(tmp_path / "images", np.zeros((2, 28, 28)))
     labels = write_idx(tmp_path / "labels", np.zeros(2))
@@ -125,13 +115,12 @@ def test_wrong_files_are_one_message(
         ((store, labels, good), "no idx file"),
         ((store, small, labels), "images of another size"),
     ):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+        assert message in run(program, *arguments, code=1)
 
 
 def test_hello_switch(prefix: Path, demo_store: tuple[Path, tuple[Task, Task]]) -> None:
     program = build(prefix, "hello_switch")
-    lines = cpplib.run([program, demo_store[0], "0.25", "0.75"]).splitlines()
+    lines = run(program, demo_store[0], "0.25", "0.75").splitlines()
     truth = pf.load(demo_store[0]).merge_state_dict([0.25, 0.75])
     assert lines[:2] == ["digits: 0.25", "negatives: 0.75"]
     shown = {line.split()[0]: line for line in lines[2:-1]}
@@ -165,7 +154,7 @@ def test_an_exported_package_switches_in_cpp(prefix: Path, small_store: Path, tm
         torch.testing.assert_close(alone, engine.merge([0.6, 0.4])(x))
     (tmp_path / "input").write_bytes(x.numpy().tobytes())
     program = build(prefix, "aoti")
-    lines = cpplib.run([program, small_store, package, tmp_path / "input", "3", "8"]).splitlines()
+    lines = run(program, small_store, package, tmp_path / "input", "3", "8").splitlines()
     assert len(lines) == 3
     for share, line in zip((1.0, 0.25, 0.0), lines, strict=True):
         numbers = [float(word) for word in line.split()]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +11,9 @@ import pytest
 import torch
 
 from paretofuse.engine.merging import native
+from tests.support import cpplib
+from tests.support.process import python, run
 
-ROOT = Path(__file__).parents[2]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BITS = {"F32": torch.int32, "BF16": torch.int16, "F16": torch.int16}
 USABLE = [name for name, usable in native.instruction_sets().items() if usable]
@@ -491,13 +488,11 @@ def test_inner_and_copy_refuse_what_does_not_fit() -> None:
 
 
 def test_importing_needs_no_torch_and_a_missing_extension_tells_the_remedy() -> None:
-    code = "import sys; from paretofuse.engine import native; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "import sys; sys.modules['paretofuse._C'] = None; from paretofuse.engine import native"
-    failed = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert "ImportError: ParetoFuse's native extension could not be loaded" in failed.stderr
-    assert "pip install" in failed.stderr
+    python("import sys; from paretofuse.engine.merging import native; sys.exit('torch' in sys.modules)")
+    missing = "import sys; sys.modules['paretofuse._C'] = None; from paretofuse.engine.merging import native"
+    told = python(missing, code=1)
+    assert "ImportError: ParetoFuse's native extension could not be loaded" in told
+    assert "pip install" in told
 
 
 @pytest.mark.slow
@@ -528,24 +523,8 @@ def test_more_elements_than_32_bits_count() -> None:
     assert result.tolist() == [6.0]
 
 
-# The thread sanitizer follows std::thread but not libgomp, which synchronizes by means it cannot see. parallel.cpp
-# hands out work and fences stores the same way with both; only the team's start and end differ.
+# Only the team's start and end differ between OpenMP, which the first build has, and std::thread, which the second has.
 @pytest.mark.slow
-@pytest.mark.parametrize(("sanitizers", "threads"), [("address,undefined", "OFF"), ("thread", "ON")])
-def test_the_core_is_clean_under_sanitizers(sanitizers: str, threads: str, tmp_path: Path) -> None:
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake")
-    options = [
-        f"-DPARETOFUSE_SANITIZE={sanitizers}",
-        f"-DPARETOFUSE_STD_THREADS={threads}",
-        "-DPARETOFUSE_TESTS=ON",
-        "-DPARETOFUSE_LIBRARY=OFF",
-    ]
-    for command in (
-        ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path), *options],
-        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
-        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"],
-    ):
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning:" not in done.stdout
+@pytest.mark.parametrize("sanitized", ["asan", "tsan"])
+def test_the_core_is_clean_under_sanitizers(sanitized: str) -> None:
+    run(cpplib.build(sanitized, "test_core") / "test_core")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import shutil
-import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,26 +14,26 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BUILDS = ROOT / "build" / "cpp"
+from tests.support.process import ROOT, run
+
+FOLDER = ROOT / "build" / "cpp"
+TESTS = "-DPARETOFUSE_TESTS=ON"
+BUILDS = {
+    "release": ("-DCMAKE_BUILD_TYPE=Release", TESTS),
+    "asan": (TESTS, "-DPARETOFUSE_SANITIZE=address,undefined"),
+    # The thread sanitizer follows std::thread but not libgomp, which synchronizes by means it cannot see.
+    "tsan": (TESTS, "-DPARETOFUSE_STD_THREADS=ON", "-DPARETOFUSE_SANITIZE=thread"),
+    "fuzz": (
+        "-DCMAKE_CXX_COMPILER=clang++",
+        "-DPARETOFUSE_FUZZERS=ON",
+        "-DPARETOFUSE_STD_THREADS=ON",
+        "-DPARETOFUSE_SANITIZE=fuzzer-no-link,address,undefined",
+    ),
+}
+"""Every build of csrc that tests share, with its options."""
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "BOOL": np.bool_}
 """NumPy types of safetensors dtypes; BF16 as its bits."""
-
-
-def run(command: Sequence[str | Path], **environment: str) -> str:
-    """Run a command that must succeed; returns what it printed."""
-    import os
-
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 def json_option() -> list[str]:
@@ -44,29 +44,50 @@ def json_option() -> list[str]:
     return [f"-DPARETOFUSE_JSON_INCLUDE={Path(spec.origin).parent / 'include'}"]
 
 
-def configure(source: Path, build: Path, *options: str) -> str:
-    """Configure by CMake; skips the test where a tool or library is missing."""
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake")
-    command = ["cmake", "-S", source, "-B", build, *json_option(), *options]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    if "reads its stores with nlohmann-json" in done.stderr:
-        pytest.skip("needs nlohmann-json: pip install nlohmann-json, or apt install nlohmann-json3-dev")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def cmake() -> str:
+    """CMake, of this environment (the package `cmake`) if it is there, else the system's; skips without any."""
+    found = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")
+    if found is None:
+        pytest.skip("needs cmake: pip install cmake")
+    return found
 
 
-def build(name: str, *options: str, targets: Sequence[str] = (), source: Path = ROOT / "csrc") -> Path:
-    """Build csrc, or another source, incrementally, in a folder of that name; returns the folder."""
-    folder = BUILDS / name
+def configure(source: Path, build: Path, *options: str | Path) -> None:
+    """Configure by CMake."""
+    run(cmake(), "-S", source, "-B", build, *json_option(), *options)
+
+
+def compile_targets(build: Path, *targets: str) -> None:
+    """Build what was configured, or some of it; a warning fails."""
+    text = run(cmake(), "--build", build, "--parallel", "2", *(["--target", *targets] if targets else []))
+    assert "warning:" not in text, text
+
+
+def build(name: str, *targets: str) -> Path:
+    """One of `BUILDS`, brought up to date; returns its folder."""
+    return build_source(name, ROOT / "csrc", BUILDS[name], *targets)
+
+
+def build_source(name: str, source: Path, options: Sequence[str], *targets: str) -> Path:
+    """Build a source incrementally in the folder of that name, which all test processes share; returns the folder."""
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
         configure(source, folder, *options)
-        chosen = ["--target", *targets] if targets else []
-        text = run(["cmake", "--build", folder, "--parallel", "2", *chosen])
-        assert "warning:" not in text, text
+        compile_targets(folder, *targets)
     return folder
+
+
+def shared_library(folder: Path) -> Path:
+    """The shared library in a build's folder."""
+    return folder / ("libparetofuse.dylib" if sys.platform == "darwin" else "libparetofuse.so")
+
+
+def install(prefix: Path) -> Path:
+    """Install the release build as its users would; returns the prefix."""
+    run(cmake(), "--install", build("release"), "--prefix", prefix)
+    return prefix
 
 
 class View(ctypes.Structure):
