@@ -21,8 +21,8 @@ lint: $(VENV)/.has-dev
 	$(PY) -m pytest -q tests/test_style.py
 
 docs: $(VENV)/.has-dev
-	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
-	@echo "open build/docs/index.html"
+	$(PY) -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo "open build/docs/docs/index.html"
 
 bench: $(VENV)/.has-dev
 	$(PY) -m benchmarks.run

@@ -1,0 +1,29 @@
+"""How `make docs` builds the site: the repository's own Markdown files are its pages, docstrings its reference."""
+
+from __future__ import annotations
+
+import paretofuse
+
+project = "ParetoFuse"
+author = "The ParetoFuse authors"
+copyright = "the ParetoFuse authors"  # noqa: A001  (Sphinx's name)
+release = version = paretofuse.__version__
+
+# The source folder is the repository, so that README and guides link to each other as they do as files.
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/*.md", "benchmarks/README.md"]
+exclude_patterns = [".*", "build", "shared", "demo", "engine", "kernels", "python", "tests"]
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3
+default_role = "code"  # docstrings write names in single backticks
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"ParetoFuse {release}"
+html_show_sphinx = False
