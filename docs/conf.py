@@ -6,7 +6,7 @@ import paretofuse
 
 project = "ParetoFuse"
 author = "The ParetoFuse authors"
-copyright = "the ParetoFuse authors"  # noqa: A001  (Sphinx's name)
+copyright = "the ParetoFuse authors"
 release = version = paretofuse.__version__
 
 # The source folder is the repository, so that README and guides link to each other as they do as files.

@@ -18,7 +18,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("furo", reason="the site's tools come with the extra `docs`")
     run(sys.executable, "-m", "sphinx", "-W", "-q", "-c", ROOT / "docs", ROOT, tmp_path)
     reference = (tmp_path / "docs" / "api.html").read_text(encoding="utf-8")
-    for name in ("paretofuse.stack", "paretofuse.Engine.switch", "paretofuse.Front", "paretofuse.solvers.EPO"):
+    for name in (
+        "paretofuse.stack",
+        "paretofuse.Engine.switch",
+        "paretofuse.Front",
+        "paretofuse.solvers.EPO",
+    ):
         assert f'id="{name}"' in reference
     assert "paretofuse_switch" in (tmp_path / "docs" / "cpp_api.html").read_text(encoding="utf-8")
 
@@ -37,7 +42,9 @@ def test_every_public_header_is_in_the_reference() -> None:
 
 def test_every_place_of_the_map_is_there() -> None:
     rows = re.findall(r"^\| (.*`.*) \|", CONTRIBUTING, re.M)
-    places = re.findall(r"`((?:python|engine|kernels|csrc|benchmarks|tests|examples|docs)/.*?)`", "\n".join(rows))
+    places = re.findall(
+        r"`((?:python|engine|kernels|csrc|benchmarks|tests|examples|docs)/.*?)`", "\n".join(rows)
+    )
     assert len(places) > 30
     assert [place for place in places if not (ROOT / place).exists()] == []
 
@@ -46,7 +53,9 @@ def test_every_step_of_the_walk_is_there_and_none_goes_up() -> None:
     steps = re.findall(r"^\d+\. `(.*?)`, `(.*?)`", CONTRIBUTING, re.M)
     assert len(steps) == 10
     for file, name in steps:
-        assert re.search(rf"\b{name.split('.')[-1].split('::')[-1]}\b", (ROOT / file).read_text(encoding="utf-8")), file
+        assert re.search(
+            rf"\b{name.split('.')[-1].split('::')[-1]}\b", (ROOT / file).read_text(encoding="utf-8")
+        ), file
     rooms = [re.match(r"(engine/\w+/|engine/|csrc/\w+/)", file)[1] for file, _ in steps]  # type: ignore[index]
     assert list(dict.fromkeys(rooms)) == [
         "engine/", "engine/routing/", "engine/modules/", "engine/merging/", "csrc/bindings/", "csrc/src/",

@@ -16,7 +16,7 @@ class EPO(WeightedSolver):
 
     With q = r l / sum(r l), the imbalance is mu = sum_m q_m log(M q_m), zero on the ray where all r_m l_m are
     equal, and a_m = r_m (log(M q_m) - mu) is along its gradient in the losses. C holds the gradients' inner
-    products. The weights are
+    products. The weights are::
 
         mu > tolerance:  max beta' C a           subject to
                          (C beta)_m >= 0         for the worst objectives, argmax r l; for all if C a <= 0

@@ -15,7 +15,7 @@ from paretofuse.engine.solvers.small import shortest_in_hull
 class MGDA(WeightedSolver):
     """Multiple-gradient descent: follow the shortest vector in the convex hull of the gradients.
 
-    d = G' alpha with alpha = argmin |G' alpha|^2 on the simplex. Every gradient then has g_m' d >= |d|^2, so a
+    d = G' alpha with alpha = argmin `|G' alpha|^2` on the simplex. Every gradient then has `g_m' d >= |d|^2`, so a
     small step lowers each loss, and d = 0 exactly where the point is Pareto-stationary. It ends at some point of
     the front, near where it began: the preference is not heard. Source: Desideri, "Multiple-gradient descent
     algorithm (MGDA) for multiobjective optimization", 2012; normalization: Sener and Koltun, arXiv 1810.04650.

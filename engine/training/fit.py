@@ -81,7 +81,7 @@ def fit(
         corner_every: every so manyth preference is all weight on one objective, each in turn; 0 for none.
         preferences_per_step: preferences in one step; each costs as much as a step with one.
         accumulate: batches of each objective for each preference.
-        regularization: adds this times the mean over groups of |L(r) - L_start(r)|^2, L_start being the routing
+        regularization: adds this times the mean over groups of `|L(r) - L_start(r)|^2`, L_start being the routing
             weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
         validation: sweep held-out data now and then, keep the best routers, and stop early.
         materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
