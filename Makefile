@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # How pip installs PyTorch. The default is what the tests run on, for CPU and CUDA; CONTRIBUTING.md has the small CPU build.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-long lint docs bench wheels versions clean
+.PHONY: demo test test-long mutants lint docs bench wheels versions clean
 
 demo: $(VENV)/.has-demo
 	$(PY) -m benchmarks.demo
@@ -16,6 +16,10 @@ test: $(VENV)/.has-dev
 
 test-long: $(VENV)/.has-dev
 	$(PY) -m pytest -m long -v
+
+# Not part of the tests: hours for everything. ROOMS="routing training" SAMPLE=100 draws a hundred mutants of each.
+mutants: $(VENV)/.has-mutants
+	$(PY) -m tests.mutants $(ROOMS) $(if $(SAMPLE),--sample $(SAMPLE))
 
 lint: $(VENV)/.has-dev
 	$(PY) -m pytest -q tests/test_style.py

@@ -112,6 +112,20 @@ def test_stated_errors_are_honest() -> None:
     assert 0.5 < np.std(scores) < 1.8
 
 
+@pytest.mark.parametrize("samples", [2, 3])
+def test_the_stated_error_of_few_samples_is_exact(samples: int) -> None:
+    """Half of each of two boxes of volume 1 is shared: terms are 1 or 1/2; error = 2 s / sqrt(n), s over n - 1."""
+    values = np.array([[1.0, 1.0, 0.5], [1.0, 0.5, 1.0]]) * [1, 2, 1]  # volumes 1 and 1, shared 1 * 1 * .5
+    ones = {2: [1], 3: [1, 2]}[samples]
+    expected = {2 * np.std([1.0] * k + [0.5] * (samples - k), ddof=1) / np.sqrt(samples) for k in ones}
+    found = {
+        error
+        for seed in range(40)
+        if (error := indicators.estimate_hypervolume(values, [0.0] * 3, [True] * 3, samples, seed)[1]) > 0
+    }
+    assert sorted(found) == pytest.approx(sorted({round(e, 12) for e in expected}))
+
+
 def test_hopeless_exact_hypervolumes_are_refused_but_estimated() -> None:
     grid = simplex_grid(16, 3)
     names = tuple(f"t{i}" for i in range(16))

@@ -47,6 +47,19 @@ def test_the_least_recently_used_replica_that_nobody_holds_goes_first() -> None:
         assert second is first
 
 
+def test_of_several_that_nobody_holds_the_least_recently_used_goes_first() -> None:
+    """Once the most recently used went first and no test noticed: there was never more than one that was free."""
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, replicas=3)
+    used = {}
+    for name in "abca":  # b is now the least recently used, then c
+        with engine.replica({name: 0.6, "abc"["bca".index(name)]: 0.4}) as used[name]:
+            pass
+    for preference, expected in ((FIRST, used["b"]), (SECOND, used["c"]), (THIRD, used["a"])):
+        with engine.replica(preference) as replaced:
+            assert replaced is expected
+
+
 def test_every_held_preference_needs_a_replica() -> None:
     base, experts = net_and_experts()
     engine = pf.stack(base, experts, replicas=1)
