@@ -7,7 +7,7 @@ import pytest
 
 from paretofuse.engine.solvers import get_solver
 from paretofuse.engine.solvers.small import shortest_in_hull
-from tests.solvers.test_solvers import concave, descend, fonseca
+from tests.support.problems import concave, descend, fonseca
 
 
 def convex(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
