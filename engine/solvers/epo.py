@@ -62,13 +62,15 @@ class EPO(WeightedSolver):
         scale = float(np.max(np.diag(gram)))
         if len(losses) == 1 or scale <= 0:
             return np.asarray(preference / preference.sum())
-        gram = gram / scale
+        gram = gram / scale  # the programs' tolerances are for inner products around 1
         weighted = preference * losses
         imbalance, anchor = imbalance_of(weighted, preference)
         if imbalance > self.tolerance:
-            pull = gram @ anchor
+            pull = gram @ anchor  # how fast each loss falls along the direction that balances
             bound = np.zeros(len(losses))
             if (pull > 0).any():
+                # Balancing lowers some loss. Those that it raises may rise as fast as by it, no faster; those that it
+                # lowers are free, except the worst: they never rise, or the imbalance would be paid for by them.
                 bound = np.where(pull > 0, -np.inf, pull)
                 bound[weighted >= weighted.max() * (1 - 1e-12)] = 0.0
             beta = maximize_on_simplex(pull, gram, bound)

@@ -78,6 +78,7 @@ def hypervolume_faces(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
     inside = np.flatnonzero((losses < reference).all(axis=1))
     if len(inside) == 0:
         return faces
+    # Twins would hide each other's faces entirely, and a flat start would stay flat: they count as one point.
     points, owner = np.unique(losses[inside], axis=0, return_inverse=True)
     own = np.zeros_like(points)
     rank = moocore.pareto_rank(points) if len(points) > 1 else np.zeros(1)

@@ -31,11 +31,15 @@ def shortest_in_hull(gram: np.ndarray) -> np.ndarray:
         spread = a - 2 * b + c  # squared distance of the two vectors
         first = 0.5 if spread <= _TOLERANCE * scale else float(np.clip((c - b) / spread, 0.0, 1.0))
         return np.array([first, 1 - first])
-    normal = gram / scale + 1.0
+    # Wolfe's trick: with 1 added to every inner product, the simplex's constraint may be dropped and y scaled to sum 1
+    # at the end; what is left is the non-negative least squares of Lawson and Hanson, on the normal equations.
+    normal = gram / scale + 1.0  # [M, M]
     active = np.zeros(count, dtype=bool)
     y = np.zeros(count)
     for _ in range(10 * count):
-        pull = 1.0 - normal @ y
+        pull = (
+            1.0 - normal @ y
+        )  # [M] how much the objective gains from each vector; 0 for those that take part
         pull[active] = -np.inf
         enter = int(np.argmax(pull))
         if pull[enter] <= _TOLERANCE:
@@ -43,10 +47,12 @@ def shortest_in_hull(gram: np.ndarray) -> np.ndarray:
         active[enter] = True
         while True:
             chosen = np.flatnonzero(active)
+            # Least squares rather than solve: twin vectors make this singular.
             target = np.linalg.lstsq(normal[np.ix_(chosen, chosen)], np.ones(len(chosen)), rcond=1e-13)[0]
             if (target > 0).all():
                 y[chosen] = target
                 break
+            # Go only as far as all stay >= 0; whoever gets to 0 first takes part no more, and the rest try again.
             down = chosen[target <= 0]
             steps = y[down] / np.maximum(y[down] - target[target <= 0], 1e-300)
             y[chosen] += float(steps.min()) * (target - y[chosen])
@@ -94,10 +100,13 @@ def maximize_on_simplex(gain: np.ndarray, matrix: np.ndarray, bound: np.ndarray)
             real = basic < count
             beta[basic[real]] = np.maximum(table[real, 0], 0.0)
             return np.asarray(beta / beta.sum())
-        row = int(wrong[np.argmin(basic[wrong])])
+        row = int(
+            wrong[np.argmin(basic[wrong])]
+        )  # Bland: the smallest variable, or ties go round in a circle for ever
         helps = np.flatnonzero(table[row, 1:] > _TOLERANCE)
         if len(helps) == 0:
-            return None
+            return None  # every free variable makes this row smaller yet: no beta meets its constraint
+        # The smallest ratio keeps every cost >= 0, that is, the corner optimal for the rows that it meets.
         ratio = cost[helps] / table[row, 1 + helps]
         ties = helps[ratio <= ratio.min() + _TOLERANCE]
         column = int(ties[np.argmin(free[ties])])

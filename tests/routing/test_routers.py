@@ -149,3 +149,5 @@ def test_shapes_that_do_not_fit(name: str, axis: int) -> None:
         check_routers({**shapes, name: tuple(wrong)}, "identity", 2, 3)
     with pytest.raises(ValueError, match=r"got router parameter 'hidden.weight' of shape \(2, 6, 3\)"):
         check_routers({**shapes, "hidden.bias": (2,)}, "identity", 2, 3)
+    with pytest.raises(ValueError, match=r"got router parameter 'hidden.weight' of shape \(2, 6, 3\)"):
+        check_routers({**shapes, "hidden.bias": (2, 6, 1)}, "identity", 2, 3)

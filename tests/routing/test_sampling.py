@@ -141,5 +141,7 @@ def test_preferences_to_sweep(name: str, objectives: int) -> None:
     assert (drawn >= 0).all()
     np.testing.assert_allclose(drawn.sum(axis=1), 1, atol=1e-12)
     np.testing.assert_array_equal(sample_preferences(objectives, 23, name, seed=3), drawn)  # type: ignore[arg-type]
+    first = make_sampler(name, objectives, 0).draw(23)  # type: ignore[arg-type]
+    np.testing.assert_allclose(sample_preferences(objectives, 23, name), first, atol=1e-15)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least 1"):
         sample_preferences(objectives, 0, name)  # type: ignore[arg-type]

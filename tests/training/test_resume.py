@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,18 +68,28 @@ def signalled(number: int) -> Any:
     return callback
 
 
+@contextmanager
+def default_handler(number: int) -> Iterator[None]:
+    """As in a terminal: a shell's background jobs ignore SIGINT, and nohup SIGHUP."""
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)
+    try:
+        yield
+        assert signal.getsignal(number) is default
+    finally:
+        signal.signal(number, before)
+
+
 ENDS = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit, "SIGHUP": SystemExit}
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_an_interruption_before_the_first_checkpoint_loses_nothing(tmp_path: Path, name: str) -> None:
     number = getattr(signal, name)
-    before = signal.getsignal(number)
     settings: dict[str, Any] = {"steps": 8, "checkpoint": tmp_path / "c", "progress": False}
     engine, objectives = problem()
-    with pytest.raises(ENDS[name]):
+    with default_handler(number), pytest.raises(ENDS[name]):
         pf.fit(engine, objectives, callback=signalled(number), **settings)
-    assert signal.getsignal(number) is before
     engine, objectives = problem()
     assert [r["step"] for r in pf.fit(engine, objectives, **settings)] == [4, 5, 6, 7, 8]
     whole, objectives = problem()
