@@ -24,6 +24,8 @@ from paretofuse.engine.evaluation.arguments import (
 )
 from paretofuse.engine.evaluation.wrong_directions import against_preferences
 from paretofuse.engine.routing.preference import as_preference, simplex_grid
+from paretofuse.fronts import choosing, table
+from paretofuse.fronts.choosing import Choice
 from paretofuse.outputs import prepare_file
 
 if TYPE_CHECKING:
@@ -96,6 +98,14 @@ class Front:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        """The table, which says as well which way is better and what is dominated."""
+        return table.as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it."""
+        return table.as_html(self)
+
     @property
     def directions(self) -> tuple[bool, ...]:
         """For each of the M metrics, whether larger is better."""
@@ -163,6 +173,40 @@ class Front:
         found = indicators.rank_correlation(self.preferences, self.values[:, columns], signs)
         return dict(zip(self.objectives, found.tolist(), strict=True))
 
+    def best(self, metric: str) -> Choice:
+        """The point that is best in a metric: `engine.switch(front.best("poems").preference)`.
+
+        Raises:
+            ValueError: the front has no such metric.
+        """
+        return choosing.choose(self, {}, {}, metric)
+
+    def knee(self) -> Choice:
+        """The point that gives up least: farthest beyond the straight line between the front's ends (Das, 1999).
+
+        It has the largest sum of metrics, each scaled to 0 at its worst and 1 at its best point that is not dominated.
+        """
+        return choosing.choose(self, {}, {}, None)
+
+    def choose(
+        self,
+        *,
+        at_most: Mapping[str, float] | None = None,
+        at_least: Mapping[str, float] | None = None,
+        best: str | None = None,
+    ) -> Choice:
+        """The point within bounds that is best in a metric: `front.choose(at_most={"news": 30.0}, best="poems")`.
+
+        Args:
+            at_most: upper bounds by metric.
+            at_least: lower bounds by metric.
+            best: the metric to be best in; the knee of the points within the bounds if None.
+
+        Raises:
+            ValueError: a name is no metric of the front, a bound is not finite, or no point is within all bounds.
+        """
+        return choosing.choose(self, at_most or {}, at_least or {}, best)
+
     def share_non_dominated(self, *, repeats: bool = False) -> float:
         """The share of preferences that no other dominates; points equal to an earlier one count only if `repeats`."""
         return indicators.share_non_dominated(self.values, self.directions, repeats)
@@ -182,21 +226,26 @@ class Front:
 
         Columns: "preference:NAME" for each objective, "maximize:NAME" or "minimize:NAME" for each metric.
         """
-        header = [f"preference:{name}" for name in self.objectives]
-        for name, larger in zip(self.metrics, self.directions, strict=True):
-            header.append(f"{'maximize' if larger else 'minimize'}:{name}")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(beside, "w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow(header)
+                writer.writerow(table.header(self))
                 for row in np.hstack([self.preferences, self.values]).tolist():
                     writer.writerow([repr(number) for number in row])
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, a row for each preference, with the columns of `to_csv`.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        return table.as_frame(self)
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> Front:
@@ -227,10 +276,10 @@ class Front:
                     f"got {row} in row {line} of {str(path)!r}, expected {len(columns)} numbers; "
                     "the file is truncated or was edited"
                 ) from None
-        table = np.array(numbers, dtype=np.float64).reshape(len(numbers), len(columns))
+        cells = np.array(numbers, dtype=np.float64).reshape(len(numbers), len(columns))
         names = [column[1] for column in columns]
         directions = tuple(kind == "maximize" for kind in kinds[share:])
-        return cls(table[:, :share], table[:, share:], tuple(names[:share]), tuple(names[share:]), directions)
+        return cls(cells[:, :share], cells[:, share:], tuple(names[:share]), tuple(names[share:]), directions)
 
     def plot(
         self,
@@ -371,11 +420,11 @@ def default_preferences(objectives: int) -> np.ndarray:
 
 
 def _table(what: str, given: Any, width: int, of: str) -> np.ndarray:
-    table = np.array(given, dtype=np.float64)
-    if table.ndim != 2 or table.shape[1] != width or width == 0 or len(table) == 0:
-        raise ValueError(f"got {what} of shape {table.shape}, expected [P, {width}], a column for each {of}")
-    if not np.isfinite(table).all():
-        row, column = (int(i) for i in np.argwhere(~np.isfinite(table))[0])
-        raise ValueError(f"got {table[row, column]} in {what}[{row}, {column}], expected finite numbers")
-    table.setflags(write=False)
-    return table
+    cells = np.array(given, dtype=np.float64)
+    if cells.ndim != 2 or cells.shape[1] != width or width == 0 or len(cells) == 0:
+        raise ValueError(f"got {what} of shape {cells.shape}, expected [P, {width}], a column for each {of}")
+    if not np.isfinite(cells).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(cells))[0])
+        raise ValueError(f"got {cells[row, column]} in {what}[{row}, {column}], expected finite numbers")
+    cells.setflags(write=False)
+    return cells
