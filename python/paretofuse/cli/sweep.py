@@ -91,10 +91,14 @@ def run(options: argparse.Namespace) -> Result:
         "preferences": front.preferences.tolist(),
         "values": front.values.tolist(),
         "non_dominated": front.non_dominated().tolist(),
+        "notes": list(front.notes),
         "csv": options.output,
         "plot": options.plot,
     }
-    lines = [f"{options.output}: {len(front)} preferences, {int(front.non_dominated().sum())} not dominated"]
+    lines = [f"note: {note}" for note in front.notes]
+    lines.append(
+        f"{options.output}: {len(front)} preferences, {int(front.non_dominated().sum())} not dominated"
+    )
     if options.reference is not None:
         document["hypervolume"] = front.hypervolume(options.reference)
         lines.append(f"hypervolume {document['hypervolume']:.6g}")

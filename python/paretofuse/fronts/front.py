@@ -288,6 +288,7 @@ class Front:
         ax: Axes | None = None,
         points: Mapping[str, Sequence[float] | np.ndarray] | None = None,
         others: Mapping[str, Front] | None = None,
+        label: str = "this front",
         title: str | None = None,
     ) -> Figure:
         """Draw the front: 2 objectives as a curve, 3 as ternary heat maps, more as parallel coordinates.
@@ -298,6 +299,7 @@ class Front:
             ax: draw into these axes instead of a new figure; not for ternary heat maps, which need several.
             points: values [M] of single models by label: experts, the base, averages.
             others: further fronts by label, on the same metrics.
+            label: this front's own name in the legend.
             title: written above.
 
         Raises:
@@ -310,7 +312,7 @@ class Front:
             raise ImportError(
                 "Front.plot needs matplotlib, which is not installed; pip install 'paretofuse[plot]'"
             ) from error
-        return plots.plot_front(self, path, ax=ax, points=points, others=others, title=title)
+        return plots.plot_front(self, path, ax=ax, points=points, others=others, label=label, title=title)
 
 
 def sweep(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from paretofuse.engine.routing.preference import simplex_grid
 from paretofuse.fronts.front import Front
@@ -61,36 +64,102 @@ def test_curve_draws_every_point_and_hollows_the_dominated() -> None:
     np.testing.assert_array_equal(np.sort(drawn_offsets(figure), axis=0), np.sort(values, axis=0))
     np.testing.assert_array_equal(np.asarray(hollow.get_offsets()), [[0.4, 0.4]])
     assert hollow.get_facecolor()[0].tolist() == [1, 1, 1, 1]
-    assert "hollow: dominated" in [text.get_text() for text in figure.axes[0].texts]
+    assert "dominated by another preference" in legend_of(figure)
     line = figure.axes[0].lines[0]
     np.testing.assert_array_equal(line.get_xydata(), values[::-1])  # in order of the preference
     assert len(full.get_offsets()) == 3
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_labels_do_not_overlap(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    points = {"base": [0.6, 0.6], "expert cola": [0.9, 0.3], "expert sst2": [0.3, 0.9]}
-    points |= {"plain average": [0.75, 0.72], "task arithmetic": [0.76, 0.725], "best average": [0.75, 0.73]}
-    points = {label: list(np.array(point) + rng.normal(0, 0.02, 2)) for label, point in points.items()}
-    share = np.linspace(1, 0, 11)
-    values = np.stack([0.3 + 0.6 * share**0.4, 0.3 + 0.6 * (1 - share) ** 0.4], axis=1)
-    front = Front(np.stack([share, 1 - share], axis=1), values, ("cola", "sst2"), ("cola", "sst2"))
-    figure = front.plot(points=points)
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def text_boxes(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Every text that a picture shows, with the pixels it takes."""
+    figure.canvas.draw()
+    texts: list[Text] = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.findobj(Axes):
+        texts += [*ax.texts, ax.title, ax._left_title]
+        for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            inside = [low <= place <= high for place in axis.get_majorticklocs()]
+            texts += [axis.label, *compress(axis.get_majorticklabels(), inside)]
     renderer = figure.canvas.get_renderer()
-    texts = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
-    assert [text.get_text() for text in texts] == list(points)
-    boxes = [text.get_window_extent(renderer) for text in texts]
-    inside = figure.axes[0].get_window_extent(renderer).padded(2)
-    for i, box in enumerate(boxes):
-        assert inside.x0 <= box.x0 <= box.x1 <= inside.x1
-        assert not any(box.overlaps(other) for other in boxes[:i])
+    return [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text().strip()]
+
+
+LONG = (
+    "sentiment of film reviews (accuracy)",
+    "topics of news articles, BBC corpus (accuracy)",
+    "emotions of tweets in five languages (accuracy)",
+    *(f"accuracy on the held-out examples of task {number}" for number in range(4, 9)),
+)
+
+
+def long_front(objectives: int, metrics: tuple[str, ...] | None = None) -> Front:
+    front = front_of(objectives, 4 if objectives < 8 else 2, len(metrics) if metrics else None)
+    return Front(front.preferences, front.values, LONG[:objectives], metrics or LONG[:objectives])
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 5, 8])
+@pytest.mark.parametrize("short", [False, True])
+def test_no_text_on_another_and_all_on_the_page(objectives: int, short: bool) -> None:
+    front = long_front(objectives)
+    if short:
+        front = Front(front.preferences, front.values, NAMES[:objectives], NAMES[:objectives], False)
+    near = front.values.mean(axis=0)
+    points = {
+        name: near + 0.001 * i for i, name in enumerate(("base", "plain average of the experts", "TIES"))
+    }
+    others = {
+        "rewarded soups": Front(
+            front.preferences, front.values * 0.9, front.objectives, front.metrics, front.maximize
+        )
+    }
+    figure = front.plot(points=points, others=others, title="A title over it all")
+    boxes = text_boxes(figure)
+    page = figure.bbox.padded(1)
+    for number, (text, box) in enumerate(boxes):
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
+        for other, taken in boxes[:number]:
+            assert not Bbox.intersection(box.padded(-1), taken.padded(-1)), f"{text!r} on {other!r}"
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 8])
+def test_no_text_on_data(objectives: int) -> None:
+    """Names stand in the legend and beside the axes: no text box holds a drawn point."""
+    front = long_front(objectives)
+    figure = front.plot(points={"base": front.values.mean(axis=0)})
+    boxes = text_boxes(figure)
+    for ax in figure.axes:
+        marks = [
+            np.column_stack(line.get_data()) for line in ax.lines if line.get_transform() == ax.transData
+        ]
+        marks += [np.asarray(part.get_offsets()) for part in ax.collections if len(part.get_offsets())]
+        for pixel in ax.transData.transform(np.vstack([m for m in marks if m.size] or [np.empty((0, 2))])):
+            assert not [text for text, box in boxes if box.contains(*pixel)]
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 8])
+def test_one_legend_names_everything_and_axes_say_which_way_is_better(objectives: int) -> None:
+    front = long_front(objectives)
+    points = {"base": front.values.mean(axis=0), "TIES": front.values.min(axis=0)}
+    others = {"rewarded soups": Front(front.preferences, front.values, front.objectives, front.metrics)}
+    figure = front.plot(points=points, others=others, label="ours")
+    assert len(figure.legends) == 1
+    told = " ".join(text.replace("\n", " ") for text, _ in text_boxes(figure))
+    for name in ("base", "TIES", "rewarded soups", "ours"):
+        assert name in told
+    assert told.count("(higher is better)") == objectives
+    markers = {tuple(h.get_marker()) for h in figure.legends[0].legend_handles if h.get_label() in points}
+    assert len(markers) == 2
 
 
 def test_ternary_has_a_panel_for_each_metric_and_marks_the_best() -> None:
     front = front_of(3, 5)
     figure = front.plot()
-    panels = [ax for ax in figure.axes if any("best" in text.get_text() for text in ax.texts)]
+    panels = [ax for ax in figure.axes if any("★" in text.get_text() for text in ax.texts)]
     assert len(panels) == 3
     for column, ax in enumerate(panels):
         best = front.values[:, column].max()
@@ -135,7 +204,7 @@ def test_draws_into_given_axes_and_leaves_pyplot_alone() -> None:
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("paretofuse.fronts.plots", "paretofuse.fronts.labels"):
+    for name in [f"paretofuse.fronts.{name}" for name in ("plots", "curve", "ternary", "parallel", "style")]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr("paretofuse.fronts.plots", raising=False)
     with pytest.raises(ImportError, match=r"paretofuse\[plot\]"):
