@@ -31,7 +31,7 @@ from benchmarks.models import pwemoe
 from benchmarks.models.tiny_vit import TinyViT
 
 SHORT_STEPS = 50
-"""Steps of the short run of ours, next to PWEMoE's 1500."""
+"""Steps of the short run of ours."""
 
 MERGED_AT = (0.5, 0.5)
 """The preference that is merged into a dense model; one of the sweep's."""

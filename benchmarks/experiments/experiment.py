@@ -45,7 +45,7 @@ class Experiment:
         preferences: where fronts are swept [P, E].
         scalarized: preferences of the separately fine-tuned models [S, E].
         pwemoe_routes: PWEMoE's two modes in this model: routes by name.
-        pwemoe_steps: 1500 as published.
+        pwemoe_steps: steps of PWEMoE.
         ours_steps: steps of ours, each a contender.
         first_seed_only: names of contenders too slow to be run for each seed; they are run for seed 0.
         more: further contenders by name, such as base + probe.

@@ -8,11 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 import paretofuse as pf
 from benchmarks.experiments.tables import Row
@@ -21,9 +25,31 @@ INK, GREY, PALE = "#222222", "#8a8a8a", "#e4e4e4"
 OURS, SHORT, SEVERAL = "#1b6ca8", "#9cc4e2", "#2aa6b8"
 THEIRS, SOUPS, DENSE = "#d1495b", "#4f9d69", "#7d5ba6"
 SMALL = 8
-MARKERS = "s^v<>oDXP*"
+MARKERS = "s^v<>DXP*h"
+DASHES = ("--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+WORDS = {
+    "ours": "ParetoFuse",
+    "PWEMoE-LS mlp": "PWEMoE, linear scalarization, MLPs routed",
+    "PWEMoE-LS module": "PWEMoE, linear scalarization, all routed",
+    "PWEMoE-EPO mlp": "PWEMoE, exact ratios (EPO), MLPs routed",
+    "PWEMoE-EPO module": "PWEMoE, exact ratios (EPO), all routed",
+    "rewarded soups": "rewarded soups (linear merges)",
+    "plain average": "plain average of the experts",
+    "task arithmetic": "task arithmetic, best of 10 coefficients",
+    "TIES": "TIES merge, best of 10 coefficients",
+    "DARE": "DARE merge, best of 10 coefficients",
+    "dense scalarization": "a model fine-tuned for each preference",
+}
+"""What contenders of the tables are called in pictures, which have no page of words beside them."""
 
 Fronts = Mapping[str, Mapping[int, pf.Front]]
+
+
+def in_words(contender: str) -> str:
+    """A contender's name for a reader who has seen nothing but the picture."""
+    name, comma, rest = contender.partition(",")
+    return WORDS.get(name, name) + comma + rest
 
 
 def colour(name: str, longest: str) -> str:
@@ -38,19 +64,34 @@ def colour(name: str, longest: str) -> str:
 def picture(fronts: Fronts, rows: Sequence[Row], metric: str, title: str, path: Path) -> None:
     """Draw one experiment: its fronts (with more objectives than two: metric against preference) and hypervolumes."""
     some = next(iter(fronts["rewarded soups"].values()))
+    better = f"{metric} ({'higher' if some.directions[0] else 'lower'} is better)"
     panels = 1 if len(some.objectives) == 2 else len(some.objectives)
-    figure = Figure(figsize=(4.6 + 3.6 * panels, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 + 3.5 * panels, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(wspace=0.04)
     axes = figure.subplots(1, panels + 1, squeeze=False, width_ratios=[1.0] * panels + [0.95])[0]
     shown = chosen(rows)
     if panels == 1:
-        _fronts(axes[0], fronts, shown, metric)
+        _fronts(axes[0], fronts, shown, better)
     else:
         for index in range(panels):
-            _following(axes[index], fronts, shown, index, metric)
+            _following(axes[index], fronts, shown, index, better)
     _bars(axes[-1], rows)
-    figure.suptitle(title, fontsize=10, color=INK)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=3 if panels == 1 else 4, fontsize=SMALL, frameon=False
+    )
+    figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
+
+
+def style(number: int, name: str, names: Sequence[str]) -> dict[str, Any]:
+    """How a front is drawn: the longest run of ours solid, each other one with dashes of its own."""
+    solid = name == longest(names)
+    return {
+        "color": colour(name, longest(names)), "ls": "-" if solid else DASHES[number % len(DASHES)],
+        "lw": 1.8 if solid else 1.4, "marker": "o", "ms": 3.2, "label": in_words(name),
+    }  # fmt: skip
 
 
 def chosen(rows: Sequence[Row]) -> list[str]:
@@ -82,76 +123,73 @@ def longest(names: Sequence[str]) -> str:
     return ["", *others, *runs_of_ours(names)][-1]
 
 
-def _fronts(ax: Axes, fronts: Fronts, shown: Sequence[str], metric: str) -> None:
+def _fronts(ax: Axes, fronts: Fronts, shown: Sequence[str], better: str) -> None:
     """Means over seeds at each preference, and each seed as a faint line."""
     first = next(iter(fronts[shown[0]].values())).objectives
-    for name in shown:
+    for number, name in enumerate(shown):
         front = list(fronts[name].values())
-        tint = colour(name, longest(shown))
         average = np.mean([f.values for f in front], axis=0)
         if len(front) > 1:
             for one in front:
-                ax.plot(*one.values.T, color=tint, lw=0.5, alpha=0.35, zorder=2)
-        style = "-" if name == longest(shown) else "--"
-        ax.plot(*average.T, style, color=tint, lw=1.6, marker="o", ms=3.2, label=name, zorder=4)
+                ax.plot(*one.values.T, color=colour(name, longest(shown)), lw=0.5, alpha=0.35, zorder=2)
+        ax.plot(*average.T, zorder=4, **style(number, name, shown))
     singles = [name for name, seeds in fronts.items() if all(len(front) == 1 for front in seeds.values())]
     for name, marker in zip(singles, cycle(MARKERS)):
         x, y = np.mean([front.values[0] for front in fronts[name].values()], axis=0)
-        ax.plot(x, y, ls="", marker=marker, ms=5, color=GREY, mfc="white", zorder=5, label=name)
-    ax.set_xlabel(f"{first[0]} {metric}", fontsize=SMALL + 1)
-    ax.set_ylabel(f"{first[1]} {metric}", fontsize=SMALL + 1)
+        ax.plot(x, y, ls="", marker=marker, ms=5.5, color=INK, mfc="white", zorder=5, label=in_words(name))
+    ax.set_xlabel(f"{first[0]} {better}", fontsize=SMALL + 1)
+    ax.set_ylabel(f"{first[1]} {better}", fontsize=SMALL + 1)
+    ax.set_title(_seeds(len(fronts[shown[0]]), "mean", "; faint: each seed"), fontsize=SMALL, color=GREY)
     _plain(ax)
-    ax.legend(fontsize=SMALL - 1, frameon=False, loc="best")
 
 
-def _following(ax: Axes, fronts: Fronts, shown: Sequence[str], index: int, metric: str) -> None:
+def _following(ax: Axes, fronts: Fronts, shown: Sequence[str], index: int, better: str) -> None:
     """An objective's metric against its share of the preference, averaged over what the others get and over seeds."""
     name = ""
-    for contender in shown:
+    for number, contender in enumerate(shown):
         front = next(iter(fronts[contender].values()))
         name = front.objectives[index]
         shares = front.preferences[:, index].round(9)
         values = np.mean([f.values[:, index] for f in fronts[contender].values()], axis=0)
         levels = np.unique(shares)
         heights = [values[shares == level].mean() for level in levels]
-        style = "-" if contender == longest(shown) else "--"
-        ax.plot(
-            levels,
-            heights,
-            style,
-            color=colour(contender, longest(shown)),
-            marker="o",
-            ms=3.2,
-            label=contender,
-        )
-    ax.set_xlabel(f"preference for {name}", fontsize=SMALL + 1)
-    ax.set_ylabel(f"{name} {metric}", fontsize=SMALL + 1)
+        ax.plot(levels, heights, **style(number, contender, shown))
+    ax.set_xlabel(f"preference for {name} (share of 1)", fontsize=SMALL + 1)
+    ax.set_ylabel(f"{name} {better}", fontsize=SMALL + 1)
+    seeds = _seeds(len(fronts[shown[0]]), "mean")
+    ax.set_title(f"{seeds}, mean over the other shares", fontsize=SMALL, color=GREY)
     _plain(ax)
-    if index == 0:
-        ax.legend(fontsize=SMALL - 1, frameon=False, loc="best")
 
 
 def _bars(ax: Axes, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row.contender for row in rows))[::-1]
+    digits = 3 if max(row.hypervolume for row in rows) < 100 else 0
     for place, name in enumerate(names):
         values = [row.hypervolume for row in rows if row.contender == name]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         height = statistics.mean(values)
         ax.barh(place, height, xerr=deviation or None, color=colour(name, longest(names)), height=0.72,
                 error_kw={"lw": 0.8, "ecolor": INK})  # fmt: skip
-        ax.text(height + deviation, place, f" {height:.3f}" if height < 100 else f" {height:.0f}", va="center",
+        ax.text(height + deviation, place, f" {height:.{digits}f}", va="center",
                 fontsize=SMALL - 1, color=INK)  # fmt: skip
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("hypervolume (mean ± sd over seeds)", fontsize=SMALL + 1)
-    ax.margins(x=0.16)
+    ax.set_yticks(range(len(names)), [in_words(name) for name in names])
+    ax.set_xlabel("hypervolume (higher is better)", fontsize=SMALL + 1)
+    ax.set_title(
+        _seeds(len({row.seed for row in rows}), "mean ± standard deviation"), fontsize=SMALL, color=GREY
+    )
+    ax.margins(x=0.18)
     _plain(ax)
     ax.grid(axis="y", visible=False)
+
+
+def _seeds(count: int, what: str, more: str = "") -> str:
+    return f"{what} of {count} seeds{more}" if count > 1 else "one seed"
 
 
 def ablation(changes: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Draw each setting's change of hypervolume: a dot for each seed, a bar for the mean."""
     names = sorted(changes, key=lambda name: statistics.mean(changes[name]))
-    figure = Figure(figsize=(7.2, 0.9 + 0.23 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8.2, 1.4 + 0.23 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     for place, name in enumerate(names):
@@ -160,26 +198,37 @@ def ablation(changes: Mapping[str, Sequence[float]], title: str, path: Path) -> 
         ax.plot(changes[name], [place] * len(changes[name]), ls="", marker="o", ms=3, color=INK)
     ax.axvline(0, color=INK, lw=0.8)
     every = [value for values in changes.values() for value in values]
-    low, high = min([0.0, *every]), max([0.0, *every])
-    cut = -2.5 * high
-    if high > 0 and low < cut:  # one harmful setting would hide all differences between the others
-        ax.set_xlim(cut, 1.12 * high)
-        for place, name in enumerate(names):
-            if min(changes[name]) < cut:
-                ax.text(
-                    cut,
-                    place,
-                    f" ← {statistics.mean(changes[name]):.3f}",
-                    va="center",
-                    fontsize=SMALL,
-                    color=INK,
-                )
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("change of hypervolume; dots are seeds", fontsize=SMALL + 1)
-    ax.set_title(title, fontsize=10, color=INK)
+    high, where = max(every), ""
+    if (
+        high > 0 and min(every) < -2.5 * high
+    ):  # one harmful setting would hide all differences between the others
+        step = 10.0 ** np.floor(np.log10(high))
+        linear = float(step * np.ceil(high / step))
+        ax.set_xscale("symlog", linthresh=linear, linscale=1.5)
+        ax.xaxis.set_major_locator(FixedLocator(_ticks(min(every), linear)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlim(left=1.4 * min(every))
+        where = f"; logarithmic below −{linear:g}"
+    labels = [re.sub(r"^ours\b", "our settings", name) for name in names]
+    ax.set_yticks(range(len(names)), labels)
+    ax.set_xlabel(f"change of hypervolume (higher is better){where}", fontsize=SMALL + 1)
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
     _plain(ax)
     ax.grid(axis="y", visible=False)
+    handles = [
+        Patch(color=OURS, alpha=0.55, label="mean over seeds, better than plain"),
+        Patch(color=THEIRS, alpha=0.55, label="mean over seeds, worse"),
+        Line2D([], [], ls="", marker="o", ms=3, color=INK, label="one seed"),
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=SMALL, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _ticks(low: float, linear: float) -> list[float]:
+    """Even ticks where the scale is linear, fourfold ones below."""
+    ticks = [-linear * 4.0**power for power in range(1, 6) if -linear * 4.0**power > low * 1.4]
+    return [*ticks[::-1], -linear, -linear / 2, 0.0, linear / 2, linear]
 
 
 def _plain(ax: Axes) -> None:

@@ -28,9 +28,9 @@ goes on where it was stopped.
   *spread*: extent of the front, as a share of the distance between the experts. *spacing*: Schott's, in metric units.
 - *trained numbers*: router parameters; for whole models those of one model. *learning s*: wall seconds; *peak MB*:
   memory in use during learning above what libraries and data hold. Every contender has a process of its own.
-- PWEMoE is its procedure with its own hyperparameters (1500 steps, Adam at 1e-2, constant start at 0.3, Dirichlet(1)
-  preferences) on this engine's arithmetic: its seconds are this engine's, not its own code's. *mlp* routes the MLPs and
-  merges the rest, a shared head too, at 0.3; *module* routes every module, which is kinder than the publication.
+- PWEMoE is its procedure (Adam at 1e-2, constant start at 0.3, Dirichlet(1) preferences) for 1500 steps on this
+  engine's arithmetic: its seconds are this engine's, not its own code's. *mlp* routes the MLPs and merges the rest, a
+  shared head too, at 0.3; *module* routes every module, which is kinder than the publication.
 - Task arithmetic, TIES and DARE (PEFT's, density 0.2) take the best of ten coefficients, chosen on the test data in
   their favour. *Dense scalarization* fine-tunes a whole model from the base for each of a few preferences: it does not
   share the experts, and is the bound to look at rather than a rival.
@@ -173,7 +173,7 @@ def ablation_section(name: str, data: Path, docs: Path) -> str:
             lines += [f"\n### {name}, {budget} steps\n", ablation.table(part), ""]
             continue
         picture = docs / f"ablation-{name}-{budget}.png"
-        plots.ablation(named, f"{name}, {budget} steps: change against plain", picture)
+        plots.ablation(named, f"{name}, {budget} steps: each setting against the plain one", picture)
         lines += [
             f"\n### {name}, {budget} steps\n",
             f"![Change of hypervolume by setting]({picture.name})\n",

@@ -1,9 +1,9 @@
-"""PWEMoE's published procedure, run on this engine, for comparison.
+"""PWEMoE's procedure, run on this engine, for comparison.
 
 Tang et al., arXiv 2406.09770, as their code runs it (fusion-bench, method pwe_moe): routers E -> 2E -> E with ReLU,
 all weights drawn with standard deviation 0.01 and the last bias at 0.3, whatever the preference; everything that is
-not routed merged at 0.3 for each expert; 1500 steps of linear scalarization at preferences from Dirichlet(1); Adam at
-learning rate 1e-2, on a cosine down to a tenth of it. The arithmetic is the engine's, the training procedure theirs.
+not routed merged at 0.3 for each expert; linear scalarization at preferences from Dirichlet(1), 1500 steps here; Adam
+at learning rate 1e-2, on a cosine down to a tenth of it. The arithmetic is the engine's, the training procedure theirs.
 """
 
 from __future__ import annotations

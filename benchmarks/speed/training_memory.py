@@ -298,40 +298,51 @@ def _ours(case: Case, name: str, folder: Path, batches: list[Tensor]) -> Train:
 
 
 def plot(path: Path = DATA / "training_memory.csv", picture: Path = PICTURE) -> None:
-    """Draw the latest run of the CSV file: memory and step time against E and against the model's size."""
+    """Draw the latest run of the CSV file: memory against E and against the model's size."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quick"] == "False"]
     rows = [row for row in rows if row["date"] == rows[-1]["date"]]
-    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    colours = {LS: "#444444", MERGED: "#0072B2", LAYERWISE: "#D55E00"}
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    looks = {LS: ("#444444", "s"), MERGED: ("#0072B2", "o"), LAYERWISE: ("#D55E00", "^")}
     series: tuple[tuple[str, str, Callable[[dict[str, int]], float]], ...] = (
-        ("bfloat16", "experts E, at GPT-2's size (bfloat16 deltas)", lambda numbers: numbers["E"]),
-        ("float32", "million parameters, at E = 2 (float32 deltas)", _million_parameters),
+        ("bfloat16", "number of experts (GPT-2, bfloat16 deltas)", lambda numbers: numbers["E"]),
+        ("float32", "million parameters (two experts, float32 deltas)", _million_parameters),
     )
-    for column, (deltas, label, place) in enumerate(series):
-        for line, colour in colours.items():
+    for axis, (deltas, label, place) in zip(axes, series, strict=True):
+        for line, (colour, marker) in looks.items():
             points: dict[str, dict[float, float]] = {quantity: {} for quantity in QUANTITIES}
             for row in rows:
                 numbers = {key: int(n) for key, n in re.findall(r"(\w+)=(\d+)(?: |$)", row["case"])}
                 if row["contender"] == line and row["case"].endswith(deltas):
                     points[row["quantity"]][place(numbers)] = float(row["median"])
-            memory, anonymous = points["above libraries"], points["anonymous"]
-            axes[0, column].plot(*_line(memory, 1e-3), color=colour, marker="o", label=line)
-            axes[0, column].plot(*_line(anonymous, 1e-3), color=colour, ls=":", marker=".")
-            axes[1, column].plot(*_line(points["step time"], 1e-3), color=colour, marker="o")
-        axes[0, column].set_ylabel("GB above libraries; dotted: anonymous")
-        axes[1, column].set_ylabel("seconds a step, E batches of 64 tokens")
-        for axis in axes[:, column]:
-            axis.set_xlabel(label)
-            axis.set_ylim(bottom=0)
-            axis.margins(y=0.1)
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_xticks([2, 4, 8, 16])
-    axes[0, 1].legend(frameon=False, loc="upper left")
+            axis.plot(*_line(points["above libraries"], 1e-3), color=colour, marker=marker)
+            axis.plot(
+                *_line(points["anonymous"], 1e-3), color=colour, ls=":", marker=marker, ms=4, mfc="white"
+            )
+        axis.set_xlabel(label)
+        axis.set_ylabel("peak memory in GB (lower is better)")
+        axis.set_ylim(bottom=0)
+        axis.margins(y=0.1)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xticks([2, 4, 8, 16])
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=line) for line, (colour, marker) in looks.items()
+    ]
+    handles += [
+        Line2D([], [], color="#444444", label="above what libraries hold"),
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            ls=":",
+            label="of it not backed by a file (a mapped store's pages can be dropped)",
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(picture, dpi=140, facecolor="white")
 
 

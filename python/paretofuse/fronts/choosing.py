@@ -49,12 +49,11 @@ def choose(
                 )
             inside &= within
     if not inside.any():
-        bounds = ", ".join(
-            [*(f"{n} <= {b:g}" for n, b in at_most.items()), *(f"{n} >= {b:g}" for n, b in at_least.items())]
-        )
+        upper = [f"{name} <= {bound:g}" for name, bound in at_most.items()]
+        lower = [f"{name} >= {bound:g}" for name, bound in at_least.items()]
         raise ValueError(
-            f"got the bounds {bounds}, and no point of the front keeps all of them at once; loosen one, or sweep more "
-            "preferences"
+            f"got the bounds {', '.join(upper + lower)}, and no point of the front keeps all of them at once; "
+            "loosen one, or sweep more preferences"
         )
     rows = np.flatnonzero(inside)
     goods = front.values * np.where(front.directions, 1.0, -1.0)

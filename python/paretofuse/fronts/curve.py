@@ -33,7 +33,7 @@ def draw(
     share, kept = share[order], front.non_dominated()[order]
     scale = ScalarMappable(Normalize(0.0, 1.0), colormaps["viridis"])
     colours = scale.to_rgba(share)
-    middle = scale.to_rgba(0.5)
+    middle = colormaps["viridis"](0.5)
 
     handles = [
         Line2D([], [], color="#bbbbbb", lw=2.2, marker="o", ms=7, mfc=middle, mec="white", label=label)

@@ -51,7 +51,8 @@ def draw(front: Front, points: Mapping[str, np.ndarray], others: Mapping[str, Fr
         every = np.append(every, [point[column] for point in points.values()])
         low, high = float(every.min()), float(every.max())
         shades = colormaps["viridis"] if larger else colormaps["viridis_r"]
-        norm = Normalize(low, high if high > low else low + 1.0)
+        high = high if high > low else low + 1.0
+        norm = Normalize(low, high)
         for row, (title, one) in enumerate(shown.items()):
             ax = grid[row, column]
             _triangle(ax, one, column, shades, norm, corners)
@@ -77,7 +78,7 @@ def draw(front: Front, points: Mapping[str, np.ndarray], others: Mapping[str, Fr
         for number, point in enumerate(
             points.values()
         ):  # a row of its own for each, so that none hides another
-            at = (float(point[column]) - norm.vmin) / (norm.vmax - norm.vmin)
+            at = (float(point[column]) - low) / (high - low)
             top = 1.0 + (number + 0.7) * _LINE / 0.12
             bar.ax.plot([at, at], [0, top], color=INK, lw=0.7, transform=bar.ax.transAxes, clip_on=False)
             mark = {**model_mark(number), "ms": 5}
