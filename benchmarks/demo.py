@@ -192,7 +192,7 @@ class Demo:
             tried.append((first * second, first, second, tenths / 10))
         volume, first, second, coefficient = max(tried)
         self.rows.append(Row(f"task arithmetic, best of 10 ({coefficient:g})", first, second, volume))
-        self.points["task arithmetic"] = first, second
+        self.points["task arithmetic, best of 10 coefficients"] = first, second
 
     def add_front(
         self,
@@ -323,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demo.add_model(f"expert {name}", expert, f"expert {name}")
     start = pf.stack(base, experts, route="tensor")
     half = torch.full((len(start.groups), 2), 0.5)
-    demo.add_model("plain average of the experts", start.merge(weights=half), "average")
+    demo.add_model("plain average of the experts", start.merge(weights=half), "plain average of the experts")
     demo.add_task_arithmetic(start)
     demo.add_front("straight line between the experts", start)
     if plan.short_steps != plan.steps:
@@ -364,9 +364,11 @@ def write(demo: Demo, front: pf.Front, label: str, out: Path) -> None:
             seconds = row.seconds or ("", "")
             writer.writerow([label, row.name, row.first, row.second, row.hypervolume, row.steps, *seconds])
     front.to_csv(out / "front.csv")
+    for name, other in demo.fronts.items():
+        other.to_csv(out / "fronts" / f"{name.replace(' ', '-').replace(',', '')}.csv")
     shown = {name: other for name, other in demo.fronts.items() if not name.startswith("ours")}
-    title = f"Coloured: ours, {demo.plan.steps} steps\n{label}"
-    front.plot(out / "front.png", points=demo.points, others=shown, title=title)
+    ours = f"ParetoFuse, {demo.plan.steps} steps"
+    front.plot(out / "front.png", points=demo.points, others=shown, label=ours, title=label)
 
 
 if __name__ == "__main__":

@@ -329,8 +329,14 @@ def plot(path: Path = DATA / "training_memory.csv", picture: Path = PICTURE) -> 
         axis.margins(y=0.1)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_xticks([2, 4, 8, 16])
+    words = {
+        LS: "all weights trained by Adam",
+        MERGED: "ParetoFuse, merged",
+        LAYERWISE: "ParetoFuse, layer by layer",
+    }
     handles = [
-        Line2D([], [], color=colour, marker=marker, label=line) for line, (colour, marker) in looks.items()
+        Line2D([], [], color=colour, marker=marker, label=words[line])
+        for line, (colour, marker) in looks.items()
     ]
     handles += [
         Line2D([], [], color="#444444", label="above what libraries hold"),

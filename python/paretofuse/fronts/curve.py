@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def size(front: Front) -> tuple[float, float]:
     """Width and height in inches."""
-    return 6.4, 5.2
+    return 6.4, 4.6
 
 
 def draw(

@@ -27,7 +27,7 @@ _WIDEST = 17.0  # inches
 
 def size(front: Front) -> tuple[float, float]:
     """Width and height in inches."""
-    return min(1.2 + 1.5 * len(front.metrics), _WIDEST), 5.4
+    return min(1.2 + 1.5 * len(front.metrics), _WIDEST), 4.6
 
 
 def draw(

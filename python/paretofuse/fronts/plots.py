@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from paretofuse.fronts import curve, parallel, ternary
-from paretofuse.fronts.style import INK, legend_below, new_figure
+from paretofuse.fronts.style import INK, legend_below, new_figure, wrapped
 
 if TYPE_CHECKING:
     from paretofuse.fronts.front import Front
@@ -79,7 +79,8 @@ def plot_front(
         legend_below(figure if ax is None else axes, handles, width)
     if title:
         if ax is None:
-            figure.suptitle(title, fontsize=11, color=INK, x=0.02, ha="left")
+            lines = (wrapped(line, 0.75 * figure.get_figwidth()) for line in title.splitlines())
+            figure.suptitle("\n".join(lines), fontsize=11, color=INK, x=0.02, ha="left")
         else:
             ax.set_title(title, loc="left", fontsize=11, color=INK)
     if path is not None:

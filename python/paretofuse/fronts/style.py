@@ -17,11 +17,13 @@ from matplotlib.lines import Line2D
 INK, GREY, PALE = "#222222", "#777777", "#dddddd"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A900", "#444444")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-MARKERS = "Ds^vPX<>ph"
+MARKERS = "Ds^v<>Xph8"
 SMALL = 8.5
 
-_INCHES = 0.068
-"""The width of a letter of size SMALL, for line breaks: text is laid out for it, not measured."""
+_LETTER = 0.062
+"""Inches of a letter of size SMALL, on average: lines are broken and columns counted by it, not measured."""
+_LINE = 0.19
+"""Inches of a line of the legend."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -33,7 +35,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def wrapped(text: str, inches: float, lines: int = 3) -> str:
     """Text broken into at most so many lines of a width; what does not fit ends in an ellipsis."""
-    width = max(6, int(inches / _INCHES))
+    width = max(6, int(0.92 * inches / _LETTER))
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …") or [text])
 
 
@@ -54,13 +56,17 @@ def model_mark(number: int) -> dict[str, Any]:
 
 
 def legend_below(place: Figure | Axes, handles: Sequence[Line2D], inches: float) -> None:
-    """One legend for everything, under what is drawn, in as many columns as fit into the width."""
+    """One legend for everything, under what is drawn, in as many columns as fit into the width.
+
+    A figure of ours grows by the legend's lines; axes of the user's own figure get it below them.
+    """
     if not handles:
         return
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(4, len(handles), int(inches / (longest * _INCHES + 0.65))))
+    columns = max(1, min(4, len(handles), int(inches / (longest * _LETTER + 0.6))))
     style: dict[str, Any] = {"fontsize": SMALL, "frameon": False, "ncols": columns, "labelcolor": INK}
     if isinstance(place, Figure):
+        place.set_figheight(place.get_figheight() + _LINE * -(-len(handles) // columns))
         place.legend(handles=handles, loc="outside lower left", **style)
     else:
         place.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.24), **style)

@@ -41,8 +41,7 @@ def draw(front: Front, points: Mapping[str, np.ndarray], others: Mapping[str, Fr
     corners = _corner_texts(front)
     above, below = _room(corners)
     row_height = _UNIT * (_CORNERS[2, 1] + above + below)
-    rest = 0.9 + _LINE * (2 + len(points)) / min(metrics, 3)  # title, metrics' names, legend
-    figure = new_figure(_PANEL * metrics, row_height * len(shown) + scale_height + rest)
+    figure = new_figure(_PANEL * metrics, row_height * len(shown) + scale_height + 0.9)  # the rest: titles
     heights = [row_height] * len(shown) + [scale_height]
     grid = figure.subplots(len(shown) + 1, metrics, squeeze=False, height_ratios=heights)
     for column, name in enumerate(front.metrics):
