@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import paretofuse as pf
 from tests.support.models import perturbed, tiny_gpt2
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +24,61 @@ def loss(module: nn.Module, batch: Tensor) -> Tensor:
     return result
 
 
+def python_blocks() -> list[str]:
+    """The twelve lines, and tasks.py."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
+def tokenizer() -> Any:
+    """A word a token, w0 to w99."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(101)}, unk_token="w100"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w100")
+
+
+@pytest.mark.slow
+def test_the_shell_lines(tmp_path: Path) -> None:
+    """They stack, train, sweep and merge: the headline, in a directory with what they name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (paretofuse \S.*)$", text, re.M)
+    assert [line.split()[1] for line in lines] == ["stack", "fit", "sweep", "merge"]
+    _, tasks = python_blocks()
+    (tmp_path / "tasks.py").write_text(tasks, encoding="utf-8")
+    base = tiny_gpt2()
+    for seed, name in enumerate(("base", "news", "poems")):
+        perturbed(base, seed, 0.02).save_pretrained(tmp_path / f"gpt2-{name}")
+        tokenizer().save_pretrained(tmp_path / f"gpt2-{name}")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("news", "poems", "news-test", "poems-test"):
+        numbers = torch.randint(0, 100, (70,), generator=generator).tolist()
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{number}" for number in numbers), encoding="utf-8")
+    program = tmp_path / "bin" / "paretofuse"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m paretofuse "$@"\n')
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-e", "-c", "\n".join(lines)], cwd=tmp_path, env={**os.environ, "PATH": path},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    assert len(pf.Front.from_csv(tmp_path / "front.csv")) == 11
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    engine = pf.load(tmp_path / "both.pareto")
+    assert not torch.allclose(engine.routers([0.7, 0.3]), torch.tensor([0.7, 0.3]))  # trained
+    merged = type(base).from_pretrained(tmp_path / "gpt2-merged")
+    expected = engine.merge({"news": 0.7, "poems": 0.3}).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+
+
 def test_the_twelve_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    block, _ = python_blocks()
     assert len([line for line in block.splitlines() if line.strip()]) == 12
     monkeypatch.chdir(tmp_path)
     base = tiny_gpt2()
