@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from paretofuse.engine.training.fit import fit
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
-    from paretofuse.fronts.front import Front, sweep
+    from paretofuse.fronts.front import Front
+    from paretofuse.fronts.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "layered_grid": "paretofuse.engine.routing.sampling",
     "sample_preferences": "paretofuse.engine.routing.sampling",
     "Front": "paretofuse.fronts.front",
-    "sweep": "paretofuse.fronts.front",
+    "sweep": "paretofuse.fronts.sweep",
 }
 
 __all__ = [

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 import paretofuse
 from paretofuse.cli import completion, doctor, export, fit, info, merge, stack, sweep
-from paretofuse.cli.running import Result
+from paretofuse.cli.running import Result, in_options
 
 COMMANDS: dict[str, Any] = {
     "stack": stack,
@@ -146,25 +145,12 @@ def _silence() -> None:
 
 
 def _message(error: Exception) -> str:
+    return "; ".join([_plain_message(error), *getattr(error, "__notes__", ())])
+
+
+def _plain_message(error: Exception) -> str:
     if isinstance(error, ValueError | ImportError) and str(error):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error} (--traceback shows where)"
-
-
-def in_options(message: str, names: Sequence[str] | dict[str, Any]) -> str:
-    """A message about Python's arguments in the words of the command line: "dtype=torch.float16" is "--dtype float16".
-
-    Args:
-        message: what a function of the library raised.
-        names: the command's options, named as the library names its arguments.
-    """
-    known = "|".join(sorted(names, key=len, reverse=True))
-
-    def option(match: re.Match[str]) -> str:
-        value = re.sub(r"torch\.|[\[\]'\"]", "", match["value"])
-        return f"--{match['name'].replace('_', '-')} {value}".rstrip()
-
-    message = re.sub(r"(?P<module>=) to pf\.\w+", r"\g<module>", message)
-    return re.sub(rf"\b(?P<name>{known})s?=(?P<value>\[[^\]]*\]|'[^']*'|[^\s,;:)]*)", option, message)

@@ -1,11 +1,12 @@
-"""What commands share while they run: entry points, threads, progress bars, sizes in words."""
+"""What commands share while they run: entry points, threads, progress bars, sizes and messages in their words."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -86,3 +87,24 @@ def size(nbytes: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} GB"
+
+
+def in_options(message: str, names: Iterable[str]) -> str:
+    """A message about Python's arguments in the words of the command line: "dtype=torch.float16" is "--dtype float16".
+
+    Args:
+        message: what a function of the library raised.
+        names: the command's options, named as the library names its arguments.
+    """
+    known = "|".join(sorted({*names, "out"}, key=len, reverse=True))
+
+    def option(match: re.Match[str]) -> str:
+        value = re.sub(r"torch\.|[\[\]'\"]", "", match["value"])
+        name = "output" if match["name"] == "out" else match["name"].replace("_", "-")
+        return f"--{name} {value}".rstrip()
+
+    message = message.replace("maximize=False", "--minimize").replace(
+        "pass maximize=True", "leave --minimize out"
+    )
+    message = re.sub(r"= to pf\.\w+", "=", message)
+    return re.sub(rf"\b(?P<name>{known})s?=(?P<value>\[[^\]]*\]|'[^']*'|[^\s,;:)]*)", option, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +19,7 @@ from paretofuse.cli.options import (
     count,
     named_numbers,
 )
-from paretofuse.cli.running import Result, entry_point, shows_progress, use_threads
+from paretofuse.cli.running import Result, entry_point, in_options, shows_progress, use_threads
 
 SUMMARY = "evaluate the merged models of evenly spaced preferences"
 EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front.csv --plot front.png"
@@ -66,6 +67,9 @@ def run(options: argparse.Namespace) -> Result:
         plots.check_path(options.plot)
         prepare_file(options.plot)
     use_threads(options)
+    logging.getLogger("paretofuse").addHandler(
+        logging.NullHandler()
+    )  # what it would log is printed as a note below
     engine = paretofuse.load(options.store, device=options.device, module=module)
 
     def check(metrics: tuple[str, ...]) -> None:
@@ -85,17 +89,18 @@ def run(options: argparse.Namespace) -> Result:
     )
     if options.plot:
         front.plot(options.plot)
+    notes = [in_options(note, vars(options)) for note in front.notes]
     document: dict[str, Any] = {
         "objectives": list(front.objectives),
         "metrics": list(front.metrics),
         "preferences": front.preferences.tolist(),
         "values": front.values.tolist(),
         "non_dominated": front.non_dominated().tolist(),
-        "notes": list(front.notes),
+        "notes": notes,
         "csv": options.output,
         "plot": options.plot,
     }
-    lines = [f"note: {note}" for note in front.notes]
+    lines = [f"note: {note}" for note in notes]
     lines.append(
         f"{options.output}: {len(front)} preferences, {int(front.non_dominated().sum())} not dominated"
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,24 +14,18 @@ import numpy as np
 
 from paretofuse.engine.evaluation import indicators
 from paretofuse.engine.evaluation.arguments import (
-    Maximize,
     Point,
-    check_function,
     directions,
-    plain_maximize,
     reference_point,
 )
 from paretofuse.engine.evaluation.wrong_directions import against_preferences
-from paretofuse.engine.routing.preference import as_preference, simplex_grid
 from paretofuse.fronts import choosing, table
 from paretofuse.fronts.choosing import Choice
-from paretofuse.outputs import prepare_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from paretofuse.engine.evaluation.sweep import Evaluate, Switchable
 
 _CSV_KINDS = ("preference", "maximize", "minimize")
 
@@ -313,112 +306,6 @@ class Front:
                 "Front.plot needs matplotlib, which is not installed; pip install 'paretofuse[plot]'"
             ) from error
         return plots.plot_front(self, path, ax=ax, points=points, others=others, label=label, title=title)
-
-
-def sweep(
-    engine: Switchable,
-    evaluate: Evaluate,
-    preferences: Sequence[Any] | np.ndarray | None = None,
-    *,
-    maximize: Maximize = True,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    on_metrics: Callable[[tuple[str, ...]], object] | None = None,
-) -> Front:
-    """Merge and evaluate a model for each preference.
-
-    Metrics that get worse as their objective's preference grows are logged as a warning (logger "paretofuse") and stay
-    in the front's `notes`: `maximize` is probably wrong.
-
-    Args:
-        engine: the engine; switched in place, and left at the last preference.
-        evaluate: called with the live module in eval mode, without gradients; returns its metrics as a dict
-            of numbers by name, or as a sequence of numbers (one for each objective, in order).
-        preferences: [P, E], or a sequence of preferences in any form; a grid of the simplex if None
-            (11 points for 2 objectives).
-        maximize: whether larger metrics are better (accuracy), True as everywhere, or smaller ones (loss); for each
-            metric if they differ, in order or by name.
-        out: a CSV file for the front, as by `Front.to_csv`; an earlier front there is replaced at the end. Until then
-            each row is kept as it comes in a file beside it (front.partial.csv for front.csv): after an interruption or
-            an error the same call goes on there, and evaluates again only what the engine merges differently now.
-        progress: show a progress bar where stderr is a terminal.
-        on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
-
-    Raises:
-        ValueError: a preference is invalid, or `out` is there and no front (both before anything is evaluated),
-            `maximize` does not fit the metrics (after the first evaluation), or a metric is not finite.
-        TypeError: `engine` is none, `evaluate` is no function, `maximize` holds something else than booleans (before
-            anything is evaluated), or `evaluate` returned no numbers.
-        OSError: `out` cannot be written (before anything is evaluated).
-    """
-    # The only part of this file that needs torch.
-    from paretofuse.engine.distributed import rank_and_size
-    from paretofuse.engine.evaluation.kept_rows import KeptRows
-    from paretofuse.engine.evaluation.sweep import evaluate_preferences
-
-    if not all(hasattr(engine, name) for name in ("objectives", "module", "switch")):
-        raise TypeError(
-            f"got {type(engine).__name__} to sweep, expected an engine that pf.stack or pf.load made"
-        )
-    check_function("evaluate", evaluate, "evaluate(module) that returns metrics")
-    plain_maximize(maximize)
-    objectives = tuple(engine.objectives)
-    grid = default_preferences(len(objectives)) if preferences is None else _grid(preferences, objectives)
-    kept = None
-    if out is not None:
-        _check_replaceable(Path(out))
-        kept = KeptRows(Path(out), objectives)
-
-    def check(metrics: tuple[str, ...]) -> None:
-        directions(maximize, metrics)
-        if on_metrics is not None:
-            on_metrics(metrics)
-
-    try:
-        values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check, kept)
-    except BaseException as error:
-        if kept is not None and kept.path.exists() and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"the rows until then are kept in {kept.path}; the same sweep goes on from there")
-        raise
-    front = Front(grid, values, objectives, metrics, directions(maximize, metrics))
-    if kept is not None and out is not None and rank_and_size()[0] == 0:
-        front.to_csv(out)
-        kept.finish()
-    if rank_and_size()[0] == 0:
-        for note in front.notes:
-            logging.getLogger("paretofuse").warning("sweep: %s", note)
-    return front
-
-
-def _grid(preferences: Sequence[Any] | np.ndarray, objectives: tuple[str, ...]) -> np.ndarray:
-    """Preferences in any form as [P, E] float64."""
-    if not hasattr(preferences, "__len__"):
-        raise TypeError(
-            f"got preferences={preferences!r}, expected a sequence of them, such as pf.simplex_grid(E, points)"
-        )
-    grid = np.array([as_preference(row, objectives) for row in preferences], dtype=np.float64)
-    if len(grid) == 0:
-        raise ValueError("got no preferences, expected at least one; leave them out for a default grid")
-    return grid
-
-
-def _check_replaceable(out: Path) -> None:
-    """A sweep writes over a front, and over nothing else; whether it can is tried before the long work."""
-    prepare_file(out)
-    if out.exists() and out.stat().st_size > 0:
-        try:
-            Front.from_csv(out)
-        except ValueError as error:
-            raise ValueError(
-                f"got out={str(out)!r}, which is there already and is no front; give another name, or move the file "
-                "away"
-            ) from error
-
-
-def default_preferences(objectives: int) -> np.ndarray:
-    """A grid of the simplex that is quick enough to sweep: [P, E]; 11 rows for E = 2, 136 for E = 16."""
-    points = {2: 11, 3: 8, 4: 5, 5: 4}.get(objectives, 3)
-    return np.asarray(simplex_grid(objectives, points), dtype=np.float64)
 
 
 def _table(what: str, given: Any, width: int, of: str) -> np.ndarray:

@@ -424,3 +424,31 @@ def test_a_trained_store_is_replaced_only_by_force(
     assert call(capsys, *command, "--force")[0] == 0
     info = json.loads(call(capsys, "info", tmp_path / "s", "--json")[1])
     assert (info["trained"], info["training"]) == (False, None)
+
+
+def test_sweep_says_where_metrics_run_against_their_preferences(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sweep_folder(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+    usual = [
+        "sweep",
+        "s",
+        "--module",
+        "evaluation:build",
+        "--evaluate",
+        "evaluation:Results.norms",
+        "-o",
+        "f.csv",
+    ]
+    outputs = [
+        call(capsys, *usual),
+        call(capsys, *usual, "--minimize"),
+    ]  # one of the two is the wrong direction
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+    assert [(code, err) for code, _, err in outputs] == [(0, ""), (0, "")]
+    said = [out for _, out, _ in outputs if out.startswith("note: the metrics of")]
+    assert len(said) == 1
+    assert "--minimize" in said[0]
+    assert "maximize=" not in said[0]

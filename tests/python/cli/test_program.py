@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from paretofuse.cli import main
-from paretofuse.cli.program import COMMANDS, in_options
+from paretofuse.cli.program import COMMANDS
+from paretofuse.cli.running import in_options
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -94,6 +95,9 @@ def test_interruption_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: p
         ("got log='a b.csv', which", "got --log a b.csv, which"),
         ("got steps=0, expected", "got --steps 0, expected"),
         ("got preferences_per_step=-1, expected", "got --preferences-per-step -1, expected"),
+        ("got out='f.csv', which is there", "got --output f.csv, which is there"),
+        ("is better, pass maximize=False; else", "is better, pass --minimize; else"),
+        ("is better, pass maximize=True; else", "is better, leave --minimize out; else"),
         ("a safe_serialization=True b", "a safe_serialization=True b"),
         ("nothing to say", "nothing to say"),
     ],

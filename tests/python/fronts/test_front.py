@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretofuse.engine.routing.preference import simplex_grid
-from paretofuse.fronts.front import Front, default_preferences, sweep
+from paretofuse.fronts.front import Front
+from paretofuse.fronts.sweep import default_preferences, sweep
 
 NAMES = ("cola", "sst2", "mnli", "qqp", "rte")
 
