@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -42,53 +43,82 @@ pf::DType dtype(std::uint8_t code) {
   return static_cast<pf::DType>(code);
 }
 
-pf::MergePlan make_plan(const Array<std::uint64_t>& base, const Array<std::uint64_t>& deltas,
-                        const Array<std::int64_t>& lengths, const Array<std::int64_t>& rows,
-                        const Array<std::uint8_t>& dtypes, std::int64_t experts, std::int64_t row_count) {
+// Planes [.., count] in five arrays of one shape.
+struct Planes {
+  Array<std::uint64_t> values;
+  Array<std::uint64_t> factors;
+  Array<std::int64_t> sizes;
+  Array<std::uint8_t> formats;
+  Array<std::uint8_t> dtypes;
+
+  std::vector<pf::Plane> list(const std::vector<std::int64_t>& shape) const {
+    check_shape("values", values, shape);
+    check_shape("factors", factors, shape);
+    check_shape("sizes", sizes, shape);
+    check_shape("formats", formats, shape);
+    check_shape("plane dtypes", dtypes, shape);
+    std::vector<pf::Plane> planes;
+    for (py::ssize_t i = 0; i < values.size(); ++i) {
+      planes.push_back({pointer(values.data()[i]), pointer(factors.data()[i]), sizes.data()[i],
+                        static_cast<pf::Format>(formats.data()[i]), dtype(dtypes.data()[i])});
+    }
+    return planes;
+  }
+};
+
+pf::MergePlan make_plan(const Array<std::uint64_t>& base, const Array<std::int64_t>& lengths,
+                        const Array<std::int64_t>& rows, const Array<std::int64_t>& columns,
+                        const Array<std::uint8_t>& dtypes, const Planes& planes, std::int64_t plane_count,
+                        std::int64_t row_count) {
   const auto count = static_cast<std::int64_t>(base.size());
   check_shape("base", base, {count});
-  check_shape("deltas", deltas, {count, experts});
   check_shape("lengths", lengths, {count});
   check_shape("rows", rows, {count});
-  check_shape("dtypes", dtypes, {count, 3});
+  check_shape("columns", columns, {count});
+  check_shape("dtypes", dtypes, {count, 2});
   std::vector<pf::Segment> segments;
   for (py::ssize_t s = 0; s < count; ++s) {
-    segments.push_back({pointer(base.at(s)), lengths.at(s), rows.at(s), dtype(dtypes.at(s, 0)),
-                        dtype(dtypes.at(s, 1)), dtype(dtypes.at(s, 2))});
+    segments.push_back({pointer(base.at(s)), lengths.at(s), rows.at(s), columns.at(s), dtype(dtypes.at(s, 0)),
+                        dtype(dtypes.at(s, 1))});
   }
-  std::vector<const void*> addresses;
-  for (py::ssize_t s = 0; s < count; ++s) {
-    for (py::ssize_t e = 0; e < experts; ++e) addresses.push_back(pointer(deltas.at(s, e)));
-  }
-  return pf::MergePlan(std::move(segments), std::move(addresses), experts, row_count);
+  return pf::MergePlan(std::move(segments), planes.list({count, plane_count}), plane_count, row_count);
 }
 
 const char* run_plan(const pf::MergePlan& plan, const Array<float>& weights, const Array<std::uint64_t>& out,
-                     int threads, const std::string& isa) {
+                     const std::optional<Array<std::uint64_t>>& row_weights, int threads,
+                     const std::string& isa) {
   const std::int64_t preferences = weights.ndim() > 0 ? weights.shape(0) : 0;
-  check_shape("weights", weights, {preferences, plan.row_count(), plan.experts()});
+  check_shape("weights", weights, {preferences, plan.row_count(), plan.plane_count()});
   check_shape("out", out, {preferences, plan.segment_count()});
+  if (row_weights) check_shape("row_weights", *row_weights, {preferences, plan.segment_count()});
   std::vector<void*> targets;
-  for (py::ssize_t k = 0; k < preferences; ++k) {
-    for (py::ssize_t s = 0; s < plan.segment_count(); ++s) targets.push_back(pointer(out.at(k, s)));
+  std::vector<const float*> rows;
+  for (py::ssize_t i = 0; i < out.size(); ++i) {
+    targets.push_back(pointer(out.data()[i]));
+    if (row_weights) rows.push_back(static_cast<const float*>(pointer(row_weights->data()[i])));
   }
   const py::gil_scoped_release unlocked;
-  return plan.run(weights.data(), preferences, targets.data(), threads, isa);
+  return plan.run(weights.data(), preferences, targets.data(), threads, isa,
+                  row_weights ? rows.data() : nullptr);
 }
 
-Array<double> inner(std::uint64_t grad, const Array<std::uint64_t>& deltas, std::int64_t length,
-                    std::uint8_t grad_dtype, std::uint8_t delta_dtype, int threads, const std::string& isa) {
-  check_shape("deltas", deltas, {static_cast<std::int64_t>(deltas.size())});
-  std::vector<const void*> addresses;
-  for (py::ssize_t e = 0; e < deltas.size(); ++e) addresses.push_back(pointer(deltas.at(e)));
-  Array<double> result(deltas.size());
+Array<double> inner(std::uint64_t grad, const Planes& planes, std::int64_t length, std::int64_t columns,
+                    bool by_row, std::uint8_t grad_dtype, int threads, const std::string& isa) {
+  const std::vector<pf::Plane> list = planes.list({static_cast<std::int64_t>(planes.values.size())});
+  const auto count = static_cast<std::int64_t>(list.size());
+  std::vector<py::ssize_t> shape{count};
+  if (by_row) {
+    if (columns < 1)
+      throw std::invalid_argument("columns: got " + std::to_string(columns) + ", expected 1 or more");
+    shape.push_back(length / columns);
+  }
+  Array<double> result(shape);
   const pf::DType grad_type = dtype(grad_dtype);
-  const pf::DType delta_type = dtype(delta_dtype);
   double* sums = result.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    pf::inner(pointer(grad), grad_type, addresses.data(), delta_type,
-              static_cast<std::int64_t>(addresses.size()), length, sums, threads, isa);
+    const auto reduce = by_row ? pf::inner_rows : pf::inner;
+    reduce(pointer(grad), grad_type, list.data(), count, length, columns, sums, threads, isa);
   }
   return result;
 }
@@ -108,14 +138,22 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "ParetoFuse's C++ core. Call it through paretofuse.engine.native.";
+  py::class_<Planes>(m, "Planes")
+      .def(py::init([](Array<std::uint64_t> values, Array<std::uint64_t> factors, Array<std::int64_t> sizes,
+                       Array<std::uint8_t> formats, Array<std::uint8_t> dtypes) {
+             return Planes{std::move(values), std::move(factors), std::move(sizes), std::move(formats),
+                           std::move(dtypes)};
+           }),
+           py::kw_only(), py::arg("values").noconvert(), py::arg("factors").noconvert(),
+           py::arg("sizes").noconvert(), py::arg("formats").noconvert(), py::arg("dtypes").noconvert());
   py::class_<pf::MergePlan>(m, "MergePlan")
-      .def(py::init(&make_plan), py::kw_only(), py::arg("base").noconvert(), py::arg("deltas").noconvert(),
-           py::arg("lengths").noconvert(), py::arg("rows").noconvert(), py::arg("dtypes").noconvert(),
-           py::arg("experts"), py::arg("row_count"))
+      .def(py::init(&make_plan), py::kw_only(), py::arg("base").noconvert(), py::arg("lengths").noconvert(),
+           py::arg("rows").noconvert(), py::arg("columns").noconvert(), py::arg("dtypes").noconvert(),
+           py::arg("planes"), py::arg("plane_count"), py::arg("row_count"))
       .def("run", &run_plan, py::arg("weights").noconvert(), py::arg("out").noconvert(), py::kw_only(),
-           py::arg("threads"), py::arg("isa"));
-  m.def("inner", &inner, py::arg("grad"), py::arg("deltas").noconvert(), py::arg("length"), py::kw_only(),
-        py::arg("grad_dtype"), py::arg("delta_dtype"), py::arg("threads"), py::arg("isa"));
+           py::arg("row_weights").noconvert(), py::arg("threads"), py::arg("isa"));
+  m.def("inner", &inner, py::arg("grad"), py::arg("planes"), py::arg("length"), py::kw_only(),
+        py::arg("columns"), py::arg("by_row"), py::arg("grad_dtype"), py::arg("threads"), py::arg("isa"));
   m.def("copy", &copy, py::arg("dst"), py::arg("src"), py::arg("nbytes"), py::kw_only(), py::arg("threads"),
         py::arg("isa"));
   m.def("instruction_sets", &instruction_sets);

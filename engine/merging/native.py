@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from paretofuse.engine.planes.memory import Memory
+
 try:
     from paretofuse import _C
 except ImportError as error:
@@ -27,6 +29,7 @@ except ImportError as error:
     ) from error
 
 _DTYPE_CODES = {"F32": 0, "BF16": 1, "F16": 2}
+_FORMAT_CODES = {"dense": 0, "int8": 1, "int4": 2, "lowrank": 3}
 
 
 class MergePlan:
@@ -34,61 +37,62 @@ class MergePlan:
 
     Args:
         base: address of each of the S base tensors.
-        deltas: for each tensor the addresses of its E deltas; 0 where the expert leaves the tensor unchanged.
+        planes: for each tensor its P planes, of any formats; None where an expert leaves it unchanged.
         lengths: elements of each tensor.
         rows: row of the weights that each tensor takes.
-        base_dtypes: "F32", "BF16" or "F16" for each tensor, and so on in any mix.
-        delta_dtypes: dtype of each tensor's deltas.
+        base_dtypes: "F32", "BF16" or "F16" for each tensor.
         out_dtypes: dtype of each merged tensor.
-        experts: E.
+        plane_count: P.
         row_count: rows of the weights.
+        columns: elements of each tensor's own rows, for low-rank planes and row coefficients; None where a tensor
+            has neither.
 
     Raises:
-        ValueError: lists of different lengths, an unknown dtype, a row out of range, a null base.
+        ValueError: lists of different lengths, an unknown dtype or format, a row out of range, a null base, groups or
+            ranks that do not fit.
     """
 
     def __init__(
         self,
         *,
         base: Sequence[int],
-        deltas: Sequence[Sequence[int]],
+        planes: Sequence[Sequence[Memory | None]],
         lengths: Sequence[int],
         rows: Sequence[int],
         base_dtypes: Sequence[str],
-        delta_dtypes: Sequence[str],
         out_dtypes: Sequence[str],
-        experts: int,
+        plane_count: int,
         row_count: int,
+        columns: Sequence[int] | None = None,
     ) -> None:
         count = len(base)
+        columns = lengths if columns is None else columns
         for name, values in (
-            ("deltas", deltas),
+            ("planes", planes),
             ("lengths", lengths),
             ("rows", rows),
+            ("columns", columns),
             ("base_dtypes", base_dtypes),
-            ("delta_dtypes", delta_dtypes),
             ("out_dtypes", out_dtypes),
         ):
             if len(values) != count:
                 raise ValueError(
                     f"{name}: got {len(values)} entries, expected {count}, one for each base tensor"
                 )
-        for s, row in enumerate(deltas):
-            if len(row) != experts:
-                raise ValueError(
-                    f"deltas: got {len(row)} addresses for tensor {s}, expected {experts} (experts)"
-                )
-        dtypes = zip(base_dtypes, delta_dtypes, out_dtypes, strict=True)
-        codes = [[_dtype_code(dtype) for dtype in trio] for trio in dtypes]
-        self._shape = (row_count, experts)
+        for s, row in enumerate(planes):
+            if len(row) != plane_count:
+                raise ValueError(f"planes: got {len(row)} for tensor {s}, expected {plane_count}")
+        codes = [[_dtype_code(dtype) for dtype in pair] for pair in zip(base_dtypes, out_dtypes, strict=True)]
+        self._shape = (row_count, plane_count)
         self._count = count
         self._plan = _C.MergePlan(
             base=np.asarray(base, np.uint64),
-            deltas=np.asarray(deltas, np.uint64).reshape(count, experts),
+            planes=_planes([plane for row in planes for plane in row], (count, plane_count)),
             lengths=np.asarray(lengths, np.int64),
             rows=np.asarray(rows, np.int64),
-            dtypes=np.asarray(codes, np.uint8).reshape(count, 3),
-            experts=experts,
+            columns=np.asarray(columns, np.int64),
+            dtypes=np.asarray(codes, np.uint8).reshape(count, 2),
+            plane_count=plane_count,
             row_count=row_count,
         )
 
@@ -97,14 +101,17 @@ class MergePlan:
         weights: npt.NDArray[np.float32],
         out: Sequence[Sequence[int]] | npt.NDArray[np.uint64],
         *,
+        row_weights: Sequence[Sequence[int]] | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> str:
-        """Write out[k][s] = base[s] + sum over e of weights[k, rows[s], e] * deltas[s][e], rounded once.
+        """Write out[k][s] = base[s] + sum over p of weights[k, rows[s], p] * planes[s][p], rounded once.
 
         Args:
-            weights: [K, row_count, E], float32, C-contiguous. An expert with weight 0 is not read.
+            weights: [K, row_count, P], float32, C-contiguous. A plane with weight 0 is not read.
             out: addresses [K, S]; a uint64 array is taken as it is, so callers may keep one.
+            row_weights: addresses [K, S] of float32 [P, rows of the tensor], added to the weights row by row; 0 adds
+                nothing.
             threads: how many threads.
             isa: the instruction set, see the module.
 
@@ -120,49 +127,54 @@ class MergePlan:
             got = weights.dtype if isinstance(weights, np.ndarray) else type(weights).__name__
             raise TypeError(f"weights: got {got}, expected a float32 NumPy array")
         if weights.shape[1:] != self._shape or not weights.flags.c_contiguous:
-            rows, experts = self._shape
+            rows, planes = self._shape
             raise ValueError(
                 f"weights: got shape {weights.shape} (C-contiguous: {weights.flags.c_contiguous}), "
-                f"expected a C-contiguous array (K, {rows}, {experts})"
+                f"expected a C-contiguous array (K, {rows}, {planes})"
             )
         table = np.ascontiguousarray(out, np.uint64)
         if table.shape != (len(weights), self._count):
             raise ValueError(
                 f"out: got shape {table.shape}, expected {(len(weights), self._count)}: [K, tensors]"
             )
-        return self._plan.run(weights, table, threads=_threads(threads), isa=isa or "")
+        by_row = None if row_weights is None else np.ascontiguousarray(row_weights, np.uint64)
+        return self._plan.run(weights, table, row_weights=by_row, threads=_threads(threads), isa=isa or "")
 
 
 def inner(
     grad: int,
-    deltas: Sequence[int],
+    planes: Sequence[Memory | None],
     length: int,
     *,
     grad_dtype: str,
-    delta_dtype: str,
+    columns: int | None = None,
+    by_row: bool = False,
     threads: int | None = None,
     isa: str | None = None,
 ) -> npt.NDArray[np.float64]:
-    """The inner products of one gradient with E deltas: float64 [E], the sums of grad[i] * delta[e][i].
+    """The inner products of one gradient with P planes: float64 [P], the sums of grad[i] * plane[p][i].
 
     Args:
         grad: address of the gradient.
-        deltas: addresses of the E deltas; 0 (unchanged) gives 0.
-        length: elements of the gradient and of each delta.
+        planes: the P planes; None (unchanged) gives 0.
+        length: elements of the gradient and of each plane.
         grad_dtype: "F32", "BF16" or "F16".
-        delta_dtype: likewise.
+        columns: elements of one of the tensor's rows, for low-rank planes and for sums by row.
+        by_row: a sum for each row of the tensor: float64 [P, rows].
         threads: how many threads; the result does not depend on it.
         isa: the instruction set, see the module; neither on this.
 
     Raises:
-        ValueError: no deltas, a negative length, a null gradient, an unknown dtype or instruction set.
+        ValueError: no planes, a negative length, a null gradient, an unknown dtype or instruction set, groups or ranks
+            that do not fit.
     """
     return _C.inner(
         grad,
-        np.asarray(deltas, np.uint64),
+        _planes(planes, (len(planes),)),
         length,
+        columns=length if columns is None else columns,
+        by_row=by_row,
         grad_dtype=_dtype_code(grad_dtype),
-        delta_dtype=_dtype_code(delta_dtype),
         threads=_threads(threads),
         isa=isa or "",
     )
@@ -185,6 +197,22 @@ def chosen_isa(isa: str | None = None) -> str:
         ValueError: it, or PARETOFUSE_ISA, names one that this machine lacks; the message lists those it has.
     """
     return _C.chosen_isa(isa or "")
+
+
+def _planes(planes: Sequence[Memory | None], shape: tuple[int, ...]) -> _C.Planes:
+    """The planes, field by field, in arrays of a shape."""
+    absent = Memory("dense", "F32", 0)
+    given = [absent if plane is None else plane for plane in planes]
+    for plane in given:
+        if plane.format not in _FORMAT_CODES:
+            raise ValueError(f"format: got {plane.format!r}, expected one of {', '.join(_FORMAT_CODES)}")
+    return _C.Planes(
+        values=np.array([plane.values for plane in given], np.uint64).reshape(shape),
+        factors=np.array([plane.factors for plane in given], np.uint64).reshape(shape),
+        sizes=np.array([plane.size for plane in given], np.int64).reshape(shape),
+        formats=np.array([_FORMAT_CODES[plane.format] for plane in given], np.uint8).reshape(shape),
+        dtypes=np.array([_dtype_code(plane.dtype) for plane in given], np.uint8).reshape(shape),
+    )
 
 
 def _threads(threads: int | None) -> int:

@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/parallel.h"
+#include "core/planes.h"
 #include "paretofuse/merge.h"
 
 namespace paretofuse {
@@ -18,44 +19,111 @@ constexpr std::int64_t kBlocksPerTask = 16;
 
 constexpr std::int64_t kCopyTask = 1 << 18;  // bytes
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// Rows whose products with one row of a low-rank plane's right factor are taken together.
+constexpr std::int64_t kRows = 8;
 
-}  // namespace
-
-const char* inner(const void* grad, DType grad_dtype, const void* const* deltas, DType delta_dtype,
-                  std::int64_t experts, std::int64_t length, double* result, int threads,
-                  const std::string& isa) {
-  if (experts < 1)
-    throw std::invalid_argument("experts: got " + std::to_string(experts) + ", expected at least 1");
+void check(const void* grad, DType grad_dtype, const Plane* planes, std::int64_t count, std::int64_t length,
+           std::int64_t columns, int threads) {
+  if (count < 1)
+    throw std::invalid_argument("planes: got " + std::to_string(count) + ", expected at least 1");
   if (length < 0)
     throw std::invalid_argument("length: got " + std::to_string(length) + ", expected 0 or more");
   if (grad == nullptr && length > 0) throw std::invalid_argument("grad: got a null address");
-  if (static_cast<int>(grad_dtype) >= kDTypes || static_cast<int>(delta_dtype) >= kDTypes) {
-    throw std::invalid_argument("dtype: unknown");
+  if (static_cast<int>(grad_dtype) >= kDTypes) throw std::invalid_argument("dtype: unknown");
+  for (std::int64_t p = 0; p < count; ++p) {
+    check_plane(planes[p], length, columns, " of plane " + std::to_string(p));
   }
   check_threads(threads);
-  const Kernels& kernels = choose_kernels(isa);
-  const DotFn dot = kernels.dot[static_cast<int>(grad_dtype)][static_cast<int>(delta_dtype)];
-  const auto* a = static_cast<const std::byte*>(grad);
-  const std::int64_t blocks = ceil_div(length, kBlock);
-  std::vector<double> sums(static_cast<std::size_t>(blocks * experts));
-  parallel_for(threads, ceil_div(blocks, kBlocksPerTask), [&](int, std::int64_t task) {
-    const std::int64_t last = std::min(blocks, (task + 1) * kBlocksPerTask);
-    for (std::int64_t e = 0; e < experts; ++e) {
-      if (deltas[e] == nullptr) continue;
-      const auto* delta = static_cast<const std::byte*>(deltas[e]);
-      for (std::int64_t b = task * kBlocksPerTask; b < last; ++b) {
-        const std::int64_t begin = b * kBlock;
-        sums[static_cast<std::size_t>(b * experts + e)] =
-            dot(a, delta, begin, std::min(kBlock, length - begin));
+}
+
+// The gradient of one tensor, ready for products with its planes.
+struct Gradient {
+  const std::byte* values;
+  DType dtype;
+  std::int64_t columns;
+  const Kernels& kernels;
+
+  double dot(const Term& term, std::int64_t begin, std::int64_t count) const {
+    const DotFn dot = kernels.dot[static_cast<int>(dtype)][static_cast<int>(term.kind)];
+    double sum = 0.0;
+    for (std::int64_t done = 0; done < count; done += kBlock) {
+      sum += dot(values, term, begin + done, std::min(kBlock, count - done));
+    }
+    return sum;
+  }
+
+  // result[i] = <gradient, plane> in row first + i.
+  void dot_rows(const Plane& plane, std::int64_t first, std::int64_t rows, double* result) const {
+    if (plane.format != Format::LowRank) {
+      for (std::int64_t i = 0; i < rows; ++i) result[i] = dot(term_of(plane), (first + i) * columns, columns);
+      return;
+    }
+    std::fill(result, result + rows, 0.0);
+    for (std::int64_t r = 0; r < plane.size; ++r) {
+      const auto* right = static_cast<const std::byte*>(plane.values) + r * columns * item_size(plane.dtype);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const Gradient row{values + (first + i) * columns * item_size(dtype), dtype, columns, kernels};
+        const double left = float_at(plane.factors, plane.dtype, (first + i) * plane.size + r);
+        result[i] += left * row.dot({right, nullptr, 0, static_cast<Kind>(plane.dtype)}, 0, columns);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const char* inner_rows(const void* grad, DType grad_dtype, const Plane* planes, std::int64_t count,
+                       std::int64_t length, std::int64_t columns, double* result, int threads,
+                       const std::string& isa) {
+  check_columns(length, columns, "");
+  check(grad, grad_dtype, planes, count, length, columns, threads);
+  const Gradient gradient{static_cast<const std::byte*>(grad), grad_dtype, columns, choose_kernels(isa)};
+  const std::int64_t rows = length / columns;
+  parallel_for(threads, ceil_div(rows, kRows), [&](int, std::int64_t task) {
+    const std::int64_t first = task * kRows;
+    const std::int64_t some = std::min(kRows, rows - first);
+    for (std::int64_t p = 0; p < count; ++p) {
+      double* own = result + p * rows + first;
+      if (planes[p].values == nullptr) {
+        std::fill(own, own + some, 0.0);
+      } else {
+        gradient.dot_rows(planes[p], first, some, own);
       }
     }
   });
-  std::fill(result, result + experts, 0.0);
+  return gradient.kernels.name;
+}
+
+const char* inner(const void* grad, DType grad_dtype, const Plane* planes, std::int64_t count,
+                  std::int64_t length, std::int64_t columns, double* result, int threads,
+                  const std::string& isa) {
+  check(grad, grad_dtype, planes, count, length, columns, threads);
+  const Gradient gradient{static_cast<const std::byte*>(grad), grad_dtype, columns, choose_kernels(isa)};
+  const std::int64_t blocks = ceil_div(length, kBlock);
+  std::vector<double> sums(static_cast<std::size_t>(blocks * count));
+  parallel_for(threads, ceil_div(blocks, kBlocksPerTask), [&](int, std::int64_t task) {
+    const std::int64_t last = std::min(blocks, (task + 1) * kBlocksPerTask);
+    for (std::int64_t p = 0; p < count; ++p) {
+      if (planes[p].values == nullptr || planes[p].format == Format::LowRank) continue;
+      const Term term = term_of(planes[p]);
+      for (std::int64_t b = task * kBlocksPerTask; b < last; ++b) {
+        const std::int64_t begin = b * kBlock;
+        sums[static_cast<std::size_t>(b * count + p)] =
+            gradient.dot(term, begin, std::min(kBlock, length - begin));
+      }
+    }
+  });
+  std::fill(result, result + count, 0.0);
   for (std::int64_t b = 0; b < blocks; ++b) {
-    for (std::int64_t e = 0; e < experts; ++e) result[e] += sums[static_cast<std::size_t>(b * experts + e)];
+    for (std::int64_t p = 0; p < count; ++p) result[p] += sums[static_cast<std::size_t>(b * count + p)];
   }
-  return kernels.name;
+  for (std::int64_t p = 0; p < count; ++p) {
+    if (planes[p].values == nullptr || planes[p].format != Format::LowRank || length == 0) continue;
+    std::vector<double> rows(static_cast<std::size_t>(length / columns));
+    inner_rows(grad, grad_dtype, &planes[p], 1, length, columns, rows.data(), threads, isa);
+    for (const double row : rows) result[p] += row;
+  }
+  return gradient.kernels.name;
 }
 
 const char* copy(void* dst, const void* src, std::int64_t nbytes, int threads, const std::string& isa) {

@@ -8,6 +8,7 @@
 
 #include "core/dispatch.h"
 #include "core/parallel.h"
+#include "core/planes.h"
 
 namespace paretofuse {
 namespace {
@@ -16,9 +17,16 @@ namespace {
 // model. A multiple of kStep and of a cache line, so that pieces of an aligned output are aligned.
 constexpr std::int64_t kPiece = 1 << 16;
 
-// With several preferences, elements taken at a time: the experts' deltas for them stay in the second-level
+// With several preferences, elements taken at a time: the planes' data for them stay in the second-level
 // cache.
 constexpr std::int64_t kBlock = 4096;
+
+// Rows of a piece with low-rank planes, at least: each reads the right factors anew.
+constexpr std::int64_t kRows = 16;
+
+// Floats of the right factors of all low-rank planes that are kept in the first-level cache while the rows of
+// a piece pass by: half of it.
+constexpr std::int64_t kStrip = 4096;
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -31,22 +39,39 @@ bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_
          second < first + static_cast<std::uintptr_t>(a_bytes);
 }
 
+// Columns that are merged together where the low-rank planes have this rank: whole steps.
+std::int64_t strip_width(std::int64_t rank) { return std::max(kStep, kStrip / rank / kStep * kStep); }
+
 }  // namespace
 
-struct MergePlan::Scratch {
-  std::vector<const std::byte*> deltas;  // of the experts with a delta and a non-zero weight
-  std::vector<float> weights;
+// What one call of `run` reads and writes.
+struct MergePlan::Target {
+  const float* weights;
+  const float* const* row_weights;  // or null
+  std::int64_t preferences;
+  void* const* out;
+  const Kernels& kernels;
 };
 
-MergePlan::MergePlan(std::vector<Segment> segments, std::vector<const void*> deltas, std::int64_t experts,
+struct MergePlan::Scratch {
+  std::vector<Term> terms;     // of the planes with a coefficient, low-rank ones left out
+  std::vector<float> weights;  // theirs; of a tile [rows, terms]
+  std::vector<float> left;     // [rows of a piece, rank]
+  std::vector<float> right;    // [rank, strip]
+};
+
+MergePlan::MergePlan(std::vector<Segment> segments, std::vector<Plane> planes, std::int64_t plane_count,
                      std::int64_t row_count)
-    : segments_(std::move(segments)), deltas_(std::move(deltas)), experts_(experts), row_count_(row_count) {
-  if (experts < 1) fail("experts: got " + std::to_string(experts) + ", expected at least 1");
+    : segments_(std::move(segments)),
+      planes_(std::move(planes)),
+      plane_count_(plane_count),
+      row_count_(row_count) {
+  if (plane_count < 1) fail("plane_count: got " + std::to_string(plane_count) + ", expected at least 1");
   if (row_count < 1) fail("row_count: got " + std::to_string(row_count) + ", expected at least 1");
-  if (deltas_.size() % static_cast<std::size_t>(experts) != 0 ||
-      deltas_.size() / static_cast<std::size_t>(experts) != segments_.size()) {
-    fail("deltas: got " + std::to_string(deltas_.size()) + " addresses, expected " +
-         std::to_string(segments_.size()) + " segments x " + std::to_string(experts) + " experts");
+  if (planes_.size() % static_cast<std::size_t>(plane_count) != 0 ||
+      planes_.size() / static_cast<std::size_t>(plane_count) != segments_.size()) {
+    fail("planes: got " + std::to_string(planes_.size()) + ", expected " + std::to_string(segments_.size()) +
+         " segments x " + std::to_string(plane_count));
   }
   std::int64_t filled = kPiece;  // elements in the last chunk; full, so that the first piece opens one
   for (std::int64_t s = 0; s < segment_count(); ++s) {
@@ -60,11 +85,20 @@ MergePlan::MergePlan(std::vector<Segment> segments, std::vector<const void*> del
            std::to_string(row_count - 1));
     }
     if (segment.base == nullptr && segment.length > 0) fail("base" + at_segment(s) + ": got a null address");
-    for (const DType dtype : {segment.base_dtype, segment.delta_dtype, segment.out_dtype}) {
+    for (const DType dtype : {segment.base_dtype, segment.out_dtype}) {
       if (static_cast<int>(dtype) >= kDTypes) fail("dtype" + at_segment(s) + ": unknown");
     }
-    for (std::int64_t begin = 0; begin < segment.length; begin += kPiece) {
-      const std::int64_t count = std::min(kPiece, segment.length - begin);
+    std::int64_t rank = 0;
+    for (std::int64_t p = 0; p < plane_count; ++p) {
+      const Plane& plane = planes_[static_cast<std::size_t>(s * plane_count + p)];
+      check_plane(plane, segment.length, segment.columns, " of plane " + std::to_string(p) + at_segment(s));
+      if (plane.values != nullptr && plane.format == Format::LowRank) rank += plane.size;
+    }
+    ranks_.push_back(rank);
+    const std::int64_t size =
+        rank == 0 ? kPiece : segment.columns * std::max(kRows, kPiece / segment.columns);
+    for (std::int64_t begin = 0; begin < segment.length; begin += size) {
+      const std::int64_t count = std::min(size, segment.length - begin);
       if (filled + count > kPiece) {
         chunks_.push_back(static_cast<std::int64_t>(pieces_.size()));
         filled = 0;
@@ -86,68 +120,180 @@ void MergePlan::check_outputs(void* const* out, std::int64_t preferences) const 
       if (target == nullptr) fail(where + ": got a null address");
       const std::int64_t bytes = segment.length * item_size(segment.out_dtype);
       bool clash = overlap(target, bytes, segment.base, segment.length * item_size(segment.base_dtype));
-      for (std::int64_t e = 0; e < experts_; ++e) {
-        const void* delta = deltas_[static_cast<std::size_t>(s * experts_ + e)];
-        clash |= delta != nullptr &&
-                 overlap(target, bytes, delta, segment.length * item_size(segment.delta_dtype));
+      for (std::int64_t p = 0; p < plane_count_; ++p) {
+        const Plane& plane = planes_[static_cast<std::size_t>(s * plane_count_ + p)];
+        if (plane.values == nullptr) continue;
+        clash |= overlap(target, bytes, plane.values, values_size(plane, segment.length, segment.columns));
+        clash |= overlap(target, bytes, plane.factors, factors_size(plane, segment.length, segment.columns));
       }
-      if (clash) fail(where + ": overlaps the base or a delta; merges need memory of their own");
+      if (clash) fail(where + ": overlaps the base or a plane; merges need memory of their own");
     }
   }
 }
 
-void MergePlan::merge_piece(const Piece& piece, const float* weights, std::int64_t preferences,
-                            void* const* out, const Kernels& kernels, Scratch& scratch) const {
-  const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
-  const void* const* deltas = deltas_.data() + piece.segment * experts_;
+// A run of one tensor whose coefficients are the same for all of it: the weights, and those of the row that
+// it lies in where rows have some.
+void MergePlan::merge_run(const Piece& run, const Target& target, std::int64_t k, Scratch& scratch) const {
+  const Segment& segment = segments_[static_cast<std::size_t>(run.segment)];
+  const Plane* planes = planes_.data() + run.segment * plane_count_;
+  const float* weights = target.weights + (k * row_count_ + segment.row) * plane_count_;
+  const float* rows =
+      target.row_weights != nullptr ? target.row_weights[k * segment_count() + run.segment] : nullptr;
+  const std::int64_t row_count = rows != nullptr ? segment.length / segment.columns : 0;
+  std::int64_t active = 0;
+  Kind kind = Kind::F32;
+  for (std::int64_t p = 0; p < plane_count_; ++p) {
+    const float weight =
+        rows != nullptr ? weights[p] + rows[p * row_count + run.begin / segment.columns] : weights[p];
+    if (weight == 0.0f || planes[p].values == nullptr) continue;
+    const Term term = term_of(planes[p]);
+    kind = active == 0 || term.kind == kind ? term.kind : Kind::Mixed;
+    scratch.terms[static_cast<std::size_t>(active)] = term;
+    scratch.weights[static_cast<std::size_t>(active)] = weight;
+    ++active;
+  }
   const auto* base = static_cast<const std::byte*>(segment.base);
-  const MergeFn merge =
-      kernels.merge[static_cast<int>(segment.base_dtype)][static_cast<int>(segment.delta_dtype)]
-                   [static_cast<int>(segment.out_dtype)];
-  const std::int64_t block = preferences == 1 ? piece.count : kBlock;
-  for (std::int64_t done = 0; done < piece.count; done += block) {
-    const std::int64_t begin = piece.begin + done;
-    const std::int64_t count = std::min(block, piece.count - done);
-    for (std::int64_t k = 0; k < preferences; ++k) {
-      const float* row = weights + (k * row_count_ + segment.row) * experts_;
-      std::int64_t active = 0;
-      for (std::int64_t e = 0; e < experts_; ++e) {
-        if (row[e] == 0.0f || deltas[e] == nullptr) continue;
-        scratch.deltas[static_cast<std::size_t>(active)] = static_cast<const std::byte*>(deltas[e]);
-        scratch.weights[static_cast<std::size_t>(active)] = row[e];
-        ++active;
+  auto* out = static_cast<std::byte*>(target.out[k * segment_count() + run.segment]);
+  if (active == 0 && segment.base_dtype == segment.out_dtype) {
+    // Bit for bit: arithmetic would alter signalling NaNs.
+    const std::int64_t size = item_size(segment.base_dtype);
+    target.kernels.copy(out + run.begin * size, base + run.begin * size, run.count * size);
+  } else {
+    target.kernels.merge[static_cast<int>(segment.base_dtype)][static_cast<int>(kind)][static_cast<int>(
+        segment.out_dtype)](base, scratch.terms.data(), scratch.weights.data(), active, run.begin, run.count,
+                            out);
+  }
+}
+
+// Whole rows of a tensor with low-rank planes. All of these together are one product of a left factor, into
+// which the coefficients are folded, and a right factor, of which a strip of columns stays in the first-level
+// cache for all rows.
+void MergePlan::merge_low_rank(const Piece& piece, const Target& target, std::int64_t k,
+                               Scratch& scratch) const {
+  const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
+  const Plane* planes = planes_.data() + piece.segment * plane_count_;
+  const float* weights = target.weights + (k * row_count_ + segment.row) * plane_count_;
+  const float* row_weights =
+      target.row_weights != nullptr ? target.row_weights[k * segment_count() + piece.segment] : nullptr;
+  const std::int64_t columns = segment.columns;
+  const std::int64_t rows = piece.count / columns;
+  const std::int64_t first = piece.begin / columns;
+  const auto coefficient = [&](std::int64_t p, std::int64_t row) {
+    return row_weights != nullptr ? weights[p] + row_weights[p * (segment.length / columns) + first + row]
+                                  : weights[p];
+  };
+  const auto is_active = [&](std::int64_t p) {
+    return planes[p].values != nullptr && (row_weights != nullptr || weights[p] != 0.0f);
+  };
+  std::int64_t rank = 0;
+  std::int64_t count = 0;
+  for (std::int64_t p = 0; p < plane_count_; ++p) {
+    if (!is_active(p)) continue;
+    if (planes[p].format == Format::LowRank) {
+      rank += planes[p].size;
+    } else {
+      scratch.terms[static_cast<std::size_t>(count++)] = term_of(planes[p]);
+    }
+  }
+  if (rank == 0 && row_weights == nullptr) return merge_run(piece, target, k, scratch);
+
+  float* left = scratch.left.data();
+  float* own = scratch.weights.data();
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t p = 0; p < plane_count_; ++p) {
+      if (!is_active(p)) continue;
+      const float weight = coefficient(p, row);
+      if (planes[p].format != Format::LowRank) {
+        *own++ = weight;
+        continue;
       }
-      auto* target = static_cast<std::byte*>(out[k * segment_count() + piece.segment]);
-      if (active == 0 && segment.base_dtype == segment.out_dtype) {
-        // Bit for bit: arithmetic would alter signalling NaNs.
-        const std::int64_t size = item_size(segment.base_dtype);
-        kernels.copy(target + begin * size, base + begin * size, count * size);
-      } else {
-        merge(base, scratch.deltas.data(), scratch.weights.data(), active, begin, count, target);
+      for (std::int64_t r = 0; r < planes[p].size; ++r) {
+        *left++ = weight * float_at(planes[p].factors, planes[p].dtype, (first + row) * planes[p].size + r);
+      }
+    }
+  }
+  const MergeTileFn merge =
+      target.kernels.merge_tile[static_cast<int>(segment.base_dtype)][static_cast<int>(segment.out_dtype)];
+  const std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
+  for (std::int64_t column = 0; column < columns; column += strip) {
+    const std::int64_t width = std::min(strip, columns - column);
+    float* right = scratch.right.data();
+    for (std::int64_t p = 0; p < plane_count_; ++p) {
+      if (!is_active(p) || planes[p].format != Format::LowRank) continue;
+      for (std::int64_t r = 0; r < planes[p].size; ++r, right += width) {
+        const std::int64_t from = r * columns + column;
+        for (std::int64_t c = 0; c < width; ++c) {
+          right[c] = float_at(planes[p].values, planes[p].dtype, from + c);
+        }
+      }
+    }
+    merge(static_cast<const std::byte*>(segment.base), scratch.terms.data(), scratch.weights.data(), count,
+          LowRank{scratch.left.data(), scratch.right.data(), rank, width},
+          Tile{piece.begin + column, rows, columns, width},
+          static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]));
+  }
+}
+
+void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& scratch) const {
+  const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
+  if (ranks_[static_cast<std::size_t>(piece.segment)] > 0) {
+    for (std::int64_t k = 0; k < target.preferences; ++k) merge_low_rank(piece, target, k, scratch);
+    return;
+  }
+  const std::int64_t block = target.preferences == 1 ? piece.count : kBlock;
+  const std::int64_t end = piece.begin + piece.count;
+  for (std::int64_t first = piece.begin; first < end; first += block) {
+    const std::int64_t last = std::min(end, first + block);
+    for (std::int64_t k = 0; k < target.preferences; ++k) {
+      const bool by_row =
+          target.row_weights != nullptr && target.row_weights[k * segment_count() + piece.segment] != nullptr;
+      for (std::int64_t begin = first; begin < last;) {
+        const std::int64_t stop =
+            by_row ? std::min(last, (begin / segment.columns + 1) * segment.columns) : last;
+        merge_run({piece.segment, begin, stop - begin}, target, k, scratch);
+        begin = stop;
       }
     }
   }
 }
 
 const char* MergePlan::run(const float* weights, std::int64_t preferences, void* const* out, int threads,
-                           const std::string& isa) const {
+                           const std::string& isa, const float* const* row_weights) const {
   if (preferences < 1)
     fail("weights: got " + std::to_string(preferences) + " preferences, expected at least 1");
   check_threads(threads);
   check_outputs(out, preferences);
-  const Kernels& kernels = choose_kernels(isa);
+  for (std::int64_t i = 0; row_weights != nullptr && i < preferences * segment_count(); ++i) {
+    const Segment& segment = segments_[static_cast<std::size_t>(i % segment_count())];
+    if (row_weights[i] != nullptr)
+      check_columns(segment.length, segment.columns, at_segment(i % segment_count()));
+  }
+  const Target target{weights, row_weights, preferences, out, choose_kernels(isa)};
   const auto chunk_count = static_cast<std::int64_t>(chunks_.size()) - 1;
-  const auto width = static_cast<std::size_t>(experts_);
+  std::int64_t own = plane_count_;
+  std::int64_t left = 0;
+  std::int64_t right = 0;
+  for (const Piece& piece : pieces_) {
+    const std::int64_t rank = ranks_[static_cast<std::size_t>(piece.segment)];
+    if (rank == 0) continue;
+    const std::int64_t rows = piece.count / segments_[static_cast<std::size_t>(piece.segment)].columns;
+    own = std::max(own, rows * plane_count_);
+    left = std::max(left, rows * rank);
+    right = std::max({right, rank * kStep, kStrip});
+  }
+  const Scratch empty{std::vector<Term>(static_cast<std::size_t>(plane_count_)),
+                      std::vector<float>(static_cast<std::size_t>(own)),
+                      std::vector<float>(static_cast<std::size_t>(left)),
+                      std::vector<float>(static_cast<std::size_t>(right))};
   std::vector<Scratch> scratch(static_cast<std::size_t>(std::min<std::int64_t>(threads, chunk_count) + 1),
-                               Scratch{std::vector<const std::byte*>(width), std::vector<float>(width)});
+                               empty);
   parallel_for(threads, chunk_count, [&](int thread, std::int64_t chunk) {
     const auto c = static_cast<std::size_t>(chunk);
     for (std::int64_t p = chunks_[c]; p < chunks_[c + 1]; ++p) {
-      merge_piece(pieces_[static_cast<std::size_t>(p)], weights, preferences, out, kernels,
-                  scratch[static_cast<std::size_t>(thread)]);
+      merge_piece(pieces_[static_cast<std::size_t>(p)], target, scratch[static_cast<std::size_t>(thread)]);
     }
   });
-  return kernels.name;
+  return target.kernels.name;
 }
 
 }  // namespace paretofuse

@@ -119,21 +119,22 @@ std::vector<float> Model::table(const Weights& weights) const {
 
 MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
   std::vector<Segment> segments;
-  std::vector<const void*> deltas;
+  std::vector<Plane> planes;
   const auto static_row = static_cast<std::int64_t>(rows_.size());
   for (const std::size_t number : tensors) {
     const TensorSpec& spec = store_.manifest.tensors[number];
     const Entry& entry = *store_.base.find(spec.name);
     const DType dtype = merged_dtype(spec.dtype);
     const std::int64_t row = spec.role == Role::routed ? rows_.at(spec.group) : static_row;
-    segments.push_back({store_.base.data(entry), entry.nbytes / item_size(dtype), row, dtype,
-                        merged_dtype(spec.delta_dtype), dtype});
+    const std::int64_t length = entry.nbytes / item_size(dtype);
+    segments.push_back({store_.base.data(entry), length, row, length, dtype, dtype});
     for (const TensorFile& expert : store_.experts) {
       const Entry* delta = expert.find(spec.name);
-      deltas.push_back(delta == nullptr ? nullptr : expert.data(*delta));
+      planes.push_back({delta == nullptr ? nullptr : expert.data(*delta), nullptr, 0, Format::Dense,
+                        merged_dtype(spec.delta_dtype)});
     }
   }
-  return MergePlan(std::move(segments), std::move(deltas),
+  return MergePlan(std::move(segments), std::move(planes),
                    static_cast<std::int64_t>(store_.manifest.objectives.size()), static_row + 1);
 }
 

@@ -12,19 +12,55 @@ namespace paretofuse {
 // elements.
 inline constexpr std::int64_t kStep = 32;
 
-// out[i] = round(base[i] + sum over e < experts of weights[e] * deltas[e][i]) for begin <= i < begin + count.
-using MergeFn = void (*)(const std::byte* base, const std::byte* const* deltas, const float* weights,
-                         std::int64_t experts, std::int64_t begin, std::int64_t count, std::byte* out);
+// How the numbers of a plane lie in memory. The floats come first, as in DType.
+enum class Kind : std::uint8_t { F32 = 0, BF16 = 1, F16 = 2, Int8 = 3, Int4 = 4, Mixed = 5 };
+
+inline constexpr int kKinds = 5;  // of one plane; Mixed says that the planes of a merge differ
+
+// A plane with a number for each element of its tensor: values[i], or values[i] * scales[i >> shift] where it
+// is quantized. Int4: two to a byte, the low half first, each 8 more than its value.
+struct Term {
+  const std::byte* values;
+  const std::byte* scales;  // float32, one for each 2^shift >= kStep elements
+  int shift;
+  Kind kind;
+};
+
+// Low-rank planes side by side: sum over r < rank of left[row * rank + r] * right[r * stride + column].
+struct LowRank {
+  const float* left;   // [rows, rank], weights folded in
+  const float* right;  // [rank, stride]
+  std::int64_t rank;
+  std::int64_t stride;
+};
+
+// Elements begin + row * columns + i of a tensor, row < rows and i < width.
+struct Tile {
+  std::int64_t begin;
+  std::int64_t rows;
+  std::int64_t columns;
+  std::int64_t width;
+};
+
+// out[i] = round(base[i] + sum over t < count of weights[t] * terms[t][i]) for begin <= i < begin + length.
+// The scale of a quantized term is multiplied into its weight first.
+using MergeFn = void (*)(const std::byte* base, const Term* terms, const float* weights, std::int64_t count,
+                         std::int64_t begin, std::int64_t length, std::byte* out);
+
+// The same over a tile, with weights [rows, count], and with low-rank planes added last, rank by rank.
+using MergeTileFn = void (*)(const std::byte* base, const Term* terms, const float* weights,
+                             std::int64_t count, const LowRank& low_rank, const Tile& tile, std::byte* out);
 
 // The sum of a[i] * b[i] for begin <= i < begin + count: kStep running sums in float32, added up in float64.
-using DotFn = double (*)(const std::byte* a, const std::byte* b, std::int64_t begin, std::int64_t count);
+using DotFn = double (*)(const std::byte* a, const Term& b, std::int64_t begin, std::int64_t count);
 
 using CopyFn = void (*)(std::byte* dst, const std::byte* src, std::int64_t nbytes);
 
 struct Kernels {
   const char* name;
-  MergeFn merge[kDTypes][kDTypes][kDTypes];  // [base][delta][out]
-  DotFn dot[kDTypes][kDTypes];
+  MergeFn merge[kDTypes][kKinds + 1][kDTypes];  // [base][kind of all terms][out]
+  MergeTileFn merge_tile[kDTypes][kDTypes];     // [base][out]
+  DotFn dot[kDTypes][kKinds];
   CopyFn copy;
 };
 

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -25,8 +26,8 @@ namespace {
 struct Arch {
   using Vec = __m256;
   static constexpr std::int64_t kWidth = 8;
+  static constexpr std::int64_t kRows = 2;
 
-  static Vec zero() { return _mm256_setzero_ps(); }
   static Vec broadcast(float value) { return _mm256_set1_ps(value); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -41,6 +42,22 @@ struct Arch {
       if constexpr (D == DType::F16) return _mm256_cvtph_ps(halves);
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
+  }
+
+  static Vec load_int8(const std::byte* from) {
+    return from_int8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  static void load_int4(const std::byte* from, Vec* values) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_and_si128(pairs, _mm_set1_epi8(15));
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), _mm_set1_epi8(15));
+    const __m128i first = _mm_sub_epi8(_mm_unpacklo_epi8(low, high), _mm_set1_epi8(8));
+    const __m128i second = _mm_sub_epi8(_mm_unpackhi_epi8(low, high), _mm_set1_epi8(8));
+    values[0] = from_int8(first);
+    values[1] = from_int8(_mm_srli_si128(first, 8));
+    values[2] = from_int8(second);
+    values[3] = from_int8(_mm_srli_si128(second, 8));
   }
 
   template <DType D, bool Streaming>
@@ -69,6 +86,9 @@ struct Arch {
   }
 
  private:
+  // The low eight bytes.
+  static Vec from_int8(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+
   template <bool Streaming>
   static void put(std::byte* to, __m256i value) {
     if constexpr (Streaming) {

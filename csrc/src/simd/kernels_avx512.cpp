@@ -9,10 +9,12 @@
 // GCC 12's own headers start from registers they leave undefined on purpose, and its warning does not see
 // that.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -33,8 +35,8 @@ namespace {
 struct Arch {
   using Vec = __m512;
   static constexpr std::int64_t kWidth = 16;
+  static constexpr std::int64_t kRows = 4;
 
-  static Vec zero() { return _mm512_setzero_ps(); }
   static Vec broadcast(float value) { return _mm512_set1_ps(value); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -49,6 +51,18 @@ struct Arch {
       if constexpr (D == DType::F16) return _mm512_cvtph_ps(halves);
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
+  }
+
+  static Vec load_int8(const std::byte* from) {
+    return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  static void load_int4(const std::byte* from, Vec* values) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_and_si128(pairs, _mm_set1_epi8(15));
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), _mm_set1_epi8(15));
+    values[0] = from_int8(_mm_sub_epi8(_mm_unpacklo_epi8(low, high), _mm_set1_epi8(8)));
+    values[1] = from_int8(_mm_sub_epi8(_mm_unpackhi_epi8(low, high), _mm_set1_epi8(8)));
   }
 
   template <DType D, bool Streaming>
@@ -68,6 +82,8 @@ struct Arch {
   }
 
  private:
+  static Vec from_int8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+
   template <bool Streaming>
   static void put(std::byte* to, __m512i value) {
     if constexpr (Streaming) {

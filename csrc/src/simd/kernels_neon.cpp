@@ -5,6 +5,7 @@
 
 #include <arm_neon.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,8 +18,8 @@ namespace {
 struct Arch {
   using Vec = float32x4_t;
   static constexpr std::int64_t kWidth = 4;
+  static constexpr std::int64_t kRows = 2;
 
-  static Vec zero() { return vdupq_n_f32(0.0f); }
   static Vec broadcast(float value) { return vdupq_n_f32(value); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
@@ -34,6 +35,28 @@ struct Arch {
       const uint16x4_t halves = vreinterpret_u16_u8(vld1_u8(bytes));
       if constexpr (D == DType::F16) return vcvt_f32_f16(vreinterpret_f16_u16(halves));
       return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+    }
+  }
+
+  static Vec load_int8(const std::byte* from) {
+    std::uint32_t bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return from_int16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))));
+  }
+
+  static void load_int4(const std::byte* from, Vec* values) {
+    const uint8x16_t pairs = vld1q_u8(reinterpret_cast<const std::uint8_t*>(from));
+    const uint8x16_t low = vandq_u8(pairs, vdupq_n_u8(15));
+    const uint8x16_t high = vshrq_n_u8(pairs, 4);
+    const uint8x16_t halves[2] = {vzip1q_u8(low, high), vzip2q_u8(low, high)};
+    for (int half = 0; half < 2; ++half) {
+      const int8x16_t bytes = vsubq_s8(vreinterpretq_s8_u8(halves[half]), vdupq_n_s8(8));
+      const int16x8_t first = vmovl_s8(vget_low_s8(bytes));
+      const int16x8_t second = vmovl_s8(vget_high_s8(bytes));
+      values[half * 4] = from_int16(vget_low_s16(first));
+      values[half * 4 + 1] = from_int16(vget_high_s16(first));
+      values[half * 4 + 2] = from_int16(vget_low_s16(second));
+      values[half * 4 + 3] = from_int16(vget_high_s16(second));
     }
   }
 
@@ -58,6 +81,8 @@ struct Arch {
   }
 
  private:
+  static Vec from_int16(int16x4_t values) { return vcvtq_f32_s32(vmovl_s16(values)); }
+
   template <bool Streaming>
   static void put(std::byte* to, uint8x16_t first, uint8x16_t second) {
     if constexpr (Streaming) {

@@ -1,4 +1,5 @@
 // Kernels in plain C++, for every machine.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -12,8 +13,8 @@ namespace {
 struct Arch {
   using Vec = float;
   static constexpr std::int64_t kWidth = 1;
+  static constexpr std::int64_t kRows = 2;
 
-  static float zero() { return 0.0f; }
   static float broadcast(float value) { return value; }
   static float add(float a, float b) { return a + b; }
   static float mul(float a, float b) { return a * b; }
@@ -22,6 +23,17 @@ struct Arch {
   template <DType D>
   static float load(const std::byte* from) {
     return load_one<D>(from);
+  }
+
+  static float load_int8(const std::byte* from) {
+    return static_cast<float>(static_cast<std::int8_t>(*from));
+  }
+
+  static void load_int4(const std::byte* from, float* values) {
+    for (std::int64_t i = 0; i < kStep; ++i) {
+      const auto pair = std::to_integer<int>(from[i / 2]);
+      values[i] = static_cast<float>((i % 2 != 0 ? pair >> 4 : pair & 15) - 8);
+    }
   }
 
   template <DType D, bool Streaming>

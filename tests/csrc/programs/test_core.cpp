@@ -91,6 +91,10 @@ class Buffer {
   std::vector<unsigned char> bytes_;
 };
 
+paretofuse::Plane dense(const void* values, DType dtype) {
+  return {values, nullptr, 0, paretofuse::Format::Dense, dtype};
+}
+
 double tolerance(DType out) { return out == DType::F32 ? 0x1p-19 : out == DType::BF16 ? 0x1p-4 : 0x1p-7; }
 
 void test_merge(const std::string& isa, DType base_type, DType delta_type, DType out_type) {
@@ -101,19 +105,19 @@ void test_merge(const std::string& isa, DType base_type, DType delta_type, DType
   std::vector<Buffer> base;
   std::vector<Buffer> delta;
   std::vector<paretofuse::Segment> segments;
-  std::vector<const void*> addresses;
+  std::vector<paretofuse::Plane> planes;
   for (const std::int64_t n : lengths) {
     base.emplace_back(base_type, n).randomize(random);
     for (std::int64_t e = 0; e < experts; ++e) delta.emplace_back(delta_type, n).randomize(random);
   }
   for (std::size_t s = 0; s < lengths.size(); ++s) {
     segments.push_back(
-        {base[s].data(), lengths[s], static_cast<std::int64_t>(s % 2), base_type, delta_type, out_type});
+        {base[s].data(), lengths[s], static_cast<std::int64_t>(s % 2), lengths[s], base_type, out_type});
     for (std::size_t e = 0; e < 3; ++e) {
-      addresses.push_back(s == 5 && e == 1 ? nullptr : delta[s * 3 + e].data());
+      planes.push_back(dense(s == 5 && e == 1 ? nullptr : delta[s * 3 + e].data(), delta_type));
     }
   }
-  const paretofuse::MergePlan plan(segments, addresses, experts, 2);
+  const paretofuse::MergePlan plan(segments, planes, experts, 2);
   // [preferences, rows, experts]; zeros are skipped
   const std::vector<float> weights = {0.5f, 0.25f, 0.25f, -0.75f, 0.0f, 1.5f,
                                       0.0f, 1.0f,  0.0f,  0.3f,   0.3f, 0.4f};
@@ -134,7 +138,7 @@ void test_merge(const std::string& isa, DType base_type, DType delta_type, DType
       for (std::int64_t i = 0; i < lengths[s] && first.empty(); ++i) {
         double expected = base[s][i];
         for (std::size_t e = 0; e < 3; ++e) {
-          if (addresses[s * 3 + e] != nullptr) {
+          if (planes[s * 3 + e].values != nullptr) {
             expected += static_cast<double>(weights[(k * 2 + s % 2) * 3 + e]) * delta[s * 3 + e][i];
           }
         }
@@ -149,7 +153,7 @@ std::vector<unsigned char> converted(const std::string& isa, DType from, DType t
                                      std::vector<unsigned char>& values) {
   const std::int64_t n = static_cast<std::int64_t>(values.size()) / item_size(from);
   std::vector<unsigned char> result(static_cast<std::size_t>(n * item_size(to)));
-  const paretofuse::MergePlan plan({{values.data(), n, 0, from, from, to}}, {nullptr}, 1, 1);
+  const paretofuse::MergePlan plan({{values.data(), n, 0, n, from, to}}, {dense(nullptr, from)}, 1, 1);
   const float weight = 1.0f;
   void* out = result.data();
   plan.run(&weight, 1, &out, 1, isa);
@@ -187,7 +191,7 @@ void test_inner(const std::string& isa, DType grad_type, DType delta_type) {
     Buffer delta(delta_type, n);
     grad.randomize(random);
     delta.randomize(random);
-    const std::vector<const void*> deltas = {delta.data(), nullptr};
+    const paretofuse::Plane planes[2] = {dense(delta.data(), delta_type), dense(nullptr, delta_type)};
     double expected = 0.0;
     double scale = 0.0;
     for (std::int64_t i = 0; i < n; ++i) {
@@ -197,7 +201,7 @@ void test_inner(const std::string& isa, DType grad_type, DType delta_type) {
     double first = 0.0;
     for (const int threads : {1, 2, 5}) {
       double result[2] = {NAN, NAN};
-      paretofuse::inner(grad.data(), grad_type, deltas.data(), delta_type, 2, n, result, threads, isa);
+      paretofuse::inner(grad.data(), grad_type, planes, 2, n, n, result, threads, isa);
       require(std::abs(result[0] - expected) <= scale * 1e-6, "inner against float64, " + isa);
       require(result[1] == 0.0, "null delta gives 0, " + isa);
       if (threads == 1) first = result[0];
@@ -232,20 +236,21 @@ void test_errors() {
   using paretofuse::MergePlan;
   float values[4] = {1, 2, 3, 4};
   float target[4];
-  const paretofuse::Segment good = {values, 4, 0, DType::F32, DType::F32, DType::F32};
+  const paretofuse::Segment good = {values, 4, 0, 4, DType::F32, DType::F32};
+  const paretofuse::Plane plane = dense(values, DType::F32);
   const auto with = [&](auto change) {
     paretofuse::Segment segment = good;
     change(segment);
-    return MergePlan({segment}, {values}, 1, 1);
+    return MergePlan({segment}, {plane}, 1, 1);
   };
-  require_error([&] { MergePlan({good}, {}, 1, 1); }, "deltas");
-  require_error([&] { MergePlan({good}, {values}, 0, 1); }, "experts");
-  require_error([&] { MergePlan({good}, {values}, 1, 0); }, "row_count");
+  require_error([&] { MergePlan({good}, {}, 1, 1); }, "planes");
+  require_error([&] { MergePlan({good}, {plane}, 0, 1); }, "plane_count");
+  require_error([&] { MergePlan({good}, {plane}, 1, 0); }, "row_count");
   require_error([&] { with([](auto& s) { s.row = 1; }); }, "row");
   require_error([&] { with([](auto& s) { s.row = -1; }); }, "row");
   require_error([&] { with([](auto& s) { s.length = -1; }); }, "length");
   require_error([&] { with([](auto& s) { s.base = nullptr; }); }, "base");
-  const MergePlan plan({good}, {nullptr}, 1, 1);
+  const MergePlan plan({good}, {dense(nullptr, DType::F32)}, 1, 1);
   const float weight = 1.0f;
   void* out[1] = {target};
   require_error([&] { plan.run(&weight, 0, out, 1); }, "preferences");

@@ -1,0 +1,104 @@
+"""Low-rank planes: B A, as LoRA has them (Hu et al., arXiv 2106.09685) or as the SVD of a dense delta gives them.
+
+The factors lie as the tensor does: B has its rows, A its columns (all dimensions but the first, flattened). A scale
+(alpha / r) is folded into B. SVD of deltas: SMILE (Tang et al., arXiv 2408.10174).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.dtypes import TO_NAME
+from paretofuse.engine.layout import MERGED_DTYPES
+from paretofuse.engine.planes.memory import Memory
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A plane of two factors of one dtype.
+
+    Attributes:
+        b: [rows, rank], float32, bfloat16 or float16; contiguous.
+        a: [rank, columns], of the same dtype; contiguous.
+        shape: the tensor's; rows x columns elements.
+        error: see `Plane`.
+    """
+
+    b: Tensor
+    a: Tensor
+    shape: tuple[int, ...]
+    error: float | None = None
+    format = "lowrank"
+
+    @classmethod
+    def of_factors(cls, b: Tensor, a: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
+        """scale * B A. The factors keep their dtype where that holds scale * B exactly; else they become float32.
+
+        Args:
+            b: [rows, rank].
+            a: [rank, columns].
+            scale: folded into B.
+            shape: the tensor's.
+        """
+        wide = b.float() * scale
+        dtype = b.dtype if b.dtype == a.dtype and TO_NAME.get(b.dtype) in MERGED_DTYPES else torch.float32
+        if not torch.equal(wide.to(dtype).float(), wide):
+            dtype = torch.float32
+        return cls(wide.to(dtype).contiguous(), a.to(dtype).contiguous(), shape)
+
+    @classmethod
+    def encode(cls, delta: Tensor, rank: int | None, energy: float = 1.0) -> LowRank:
+        """The nearest plane of a rank, by SVD.
+
+        Args:
+            delta: float32 [rows, ...].
+            rank: how many singular values are kept; None: the fewest that hold `energy`.
+            energy: share of the sum of squares, from 0 to 1.
+
+        Returns:
+            float32 factors; each takes the square root of the singular values.
+        """
+        u, sizes, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+        if rank is None:
+            kept = torch.cumsum(sizes.double().square(), 0)
+            rank = int((kept < energy * kept[-1]).sum()) + 1
+        rank = max(1, min(rank, len(sizes)))
+        root = sizes[:rank].sqrt()
+        return cls(
+            (u[:, :rank] * root).contiguous(), (root[:, None] * v[:rank]).contiguous(), tuple(delta.shape)
+        )
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.a.shape[0]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Named as PEFT names them."""
+        return {".lora_B": self.b, ".lora_A": self.a}
+
+    def like(self, tensors: Mapping[str, Tensor]) -> LowRank:
+        """See `Plane`."""
+        return LowRank(tensors[".lora_B"], tensors[".lora_A"], self.shape, self.error)
+
+    def decode(self) -> Tensor:
+        """Float32 of the tensor's shape: dense, so for tests and for what reads nothing else."""
+        return (self.b.float() @ self.a.float()).view(self.shape)
+
+    def add_to(self, merged: Tensor, weight: Tensor) -> None:
+        """See `Plane`; the product is added without being stored."""
+        left = self.b.float() * (weight if weight.dim() == 0 else weight.unsqueeze(1))
+        merged.view(len(left), -1).addmm_(left, self.a.float())
+
+    def inner(self, gradient: Tensor) -> Tensor:
+        """See `Plane`: sum of B * (G A^T)."""
+        rows = gradient.reshape(len(self.b), -1)
+        return (self.b.double() * (rows.double() @ self.a.double().T)).sum()
+
+    def memory(self) -> Memory:
+        """See `Plane`."""
+        return Memory("lowrank", TO_NAME[self.a.dtype], self.a.data_ptr(), self.b.data_ptr(), self.rank)

@@ -1,0 +1,108 @@
+"""What every format of a plane can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.planes.memory import Memory
+
+
+class Plane(Protocol):
+    """What one expert adds to one tensor: frozen numbers in one of the formats of this room.
+
+    Attributes:
+        format: "dense", "int8", "int4" or "lowrank".
+        shape: the tensor's shape.
+        error: relative error of the merged update, ||round(base + plane) - base - delta|| / ||delta||, in the merged
+            dtype and at weight 1; None where it was not measured.
+    """
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def error(self) -> float | None: ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it holds, by the ending that a store adds to the tensor's name."""
+        ...
+
+    def like(self, tensors: Mapping[str, Tensor]) -> Plane:
+        """The same plane of copies of its tensors (on another device)."""
+        ...
+
+    def decode(self) -> Tensor:
+        """All its numbers, float32 of the tensor's shape."""
+        ...
+
+    def add_to(self, merged: Tensor, weight: Tensor) -> None:
+        """The plain reference of a merge: merged += weight * plane, in place.
+
+        Args:
+            merged: float32 of the tensor's shape, contiguous.
+            weight: float32 [], or [rows]: one for each row.
+        """
+        ...
+
+    def inner(self, gradient: Tensor) -> Tensor:
+        """The plain reference of the routing weights' gradient: <gradient, plane> in float64, []."""
+        ...
+
+    def memory(self) -> Memory:
+        """Itself by address, for the C++ core."""
+        ...
+
+
+def nbytes(plane: Plane) -> int:
+    """Bytes of everything that a plane holds."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in plane.tensors().values())
+
+
+def to(plane: Plane, device: torch.device) -> Plane:
+    """The plane on a device; itself where it lies there already."""
+    tensors = plane.tensors()
+    if all(tensor.device == device for tensor in tensors.values()):
+        return plane
+    return plane.like({name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def rows_of(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor: the size of its first dimension; one row for scalars and vectors."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def columns_of(shape: tuple[int, ...]) -> int:
+    """Elements of a row."""
+    count = 1
+    for size in shape[1:] if len(shape) > 1 else shape:
+        count *= size
+    return count
+
+
+def by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A weight [] or [rows] that broadcasts over a tensor of this shape."""
+    return weight if weight.dim() == 0 else weight.view(-1, *[1] * (len(shape) - 1))
+
+
+def merged_error(base: Tensor, delta: Tensor, decoded: Tensor, dtype: torch.dtype) -> float:
+    """The relative error of a merged update at weight 1; see `Plane.error`.
+
+    Args:
+        base: the base tensor.
+        delta: float32, what the expert adds, of the base's shape.
+        decoded: float32, what the plane says that it adds.
+        dtype: of the merged tensor.
+    """
+    wide = base.float()
+    merged = (wide + decoded).to(dtype).float()
+    # Differences of near numbers: exact in float64.
+    wrong = (merged.double() - wide.double() - delta.double()).norm()
+    size = delta.double().norm()
+    return float(wrong / size) if size > 0 else 0.0
