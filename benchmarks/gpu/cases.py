@@ -153,7 +153,7 @@ def merge_case(name: str, model: nn.Module, experts: int, tools: Tools) -> Itera
     )
     views = flat.bucket.view(out[0])
     triples = [
-        (flat.bucket.view(flat.base)[k].flatten(), engine._bound.planes[k].flatten(1), views[k].flatten())
+        (flat.bucket.view(flat.base)[k].flatten(), engine._bound.deltas[k].flatten(1), views[k].flatten())
         for k in views
     ]
     own = row.to(dtype)

@@ -131,7 +131,7 @@ def _check_gradients(engine: pf.Engine, dense: nn.Module, batches: list[Batch]) 
     dense.load_state_dict(engine.module.state_dict())
     dense.requires_grad_(True)
     groups = engine.tensor_groups
-    deltas: Any = engine._stack.deltas
+    planes: Any = engine._stack.planes
     for batch in batches:
         loss, plain = clip.classify(engine.module, batch), clip.classify(dense, batch)
         check(torch.equal(loss, plain), f"the live module's loss is {loss}, the dense module's {plain}")
@@ -144,7 +144,7 @@ def _check_gradients(engine: pf.Engine, dense: nn.Module, batches: list[Batch]) 
             if gradient is None:
                 continue
             row = engine.groups.index(groups[name])
-            for e, own in enumerate(deltas):
+            for e, own in enumerate(planes):
                 expected[row, e] += torch.dot(gradient.flatten().double(), own[name].flatten().double())
         error, scale = (jacobian - expected).abs().max().item(), expected.abs().max().item()
         check(scale > 0 and error <= 1e-5 * scale, f"the Jacobian is off by {error:.3g} of {scale:.3g}")

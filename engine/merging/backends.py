@@ -1,8 +1,8 @@
 """Merging: one contract, three makers.
 
-    out[k][p] = base[p] + sum_e weights[k, row(p), e] * delta[e][p]        weights [K, rows, E] float32
+    out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, rows, P] float32
 
-A merger is bound to its base, deltas and outputs once and called with weights as often as one likes; it always starts
+A merger is bound to its base, planes and outputs once and called with weights as often as one likes; it always starts
 from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++ core (CPU), "triton" one launch for
 the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by a silent fallback.
 """
@@ -19,12 +19,12 @@ from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.layout import TILE, TensorSpec
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
+from paretofuse.engine.planes.plane import columns_of, memories, merged_tensor
 from paretofuse.engine.stacking.stack import Stack
-from paretofuse.kernels.reference import merge_tensor_reference
 from paretofuse.kernels.routed_merge import routed_merge
 
 Merger = Callable[[Tensor], None]
-"""Takes weights float32 [K, rows, E] on the merger's device and rewrites its outputs."""
+"""Takes weights float32 [K, rows, P] on the merger's device and rewrites its outputs."""
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -66,11 +66,12 @@ def reference_merger(
 
     def merge(weights: Tensor) -> None:
         for spec in specs:
-            deltas = [own.get(spec.name) for own in stack.deltas]
+            planes = [own.get(spec.name) for own in stack.planes]
             for k, tensors in enumerate(out):
                 row = weights[k, rows[spec.name]]
-                merged = merge_tensor_reference(stack.base[spec.name], deltas, row, TO_TORCH[spec.dtype])
-                tensors[spec.name].copy_(merged)
+                tensors[spec.name].copy_(
+                    merged_tensor(stack.base[spec.name], planes, row, TO_TORCH[spec.dtype])
+                )
 
     return merge
 
@@ -80,18 +81,15 @@ def native_merger(
 ) -> Merger:
     """Bind a merge by the C++ core: one pass over the memory of all tensors, which may be mapped from files."""
 
-    def address(tensors: Mapping[str, Tensor], name: str) -> int:
-        return tensors[name].data_ptr() if name in tensors else 0
-
     plan = MergePlan(
         base=[stack.base[spec.name].data_ptr() for spec in specs],
-        deltas=[[address(own, spec.name) for own in stack.deltas] for spec in specs],
+        planes=[memories([own.get(spec.name) for own in stack.planes]) for spec in specs],
         lengths=[spec.numel for spec in specs],
         rows=[rows[spec.name] for spec in specs],
+        columns=[columns_of(spec.shape) for spec in specs],
         base_dtypes=[spec.dtype for spec in specs],
-        delta_dtypes=[spec.delta_dtype for spec in specs],
         out_dtypes=[TO_NAME[out[0][spec.name].dtype] for spec in specs],
-        experts=len(stack.deltas),
+        plane_count=len(stack.planes),
         row_count=len(stack.layout.groups) + 1,
     )
     addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)

@@ -21,7 +21,7 @@ from paretofuse.engine.merging.backends import (
     separate_outputs,
     triton_merger,
 )
-from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs, Planes, flatten
+from paretofuse.engine.merging.flat import DenseDeltas, FlatInputs, FlatOutputs, flatten
 from paretofuse.engine.stacking.sharding import Sharding
 from paretofuse.engine.stacking.stack import Stack
 
@@ -41,7 +41,7 @@ class BoundStack:
         places: each tensor's device.
         backends: each device's backend.
         flat: the flat buffers, for each device with the Triton backend.
-        planes: each merged tensor's deltas as one tensor.
+        deltas: each merged tensor's planes as one dense tensor.
         shardings: as given.
     """
 
@@ -57,7 +57,7 @@ class BoundStack:
         if in_flat:
             stack, self.flat = flatten(stack, self.rows, in_flat)
         self.stack = stack
-        self.planes = Planes(stack, self.flat)
+        self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None
 

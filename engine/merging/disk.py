@@ -17,6 +17,7 @@ import numpy as np
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, TensorSpec
 from paretofuse.engine.merging import native
+from paretofuse.engine.planes.memory import Memory
 from paretofuse.engine.routing.evaluate import routing_weights
 from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.store.atomic import (
@@ -67,7 +68,6 @@ class _Source:
     view: TensorView
     row: int | None = None
     deltas: tuple[TensorView | None, ...] = ()
-    delta_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _sources(store: Store, head: str | None) -> list[_Source]:
         if spec.role == "constant":
             return _Source(view)
         deltas = tuple(expert.get(spec.name) for expert in store.deltas)
-        return _Source(view, rows[spec.name], deltas, spec.delta_dtype)
+        return _Source(view, rows[spec.name], deltas)
 
     sources = [source(spec) for spec in store.layout.tensors if spec.name not in own]
     sources += [_Source(view) for view in own.values()]
@@ -294,16 +294,18 @@ def _merge_batch(
     if merged:
         plan = native.MergePlan(
             base=[_address(piece.source.view, piece, copies) for piece in merged],
-            deltas=[
-                [0 if delta is None else _address(delta, piece, copies) for delta in piece.source.deltas]
+            planes=[
+                [
+                    None if delta is None else Memory("dense", delta.dtype, _address(delta, piece, copies))
+                    for delta in piece.source.deltas
+                ]
                 for piece in merged
             ],
             lengths=[piece.stop - piece.start for piece in merged],
             rows=[piece.source.row for piece in merged if piece.source.row is not None],
             base_dtypes=[piece.source.view.dtype for piece in merged],
-            delta_dtypes=[piece.source.delta_dtype for piece in merged],
             out_dtypes=[piece.source.view.dtype for piece in merged],
-            experts=table.shape[2],
+            plane_count=table.shape[2],
             row_count=table.shape[1],
         )
         ran = plan.run(table, [[start + piece.position for piece in merged]], threads=threads, isa=isa)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
+from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.stack import Stack
 
 
@@ -74,22 +76,27 @@ def flatten(
         the same stack with these tensors as views of the buffers, so that nothing is held twice, and the buffers.
     """
     base = dict(stack.base)
-    deltas = [dict(own) for own in stack.deltas]
+    planes = [dict(own) for own in stack.planes]
     inputs = []
     for bucket in buckets(
         [s for s in stack.layout.with_role("routed", "static") if s.name in places], places
     ):
         first, device = bucket.specs[0], bucket.device
         flat = torch.zeros(bucket.total, dtype=TO_TORCH[first.dtype], device=device)
-        planes = torch.zeros(len(deltas), bucket.total, dtype=TO_TORCH[first.delta_dtype], device=device)
+        deltas = torch.zeros(len(planes), bucket.total, dtype=TO_TORCH[first.delta_dtype], device=device)
         for name, view in bucket.view(flat).items():
             base[name] = view.copy_(stack.base[name])
-        for own, theirs, plane in zip(deltas, stack.deltas, planes, strict=True):
-            own.update({n: v.copy_(theirs[n]) for n, v in bucket.view(plane).items() if n in theirs})
+        for own, theirs, delta in zip(planes, stack.planes, deltas, strict=True):
+            own.update({n: _in_place(theirs[n], v) for n, v in bucket.view(delta).items() if n in theirs})
         lengths = [spec.numel for spec in bucket.specs]
         tiles = tile_groups(lengths, [rows[spec.name] for spec in bucket.specs], TILE)
-        inputs.append(FlatInputs(bucket, flat, planes, torch.tensor(tiles, dtype=torch.int32, device=device)))
-    return Stack(stack.layout, base, tuple(deltas), stack.heads), inputs
+        inputs.append(FlatInputs(bucket, flat, deltas, torch.tensor(tiles, dtype=torch.int32, device=device)))
+    return Stack(stack.layout, base, tuple(planes), stack.heads), inputs
+
+
+def _in_place(plane: Plane, view: Tensor) -> Dense:
+    """A dense plane whose values lie in a flat buffer."""
+    return Dense(view.copy_(plane.tensors()[""]), plane.error)
 
 
 class FlatOutputs:
@@ -106,8 +113,8 @@ class FlatOutputs:
                 views.update(bucket.view(row))
 
 
-class Planes:
-    """The deltas of each tensor as one tensor [E, *shape], by stored name.
+class DenseDeltas:
+    """The planes of each tensor as one dense tensor [P, *shape], by stored name, for what reads nothing else.
 
     Views of the flat buffers where there are some; elsewhere stacked when first asked for, which copies them.
     """
@@ -121,9 +128,12 @@ class Planes:
                 self._found[spec.name] = plane.unflatten(1, spec.shape) if spec.shape else plane[:, 0]
 
     def __getitem__(self, name: str) -> Tensor:
-        """[E, *shape]; zeros for experts that leave the tensor unchanged."""
+        """[P, *shape] in the deltas' dtype; zeros for experts that leave the tensor unchanged."""
         if name not in self._found:
-            given = [own.get(name) for own in self._stack.deltas]
-            like = next((delta for delta in given if delta is not None), self._stack.base[name])
-            self._found[name] = torch.stack([torch.zeros_like(like) if d is None else d for d in given])
+            base, dtype = self._stack.base[name], TO_TORCH[self._stack.layout.by_name[name].delta_dtype]
+            dense = base.new_zeros((len(self._stack.planes), *base.shape), dtype=dtype)
+            for row, own in zip(dense, self._stack.planes, strict=True):
+                if name in own:
+                    row.copy_(own[name].decode())
+            self._found[name] = dense
         return self._found[name]

@@ -51,9 +51,9 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         bound.merger(merged, out, [stored]),
         bound.merger(static, out, [stored], once=True),
         {spec.name: bound.rows[spec.name] for spec in merged},
-        bound.stack.deltas,
+        bound.stack.planes,
         weights,
-        planes={spec.name: bound.planes[spec.name] for spec in merged if spec.name in in_flat},
+        deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
         mixes=tuple(mixes.values()),
     )
 
@@ -65,10 +65,10 @@ def _mixed_weight(
     base, row = bound.stack.base[name], bound.rows[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
     if bound.backends[base.device] == "native":
-        deltas = [own.get(name) for own in bound.stack.deltas]
+        planes = [own.get(name) for own in bound.stack.planes]
         release = partial(bound.stack.release, [name])
-        return LayerwiseWeight(base, deltas, mix, row, transposed, release)
-    planes = bound.planes[name]
+        return LayerwiseWeight(base, planes, mix, row, transposed, release)
+    deltas = bound.deltas[name]
     if transposed:
-        base, planes = base.T, planes.mT
-    return RoutedWeight(base, planes, mix, row)
+        base, deltas = base.T, deltas.mT
+    return RoutedWeight(base, deltas, mix, row)

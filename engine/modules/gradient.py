@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import TILE, place, tile_groups
 from paretofuse.engine.merging import native
-from paretofuse.kernels.reference import inner_reference
+from paretofuse.engine.planes.plane import Plane, columns_of, memories
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 
@@ -28,9 +28,9 @@ class GradientCollector:
     Args:
         parameters: the routed parameters by stored name.
         rows: each one's row in L.
-        deltas: for each expert, its deltas by name; an absent one contributes zero.
+        planes: for each expert, its planes by name; an absent one contributes zero.
         groups: G.
-        planes: the deltas as one tensor [E, *shape] of each parameter whose gradient the Triton kernels reduce.
+        deltas: the planes as one dense tensor [P, *shape] of each parameter whose gradient the Triton kernels reduce.
         mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
     """
 
@@ -38,19 +38,19 @@ class GradientCollector:
         self,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, int],
-        deltas: Sequence[Mapping[str, Tensor]],
+        planes: Sequence[Mapping[str, Plane]],
         groups: int,
         *,
-        planes: Mapping[str, Tensor] | None = None,
+        deltas: Mapping[str, Tensor] | None = None,
         mixes: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = dict(parameters)
         self._rows = rows
-        self._deltas = deltas
+        self._planes = planes
         self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
-        self._kernels = _kernel_sums(self._parameters, rows, planes or {}, groups)
-        self._pending = torch.zeros(groups, len(deltas), dtype=torch.float64, device=device)
+        self._kernels = _kernel_sums(self._parameters, rows, deltas or {}, groups)
+        self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
         self._pass: int | None = None
         self._suspended: dict[int, Tensor] = {}
@@ -100,7 +100,7 @@ class GradientCollector:
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         row = self._rows[name]
-        deltas = [own.get(name) for own in self._deltas]
+        planes = [own.get(name) for own in self._planes]
 
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
@@ -110,7 +110,7 @@ class GradientCollector:
             if name in self._kernels:
                 self._kernels[name].add(name, gradient)
             else:
-                self._pending[row] += inner_products(gradient, deltas).to(self._pending.device)
+                self._pending[row] += inner_products(gradient, planes).to(self._pending.device)
 
         return reduce
 
@@ -172,14 +172,14 @@ class GradientCollector:
 def _kernel_sums(
     parameters: Mapping[str, nn.Parameter],
     rows: Mapping[str, int],
-    planes: Mapping[str, Tensor],
+    deltas: Mapping[str, Tensor],
     groups: int,
 ) -> dict[str, _KernelSums]:
     """By parameter, the sums that its gradient goes into: one for each device."""
-    devices = {name: plane.device for name, plane in planes.items()}
+    devices = {name: delta.device for name, delta in deltas.items()}
     sums = {
         device: _KernelSums(
-            {n: p for n, p in parameters.items() if devices.get(n) == device}, rows, planes, groups, device
+            {n: p for n, p in parameters.items() if devices.get(n) == device}, rows, deltas, groups, device
         )
         for device in dict.fromkeys(devices.values())
     }
@@ -196,25 +196,25 @@ class _KernelSums:
         self,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, int],
-        planes: Mapping[str, Tensor],
+        deltas: Mapping[str, Tensor],
         groups: int,
         device: torch.device,
     ) -> None:
         lengths = [parameter.numel() for parameter in parameters.values()]
         offsets, _ = place(lengths)
         self._first = dict(zip(parameters, (offset // TILE for offset in offsets), strict=True))
-        self._planes = planes
+        self._deltas = deltas
         tiles = tile_groups(lengths, [rows[name] for name in parameters])
         self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
-        experts = len(next(iter(planes.values())))
+        experts = len(next(iter(deltas.values())))
         self._partials = torch.zeros(len(tiles), experts, device=device)  # [tiles, E]
         self._any = False
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Reduce one parameter's gradient to E numbers for each tile."""
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        planes = self._planes[name]
-        partials = grad_partials(dense.reshape(-1), planes.view(len(planes), -1), tile=TILE)
+        deltas = self._deltas[name]
+        partials = grad_partials(dense.reshape(-1), deltas.view(len(deltas), -1), tile=TILE)
         first = self._first[name]
         self._partials[first : first + len(partials)] += partials
         self._any = True
@@ -229,20 +229,20 @@ class _KernelSums:
         return total
 
 
-def inner_products(gradient: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:
-    """<gradient, delta_e> for every expert, float64 [E]; None counts as zero. Reads the gradient once on the CPU."""
-    present = next((delta for delta in deltas if delta is not None), None)
+def inner_products(gradient: Tensor, planes: Sequence[Plane | None]) -> Tensor:
+    """<gradient, plane_j> for every plane, float64 [P]; None counts as zero. Reads the gradient once on the CPU."""
     if gradient.is_sparse:
         gradient = gradient.to_dense()
-    if present is None or gradient.device.type != "cpu" or gradient.dtype not in TO_NAME:
-        return inner_reference(gradient, deltas)
+    if gradient.device.type != "cpu" or gradient.dtype not in TO_NAME or not any(planes):
+        zero = gradient.new_zeros((), dtype=torch.float64)
+        return torch.stack([zero if plane is None else plane.inner(gradient.detach()) for plane in planes])
     gradient = gradient.contiguous()
     sums = native.inner(
         gradient.data_ptr(),
-        [0 if delta is None else delta.data_ptr() for delta in deltas],
+        memories(planes),
         gradient.numel(),
         grad_dtype=TO_NAME[gradient.dtype],
-        delta_dtype=TO_NAME[present.dtype],
+        columns=columns_of(tuple(gradient.shape)),
         threads=torch.get_num_threads(),
     )
     return torch.from_numpy(sums)

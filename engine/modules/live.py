@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import Merger
 from paretofuse.engine.modules.gradient import GradientCollector
+from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.skeleton import stored_tensors
 
 
@@ -25,9 +26,9 @@ class LiveModule:
         merge_routed: rewrites the routed tensors, from weights [1, G + 1, E].
         merge_static: writes the static tensors, once.
         rows: each routed tensor's row in the routing weights.
-        deltas: for each expert, its deltas by name.
+        planes: for each expert, its planes by name.
         weights: the first routing weights, [1, G + 1, E].
-        planes: the deltas as one tensor of each parameter whose gradient the Triton kernels shall reduce.
+        deltas: the planes as one dense tensor of each parameter whose gradient the Triton kernels shall reduce.
         mixes: the routing weights [G, E] that a fused module's layers read, rewritten with every merge; one for
             each device.
     """
@@ -39,19 +40,19 @@ class LiveModule:
         merge_routed: Merger,
         merge_static: Merger,
         rows: Mapping[str, int],
-        deltas: tuple[dict[str, Tensor], ...],
+        planes: tuple[dict[str, Plane], ...],
         weights: Tensor,
         *,
-        planes: Mapping[str, Tensor] | None = None,
+        deltas: Mapping[str, Tensor] | None = None,
         mixes: Sequence[Tensor] = (),
     ) -> None:
         self.module = module
-        self._planes = planes or {}
+        self._deltas = deltas or {}
         self._mixes = mixes
         self._groups = weights.shape[1] - 1
         self._merge_routed = merge_routed
         self._rows = rows
-        self._deltas = deltas
+        self._planes = planes
         stored = stored_tensors(module)
         self._routed = {name: stored[name] for name in rows}
         merge_static(weights)
@@ -69,9 +70,9 @@ class LiveModule:
     def collector(self) -> GradientCollector:
         """The gradient hooks, installed when first asked for."""
         parameters = {n: t for n, t in self._routed.items() if isinstance(t, nn.Parameter)}
-        planes = {name: plane for name, plane in self._planes.items() if name in parameters}
+        deltas = {name: delta for name, delta in self._deltas.items() if name in parameters}
         return GradientCollector(
-            parameters, self._rows, self._deltas, self._groups, planes=planes, mixes=self._mixes
+            parameters, self._rows, self._planes, self._groups, deltas=deltas, mixes=self._mixes
         )
 
     @torch.no_grad()

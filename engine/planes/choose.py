@@ -74,7 +74,7 @@ def may_be_small(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and numel >= TILE and numel % SMALLEST == 0
 
 
-def encode(wanted: Wanted, delta: Tensor, base: Tensor, delta_dtype: torch.dtype) -> Plane:
+def encode(wanted: Wanted, delta: Tensor, base: Tensor, delta_dtype: torch.dtype, plane_count: int) -> Plane:
     """The plane of one expert and tensor, with its error measured.
 
     Args:
@@ -82,10 +82,11 @@ def encode(wanted: Wanted, delta: Tensor, base: Tensor, delta_dtype: torch.dtype
         delta: float32, what the expert adds.
         base: the base tensor, in the merged dtype.
         delta_dtype: of dense planes.
+        plane_count: how many planes are merged together.
     """
 
     def measured(plane: Plane) -> tuple[Plane, float]:
-        error = merged_error(base, delta, plane.decode(), base.dtype)
+        error = merged_error(base, delta, plane.decode(), base.dtype, plane_count**-0.5)
         return replace(plane, error=error), error  # type: ignore[type-var]
 
     shape = tuple(delta.shape)

@@ -8,7 +8,6 @@ divides the tile of 1024, so that a tile has whole groups.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

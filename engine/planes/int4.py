@@ -22,8 +22,8 @@ class Int4:
     """A plane of quantized numbers.
 
     Attributes:
-        packed: uint8 [ceil(numel / 2)]: two elements to a byte, the first in the low half, each 8 more than its value, as
-            compressed-tensors packs them.
+        packed: uint8 [ceil(numel / 2)]: two elements to a byte, the first in the low half, each 8 more than its value.
+            compressed-tensors packs them so.
         scales: float32 [ceil(numel / group)].
         group: elements of a group.
         shape: the tensor's.

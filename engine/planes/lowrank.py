@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import MERGED_DTYPES
 from paretofuse.engine.planes.memory import Memory
 
 
@@ -35,20 +34,17 @@ class LowRank:
     format = "lowrank"
 
     @classmethod
-    def of_factors(cls, b: Tensor, a: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
-        """scale * B A. The factors keep their dtype where that holds scale * B exactly; else they become float32.
+    def of_factors(cls, b: Tensor, a: Tensor, shape: tuple[int, ...]) -> LowRank:
+        """B A, in the shortest dtype that holds both factors exactly: an adapter's own, where its scale allows.
 
         Args:
-            b: [rows, rank].
-            a: [rank, columns].
-            scale: folded into B.
+            b: float32 [rows, rank], with the adapter's scale.
+            a: float32 [rank, columns].
             shape: the tensor's.
         """
-        wide = b.float() * scale
-        dtype = b.dtype if b.dtype == a.dtype and TO_NAME.get(b.dtype) in MERGED_DTYPES else torch.float32
-        if not torch.equal(wide.to(dtype).float(), wide):
-            dtype = torch.float32
-        return cls(wide.to(dtype).contiguous(), a.to(dtype).contiguous(), shape)
+        exact = (d for d in (torch.bfloat16, torch.float16) if all(_holds(d, factor) for factor in (b, a)))
+        dtype = next(exact, torch.float32)
+        return cls(b.to(dtype).contiguous(), a.to(dtype).contiguous(), shape)
 
     @classmethod
     def encode(cls, delta: Tensor, rank: int | None, energy: float = 1.0) -> LowRank:
@@ -102,3 +98,8 @@ class LowRank:
     def memory(self) -> Memory:
         """See `Plane`."""
         return Memory("lowrank", TO_NAME[self.a.dtype], self.a.data_ptr(), self.b.data_ptr(), self.rank)
+
+
+def _holds(dtype: torch.dtype, numbers: Tensor) -> bool:
+    """Whether a dtype holds float32 numbers exactly."""
+    return torch.equal(numbers.to(dtype).float(), numbers)

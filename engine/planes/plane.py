@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,19 +16,26 @@ class Plane(Protocol):
 
     Attributes:
         format: "dense", "int8", "int4" or "lowrank".
-        shape: the tensor's shape.
-        error: relative error of the merged update, ||round(base + plane) - base - delta|| / ||delta||, in the merged
-            dtype and at weight 1; None where it was not measured.
+        shape: the tensor's.
+        error: relative error of the merged update, ||round(base + w plane) - base - w delta|| / ||w delta||, in the
+            merged dtype; None where it was not measured. w = 1 / sqrt(P): one plane weighted so is as large as P unlike
+            ones at equal weights 1 / P, and so is its error.
     """
 
     @property
-    def format(self) -> str: ...
+    def format(self) -> str:
+        """Its format."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+        ...
 
     @property
-    def error(self) -> float | None: ...
+    def error(self) -> float | None:
+        """Of the merged update."""
+        ...
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What it holds, by the ending that a store adds to the tensor's name."""
@@ -91,18 +98,45 @@ def by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return weight if weight.dim() == 0 else weight.view(-1, *[1] * (len(shape) - 1))
 
 
-def merged_error(base: Tensor, delta: Tensor, decoded: Tensor, dtype: torch.dtype) -> float:
-    """The relative error of a merged update at weight 1; see `Plane.error`.
+def memories(planes: Sequence[Plane | None]) -> list[Memory | None]:
+    """Planes by address, for the C++ core; None stays None."""
+    return [None if plane is None else plane.memory() for plane in planes]
+
+
+def merged_tensor(
+    base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The plain reference of a merge: base + sum_j weights[j] * planes[j] in float32, rounded once.
+
+    Args:
+        base: any shape.
+        planes: None where an expert leaves the tensor unchanged.
+        weights: [P], or [P, rows]: one for each row of the tensor.
+        dtype: of the result.
+
+    Returns:
+        A new tensor of the base's shape.
+    """
+    merged = base.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    for weight, plane in zip(weights.to(torch.float32), planes, strict=True):
+        if plane is not None:
+            plane.add_to(merged, weight)
+    return merged.to(dtype)
+
+
+def merged_error(base: Tensor, delta: Tensor, decoded: Tensor, dtype: torch.dtype, weight: float) -> float:
+    """The relative error of a merged update; see `Plane.error`.
 
     Args:
         base: the base tensor.
         delta: float32, what the expert adds, of the base's shape.
         decoded: float32, what the plane says that it adds.
         dtype: of the merged tensor.
+        weight: of the plane.
     """
     wide = base.float()
-    merged = (wide + decoded).to(dtype).float()
+    merged = (wide + weight * decoded).to(dtype)
     # Differences of near numbers: exact in float64.
-    wrong = (merged.double() - wide.double() - delta.double()).norm()
-    size = delta.double().norm()
+    wrong = (merged.double() - wide.double() - weight * delta.double()).norm()
+    size = weight * delta.double().norm()
     return float(wrong / size) if size > 0 else 0.0

@@ -6,7 +6,7 @@ The same blocks fill memory (`stack.build`) and a store (`persist.streamed`), so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from torch import Tensor
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import TensorSpec
+from paretofuse.engine.planes.choose import encode, may_be_small
+from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.plan import Plan
 from paretofuse.engine.stacking.sources import Source, TensorInfo
 
@@ -50,6 +54,52 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
         _rounded(difference, dtype, plan, expert, spec)
         for difference in _differences(plan, expert, spec, name)
     )
+
+
+def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plane | None:
+    """What an expert adds to a tensor, in the plan's format, on the base's device; None where it leaves it unchanged.
+
+    An expert that knows its delta as factors (LoRA) keeps them, unless dense planes were asked for: no dense delta is
+    made of them. Only of a weight that is a stack of weights (experts of a mixture) is one.
+
+    Args:
+        base: the base tensor as it is stored.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    name = expert.aliases.get(spec.name, spec.name)
+    if name in expert.factors and plan.planes.kind != "dense" and len(spec.shape) > 1:
+        sides = [update.sides() for update in expert.factors[name]]
+        if all(left.dim() == 2 for left, _ in sides):
+            left, right = torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0)
+            for factor in (left, right):
+                _check_finite(factor, expert.label, name)
+            plane = LowRank.of_factors(left.to(base.device), right.to(base.device), spec.shape)
+            return plane if plane.a.any() and plane.b.any() else None
+    blocks = delta_blocks(plan, expert, spec)
+    if blocks is None:
+        return None
+    dtype = TO_TORCH[spec.delta_dtype]
+    if plan.planes.kind == "dense" or not may_be_small(spec.shape):
+        return Dense(gather(blocks, spec.shape, dtype, base.device))
+    differences = _differences(plan, expert, spec, name)
+    delta = gather(differences, spec.shape, torch.float32, base.device)
+    if not _is_finite(delta):
+        gather(blocks, spec.shape, dtype, base.device)  # raises, and says why
+    return encode(plan.planes, delta, base, dtype, len(plan.experts))
+
+
+def gather(
+    blocks: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Blocks into one new tensor."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    flat, start = result.view(-1), 0
+    for block in blocks:
+        flat[start : start + block.numel()].copy_(block)
+        start += block.numel()
+    return result
 
 
 def head_infos(plan: Plan, objective: str) -> dict[str, TensorInfo]:

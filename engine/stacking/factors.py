@@ -31,8 +31,7 @@ class Factors:
 
         Only the rows of W that the block touches are multiplied out.
         """
-        a, b = self.read()
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)  # [X, N, R], [X, R, M]; W is [X, N, M]
+        left, right = self.sides()  # [X, N, R], [X, R, M]; W is [X, N, M]
         if left.dim() == 2:
             left, right = left.unsqueeze(0), right.unsqueeze(0)
         rows, columns = left.shape[1], right.shape[2]
@@ -42,4 +41,9 @@ class Factors:
             for x in range(first // rows, -(-last // rows))
         ]
         flat = torch.cat(parts).reshape(-1)[start - first * columns : stop - first * columns]
-        return flat * self.scale
+        return flat
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """The update as a product in W's own order, the scale in the left side: [N, R], [R, M], or stacks of them."""
+        a, b = self.read()
+        return (self.scale * a.mT, b.mT) if self.transposed else (self.scale * b, a)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
+from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking.deltas import base_blocks, delta_blocks, head_blocks, head_infos
 from paretofuse.engine.stacking.plan import Plan
@@ -41,14 +43,14 @@ class Parts:
 def in_memory(stack: Stack) -> Parts:
     """The parts of a stack."""
 
-    def of(tensors: Mapping[str, Tensor]) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
-        return lambda spec: _blocks(tensors[spec.name]) if spec.name in tensors else None
+    def of(planes: Mapping[str, Plane]) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
+        return lambda spec: _blocks(planes[spec.name].tensors()[""]) if spec.name in planes else None
 
     heads = {
         objective: [(name, t.dtype, tuple(t.shape), _blocks(t)) for name, t in own.items()]
         for objective, own in stack.heads.items()
     }
-    return Parts(lambda spec: _blocks(stack.base[spec.name]), [of(delta) for delta in stack.deltas], heads)
+    return Parts(lambda spec: _blocks(stack.base[spec.name]), [of(own) for own in stack.planes], heads)
 
 
 def streamed(plan: Plan, progress: Callable[[int], None] | None = None) -> Parts:
@@ -137,7 +139,13 @@ def save(
     training: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a stack in memory to a store; arguments and errors as `write`."""
+    """Write a stack in memory to a store; as `write`, and ValueError for planes that are not dense."""
+    other = {p.format for own in stack.planes for p in own.values()} - {"dense"}
+    if other:
+        raise ValueError(
+            f"got planes of the formats {sorted(other)}, expected dense ones, as stores hold no others yet; stack with "
+            'planes="dense" to save'
+        )
     parts = in_memory(stack)
     write(path, parts, stack.layout, routers, blueprint, training=training, force=force)
 
@@ -148,7 +156,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
     stack = Stack(
         layout,
         _tensors(store.base, device),
-        tuple(_tensors(own, device) for own in store.deltas),
+        tuple({n: Dense(t) for n, t in _tensors(own, device).items()} for own in store.deltas),
         {objective: _tensors(own, device) for objective, own in store.heads.items()},
         store.release if device.type == "cpu" else lambda names: None,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
+from paretofuse.engine.planes.choose import Wanted
 from paretofuse.engine.routing.groups import Route, assign_groups
 from paretofuse.engine.stacking.sharding import check_alike
 from paretofuse.engine.stacking.sources import Source, TensorInfo, dtype_name
@@ -23,6 +24,7 @@ class Plan:
         experts: each objective's source.
         heads: for each objective, the names of its own tensors.
         dtype: safetensors dtype that everything is converted to, or None.
+        planes: the format that was asked for.
         notes: what a user should know (mixed dtypes and the like), a sentence each.
     """
 
@@ -31,6 +33,7 @@ class Plan:
     experts: Mapping[str, Source]
     heads: Mapping[str, tuple[str, ...]]
     dtype: str | None
+    planes: Wanted
     notes: tuple[str, ...]
 
 
@@ -43,6 +46,7 @@ def make_plan(
     dtype: str | None,
     delta_dtype: str | None,
     heads: Sequence[str],
+    planes: Wanted,
 ) -> Plan:
     """Check that base and experts fit together and lay out their tensors.
 
@@ -54,6 +58,7 @@ def make_plan(
         dtype: safetensors dtype for base and deltas; None keeps each base tensor's.
         delta_dtype: safetensors dtype for the deltas; None takes the base's.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each.
+        planes: the planes' format.
 
     Raises:
         CheckpointError: names, shapes or dtypes do not fit; the message names the tensor and both sides.
@@ -109,7 +114,7 @@ def make_plan(
             )
         )
     layout = Layout(tuple(experts), tuple(specs), float(static_weight))
-    return Plan(layout, base, dict(experts), own, dtype, _notes(layout, base, experts))
+    return Plan(layout, base, dict(experts), own, dtype, planes, _notes(layout, base, experts))
 
 
 def _constant_dtype(info: TensorInfo, label: str, name: str, dtype: str | None) -> str:

@@ -311,7 +311,12 @@ class Run:
     def _fingerprint(self) -> str:
         """Tells one base and its experts from others, by the first numbers of each tensor and its group."""
         digest = hashlib.sha256()
-        for tensors in (self.engine._stack.base, *self.engine._stack.deltas):
+        stack = self.engine._stack
+        planes = [
+            {name + end: t for name, plane in own.items() for end, t in plane.tensors().items()}
+            for own in stack.planes
+        ]
+        for tensors in (stack.base, *planes):
             for name, tensor in tensors.items():
                 first = tensor.detach().flatten()[:64].contiguous().cpu()
                 digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())

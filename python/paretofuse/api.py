@@ -17,6 +17,7 @@ from paretofuse.adapters import hf, openclip
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.evaluate import check_init
 from paretofuse.engine.routing.groups import Route
 from paretofuse.engine.routing.routers import Routers
@@ -37,6 +38,7 @@ def stack(
     dtype: torch.dtype | None = None,
     *,
     delta_dtype: torch.dtype | None = None,
+    planes: str = "dense",
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -58,6 +60,11 @@ def stack(
         dtype: of base, deltas and merged models; None keeps each base tensor's own. Experts of other dtypes are
             converted, and `engine.notes` says which.
         delta_dtype: of the deltas alone, for example bfloat16 under a float32 base; None takes the base's.
+        planes: how what each expert adds is held. "dense" (in delta_dtype), "fp32", "bf16" or "fp16" (dense, in that
+            dtype); "int8" or "int4" (a scale for each group of elements); "lowrank:32" or "lowrank:99%" (factors of a
+            rank, or of an energy, by SVD); "auto": LoRA experts as their own factors, int8 where the merged tensor is
+            as exact as with dense planes. With all but dense ones LoRA experts stay factors, and vectors (norms,
+            biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.
@@ -69,7 +76,7 @@ def stack(
         ValueError: an argument is out of range.
         TypeError: a model is of no known kind.
     """
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads)
     place = None if device is None else torch.device(device)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     built = build(plan, place)
@@ -89,6 +96,7 @@ def stack_to_store(
     static_weight: float = 0.3,
     dtype: torch.dtype | None = None,
     delta_dtype: torch.dtype | None = None,
+    planes: str = "dense",
     heads: Sequence[str] = (),
     force: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -106,7 +114,7 @@ def stack_to_store(
     Raises:
         as `stack`, and OSError when writing fails.
     """
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, heads)
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     parts = persist.streamed(plan, progress)
     persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)
@@ -185,6 +193,7 @@ def _plan(
     static_weight: float,
     dtype: torch.dtype | None,
     delta_dtype: torch.dtype | None,
+    planes: str,
     heads: Sequence[str],
 ) -> Plan:
     if not isinstance(experts, Mapping):
@@ -193,6 +202,9 @@ def _plan(
         raise TypeError(f"got heads={heads!r}, expected a list of names such as [{heads!r}]")
     check_init(init)
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
+    wanted = parse(planes)
+    if wanted.dtype and names[1]:
+        raise ValueError(f"got planes={planes!r} and delta_dtype={delta_dtype}, expected only one of them")
     source = resolve(base, "the base")
     if len({str(name) for name in experts}) < len(experts):
         raise ValueError(f"got experts named {list(experts)}, expected names that differ as text")
@@ -203,8 +215,9 @@ def _plan(
         route=route,
         static_weight=static_weight,
         dtype=names[0],
-        delta_dtype=names[1],
+        delta_dtype=wanted.dtype or names[1],
         heads=heads,
+        planes=wanted,
     )
 
 

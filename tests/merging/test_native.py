@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.merging import native
+from paretofuse.engine.planes.memory import Memory
 from tests.support import cpplib
 from tests.support.process import python, run
 
@@ -23,6 +25,10 @@ isas = pytest.mark.parametrize("isa", USABLE)
 mixes = pytest.mark.parametrize(
     ("base_dtype", "delta_dtype", "out_dtype"), list(itertools.product(DTYPES, DTYPES, DTYPES))
 )
+
+
+def dense(values: torch.Tensor) -> Memory:
+    return Memory("dense", TO_NAME[values.dtype], values.data_ptr())
 
 
 def guarded(values: torch.Tensor) -> torch.Tensor:
@@ -78,13 +84,12 @@ class Model:
         count = len(lengths)
         self.plan = native.MergePlan(
             base=[t.data_ptr() for t in self.base],
-            deltas=[[0 if t is None else t.data_ptr() for t in row] for row in self.deltas],
+            planes=[[None if t is None else dense(t) for t in row] for row in self.deltas],
             lengths=lengths,
             rows=self.rows,
             base_dtypes=[base_dtype] * count,
-            delta_dtypes=[delta_dtype] * count,
             out_dtypes=[self.out_dtype] * count,
-            experts=experts,
+            plane_count=experts,
             row_count=rows,
         )
 
@@ -179,13 +184,12 @@ def converted(values: torch.Tensor, source: str, target: str, isa: str) -> torch
     out = torch.empty(len(values), dtype=DTYPES[target])
     plan = native.MergePlan(
         base=[values.data_ptr()],
-        deltas=[[0]],
+        planes=[[None]],
         lengths=[len(values)],
         rows=[0],
         base_dtypes=[source],
-        delta_dtypes=["F32"],
         out_dtypes=[target],
-        experts=1,
+        plane_count=1,
         row_count=1,
     )
     plan.run(np.ones((1, 1, 1), np.float32), [[out.data_ptr()]], isa=isa)
@@ -233,13 +237,12 @@ def test_zero_weights_give_back_the_base_bit_for_bit(isa: str, dtype: str) -> No
     delta = torch.full((len(base),), torch.inf, dtype=DTYPES[dtype])
     plan = native.MergePlan(
         base=[base.data_ptr()],
-        deltas=[[delta.data_ptr(), 0]],
+        planes=[[dense(delta), None]],
         lengths=[len(base)],
         rows=[0],
         base_dtypes=[dtype],
-        delta_dtypes=[dtype],
         out_dtypes=[dtype],
-        experts=2,
+        plane_count=2,
         row_count=1,
     )
     out = poisoned(len(base), dtype)
@@ -258,13 +261,12 @@ def test_the_caller_flushing_subnormals_changes_nothing() -> None:
             out = torch.zeros(len(values))
             plan = native.MergePlan(
                 base=[values.data_ptr()],
-                deltas=[[values.data_ptr()]],
+                planes=[[dense(values)]],
                 lengths=[len(values)],
                 rows=[0],
                 base_dtypes=["F32"],
-                delta_dtypes=["F32"],
                 out_dtypes=["F32"],
-                experts=1,
+                plane_count=1,
                 row_count=1,
             )
             plan.run(np.full((1, 1, 1), 2.0, np.float32), [[out.data_ptr()]], threads=threads, isa=isa)
@@ -284,13 +286,12 @@ def test_addresses_off_the_element_boundary(isa: str) -> None:
     views[0][:], views[1][:] = base.view(np.uint8), delta.view(np.uint8)
     plan = native.MergePlan(
         base=[views[0].ctypes.data],
-        deltas=[[views[1].ctypes.data]],
+        planes=[[Memory("dense", "F32", views[1].ctypes.data)]],
         lengths=[n],
         rows=[0],
         base_dtypes=["F32"],
-        delta_dtypes=["F32"],
         out_dtypes=["F32"],
-        experts=1,
+        plane_count=1,
         row_count=1,
     )
     plan.run(np.full((1, 1, 1), 0.5, np.float32), [[views[2].ctypes.data]], isa=isa)
@@ -306,7 +307,7 @@ def test_inner_matches_float64(isa: str, grad_dtype: str, delta_dtype: str, leng
     random = torch.Generator().manual_seed(8)
     grad = guarded(torch.randn(length, generator=random).to(DTYPES[grad_dtype]))
     deltas = [guarded(torch.randn(length, generator=random).to(DTYPES[delta_dtype])) for _ in range(3)]
-    addresses = [deltas[0].data_ptr(), 0, deltas[1].data_ptr(), deltas[2].data_ptr()]
+    planes = [dense(deltas[0]), None, dense(deltas[1]), dense(deltas[2])]
     truth = [float((grad.double() * d.double()).sum()) for d in deltas]
     scale = max([1.0, *(float((grad.double() * d.double()).abs().sum()) for d in deltas)])
     results = []
@@ -314,10 +315,9 @@ def test_inner_matches_float64(isa: str, grad_dtype: str, delta_dtype: str, leng
         results.append(
             native.inner(
                 grad.data_ptr() if length else 0,
-                addresses,
+                planes,
                 length,
                 grad_dtype=grad_dtype,
-                delta_dtype=delta_dtype,
                 threads=threads,
                 isa=isa,
             )
@@ -328,9 +328,7 @@ def test_inner_matches_float64(isa: str, grad_dtype: str, delta_dtype: str, leng
     np.testing.assert_array_equal(results[0], results[2])
     if isa == USABLE[0]:
         for other in USABLE:
-            again = native.inner(
-                grad.data_ptr(), addresses, length, grad_dtype=grad_dtype, delta_dtype=delta_dtype, isa=other
-            )
+            again = native.inner(grad.data_ptr(), planes, length, grad_dtype=grad_dtype, isa=other)
             np.testing.assert_array_equal(again, results[0])
 
 
@@ -387,13 +385,12 @@ def test_an_address_table_can_be_kept() -> None:
 def test_a_plan_of_nothing_runs() -> None:
     plan = native.MergePlan(
         base=[],
-        deltas=[],
+        planes=[],
         lengths=[],
         rows=[],
         base_dtypes=[],
-        delta_dtypes=[],
         out_dtypes=[],
-        experts=2,
+        plane_count=2,
         row_count=1,
     )
     plan.run(np.zeros((1, 1, 2), np.float32), [[]])
@@ -403,13 +400,12 @@ def make_plan(**changes: object) -> native.MergePlan:
     memory = np.zeros(16, np.float32)
     arguments: dict[str, object] = {
         "base": [memory.ctypes.data],
-        "deltas": [[0, 0]],
+        "planes": [[None, None]],
         "lengths": [16],
         "rows": [0],
         "base_dtypes": ["F32"],
-        "delta_dtypes": ["F32"],
         "out_dtypes": ["F32"],
-        "experts": 2,
+        "plane_count": 2,
         "row_count": 3,
     }
     return native.MergePlan(**(arguments | changes))  # type: ignore[arg-type]
@@ -419,15 +415,15 @@ def make_plan(**changes: object) -> native.MergePlan:
     ("changes", "message"),
     [
         ({"lengths": [16, 16]}, "lengths: got 2 entries, expected 1"),
-        ({"deltas": []}, "deltas: got 0 entries, expected 1"),
-        ({"deltas": [[0]]}, "deltas: got 1 addresses for tensor 0, expected 2"),
+        ({"planes": []}, "planes: got 0 entries, expected 1"),
+        ({"planes": [[None]]}, "planes: got 1 for tensor 0, expected 2"),
         ({"rows": [3]}, "row of segment 0: got 3, expected 0 to 2"),
         ({"rows": [-1]}, "row of segment 0: got -1, expected 0 to 2"),
         ({"lengths": [-1]}, "length of segment 0: got -1"),
         ({"lengths": [2**62]}, "length of segment 0"),
         ({"base": [0]}, "base of segment 0: got a null address"),
         ({"out_dtypes": ["F64"]}, "dtype: got 'F64', expected one of F32, BF16, F16"),
-        ({"deltas": [[]], "experts": 0}, "experts: got 0"),
+        ({"planes": [[]], "plane_count": 0}, "plane_count: got 0"),
         ({"row_count": 0}, "row_count: got 0"),
     ],
 )
@@ -459,11 +455,11 @@ def test_runs_refuse_what_does_not_fit_and_write_nothing() -> None:
         model.plan.run(random_weights(2, 2, 3), table)
     with pytest.raises(ValueError, match="out of segment 1, preference 0: got a null address"):
         model.plan.run(good, [[out[0].data_ptr(), 0]])
-    with pytest.raises(ValueError, match="overlaps the base or a delta"):
+    with pytest.raises(ValueError, match="overlaps the base or a plane"):
         model.plan.run(good, [[out[0].data_ptr(), model.base[1].data_ptr() + 4]])
     delta = model.deltas[1][2]
     assert delta is not None
-    with pytest.raises(ValueError, match="overlaps the base or a delta"):
+    with pytest.raises(ValueError, match="overlaps the base or a plane"):
         model.plan.run(good, [[out[0].data_ptr(), delta.data_ptr()]])
     for threads in (0, -1, 5000):
         with pytest.raises(ValueError, match=f"threads: got {threads}"):
@@ -474,13 +470,13 @@ def test_runs_refuse_what_does_not_fit_and_write_nothing() -> None:
 def test_inner_and_copy_refuse_what_does_not_fit() -> None:
     grad = torch.zeros(4)
     with pytest.raises(ValueError, match="grad: got a null address"):
-        native.inner(0, [0], 4, grad_dtype="F32", delta_dtype="F32")
-    with pytest.raises(ValueError, match="experts: got 0"):
-        native.inner(grad.data_ptr(), [], 4, grad_dtype="F32", delta_dtype="F32")
+        native.inner(0, [None], 4, grad_dtype="F32")
+    with pytest.raises(ValueError, match="planes: got 0"):
+        native.inner(grad.data_ptr(), [], 4, grad_dtype="F32")
     with pytest.raises(ValueError, match="length: got -1"):
-        native.inner(grad.data_ptr(), [0], -1, grad_dtype="F32", delta_dtype="F32")
+        native.inner(grad.data_ptr(), [None], -1, grad_dtype="F32")
     with pytest.raises(ValueError, match="dtype: got 'I8'"):
-        native.inner(grad.data_ptr(), [0], 4, grad_dtype="I8", delta_dtype="F32")
+        native.inner(grad.data_ptr(), [None], 4, grad_dtype="I8")
     with pytest.raises(ValueError, match="nbytes: got -1"):
         native.copy(0, 0, -1)
     with pytest.raises(ValueError, match="null"):
@@ -503,23 +499,21 @@ def test_more_elements_than_32_bits_count() -> None:
         pytest.skip(f"needs {3 * length >> 30} GiB of free memory, there are {free >> 30}")
     base, delta, out = (np.zeros(length, np.uint16) for _ in range(3))  # inputs stay unbacked: pages of zeros
     base[-3:], delta[-3:] = 0x3F80, 0x4000  # 1 and 2
+    plane = Memory("dense", "BF16", delta.ctypes.data)
     plan = native.MergePlan(
         base=[base.ctypes.data],
-        deltas=[[delta.ctypes.data]],
+        planes=[[plane]],
         lengths=[length],
         rows=[0],
         base_dtypes=["BF16"],
-        delta_dtypes=["BF16"],
         out_dtypes=["BF16"],
-        experts=1,
+        plane_count=1,
         row_count=1,
     )
     plan.run(np.full((1, 1, 1), 0.5, np.float32), [[out.ctypes.data]])
     assert out[-3:].tolist() == [0x4000] * 3
     assert np.flatnonzero(out[2**31 - 10 : -3]).size == 0
-    result = native.inner(
-        base.ctypes.data, [delta.ctypes.data], length, grad_dtype="BF16", delta_dtype="BF16"
-    )
+    result = native.inner(base.ctypes.data, [plane], length, grad_dtype="BF16")
     assert result.tolist() == [6.0]
 
 

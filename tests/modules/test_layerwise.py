@@ -20,6 +20,8 @@ import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.modules.routed.layers import RoutedLinear
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight, merged
+from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.plane import Plane
 from tests.support.models import perturbed
 from tests.training.test_fit import problem, state
 
@@ -32,19 +34,19 @@ def random_layer(
     """A layer whose second expert leaves it unchanged, and the routing weights [2, E] of the whole model."""
     shape = (ins, outs) if transposed else (outs, ins)
     base = torch.randn(shape).to(base_dtype)
-    deltas: list[Tensor | None] = [0.1 * torch.randn(shape).to(delta_dtype) for _ in range(experts)]
+    planes: list[Plane | None] = [Dense(0.1 * torch.randn(shape).to(delta_dtype)) for _ in range(experts)]
     if experts > 1:
-        deltas[1] = None
+        planes[1] = None
     mix = torch.rand(2, experts).requires_grad_()
-    return LayerwiseWeight(base, deltas, mix, 1, transposed, lambda: None), mix
+    return LayerwiseWeight(base, planes, mix, 1, transposed, lambda: None), mix
 
 
 def truth(layer: LayerwiseWeight, x: Tensor, mix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The same by dense products in `dtype`; the weight is mixed in float64 and rounded to it."""
     weight = layer.base.double()
-    for share, delta in zip(mix[1].double(), layer.deltas, strict=True):
-        if delta is not None:
-            weight = weight + share * delta.double()
+    for share, plane in zip(mix[1].double(), layer.planes, strict=True):
+        if plane is not None:
+            weight = weight + share * plane.decode().double()
     weight = weight.to(dtype)
     return F.linear(
         x.to(dtype), weight.T if layer.transposed else weight, None if bias is None else bias.to(dtype)
@@ -161,9 +163,9 @@ def test_deltas_stay_where_they_are_mapped(tmp_path: Path) -> None:
     names = [f"layers.{i}.weight" for i in range(2)]
     for layer, name in zip(layers, names, strict=True):
         assert isinstance(layer.mixed, LayerwiseWeight)
-        for given, own in zip(layer.mixed.deltas, engine._stack.deltas, strict=True):
+        for given, own in zip(layer.mixed.planes, engine._stack.planes, strict=True):
             assert given is own[name]
-    before = [[own[name].clone() for own in engine._stack.deltas] for name in names]
+    before = [[own[name].decode() for own in engine._stack.planes] for name in names]
     x = torch.randn(5, 40)
     jacobians = []
     for _ in range(2):  # each pass lets the pages go
@@ -175,8 +177,8 @@ def test_deltas_stay_where_they_are_mapped(tmp_path: Path) -> None:
         engine.jacobian([engine.module(x).square().mean()]), jacobians[0], rtol=1e-4, atol=1e-7
     )
     for name, values in zip(names, before, strict=True):
-        for value, own in zip(values, engine._stack.deltas, strict=True):
-            assert torch.equal(own[name], value)
+        for value, own in zip(values, engine._stack.planes, strict=True):
+            assert torch.equal(own[name].decode(), value)
 
 
 def test_a_weight_that_the_model_reads_itself_has_its_gradient() -> None:
@@ -310,7 +312,7 @@ def test_fit_builds_no_live_module(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 6, "validation": validation, "progress": False}
     pf.fit(engine, objectives, materialize=False, checkpoint=tmp_path / "c", **settings)
     assert engine._live is None
-    assert not engine._bound.planes._found  # nothing was stacked
+    assert not engine._bound.deltas._found  # nothing was stacked
     # What a run computes is the same either way but for rounding: the other mode may take over.
     other = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)})
     assert pf.fit(other, objectives, checkpoint=tmp_path / "c", **settings) == []

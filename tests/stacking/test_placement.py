@@ -17,6 +17,7 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.merging.flat import FlatOutputs, flatten
 from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.planes.plane import to
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from tests.support.models import net_and_experts
@@ -34,10 +35,12 @@ def split_stack() -> tuple[Engine, Stack]:
     engine = pf.stack(base, experts, backend="reference", route=lambda n: None if n.startswith("norm") else n)
     stack = engine._stack
 
-    def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {n: t.to(META) if n.startswith(("second", "tied")) else t for n, t in tensors.items()}
+    def place(name: str) -> torch.device:
+        return META if name.startswith(("second", "tied")) else CPU
 
-    return engine, replace(stack, base=moved(stack.base), deltas=tuple(map(moved, stack.deltas)))
+    base = {name: tensor.to(place(name)) for name, tensor in stack.base.items()}
+    planes = tuple({name: to(plane, place(name)) for name, plane in own.items()} for own in stack.planes)
+    return engine, replace(stack, base=base, planes=planes)
 
 
 def test_each_device_has_its_own_flat_buffers() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import paretofuse as pf
 from paretofuse.api import stack_to_store
+from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.groups import assign_groups
 from paretofuse.engine.stacking import plan
 from paretofuse.engine.stacking.sources import from_module, from_safetensors, from_state_dict
@@ -338,6 +339,7 @@ def test_plan_reads_no_data(tmp_path: Path) -> None:
     )  # type: ignore[func-returns-value]
     expert = from_module(experts["a"], "expert 'a'")
     plan.make_plan(
-        spy, {"a": expert}, route="module", static_weight=0.3, dtype=None, delta_dtype=None, heads=()
-    )
+        spy, {"a": expert}, route="module", static_weight=0.3, dtype=None, delta_dtype=None, heads=(),
+        planes=parse("dense"),
+    )  # fmt: skip
     assert set(reads) <= {"tied.weight"}

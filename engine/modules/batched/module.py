@@ -191,7 +191,7 @@ class _Builder:
         if name is None:
             return RowTensor("", tensor, None, 0, self._mix)
         if name not in self._tensors:
-            base, planes = self._bound.stack.base[name], self._bound.planes[name]
+            base, planes = self._bound.stack.base[name], self._bound.deltas[name]
             self._tensors[name] = RowTensor(name, base, planes, self._bound.rows[name], self._mix)
         return self._tensors[name]
 

@@ -1,6 +1,6 @@
 """Training layer by layer on the CPU: a linear layer's weight is merged when the layer runs, used, and forgotten.
 
-    forward     W = W0 + sum_e L[g, e] D_e        y = x W^T + bias        W is freed
+    forward     W = W0 + sum_j L[g, j] D_j        y = x W^T + bias        W is freed
     backward    W once more for dx = dy W, freed; then dL[g, e] = <dy^T x, D_e>
 
 So a model's peak memory above its activations is base, deltas and one layer's weight. Base and deltas are read where
@@ -24,19 +24,30 @@ from torch.nn import functional as F
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import MERGED_DTYPES
 from paretofuse.engine.merging import native
-from paretofuse.kernels.reference import merge_tensor_reference
+from paretofuse.engine.modules.gradient import inner_products
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
+from paretofuse.engine.planes.plane import Plane, columns_of, memories, merged_tensor
 
 Release = Callable[[], None]
 """Hands the pages of a layer's base and deltas back to the system, where they are mapped from a file."""
 
 
-def merged(base: Tensor, deltas: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """base + sum_e weights[e] deltas[e] in a new tensor, summed in float32 and rounded once.
+def _planes(
+    values: Sequence[Tensor], factors: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int]
+) -> list[Plane | None]:
+    """Planes of the tensors that operators take: values, factors (empty where there are none) and group or rank."""
+    parts = zip(values, factors, sizes, strict=True)
+    return [plane_from(v, f, size, tuple(shape)) if v.numel() else None for v, f, size in parts]
+
+
+def merged(base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """base + sum_j weights[j] planes[j] in a new tensor, summed in float32 and rounded once.
 
     Args:
         base: contiguous, float32, bfloat16 or float16.
-        deltas: one for each expert, each contiguous, of one dtype and the base's shape; an empty one counts as zero.
-        weights: [E] float32.
+        planes: of the base's shape; None counts as zero.
+        weights: [P] float32.
         dtype: of the result.
     """
     out = torch.empty(base.shape, dtype=dtype)
@@ -44,13 +55,13 @@ def merged(base: Tensor, deltas: Sequence[Tensor], weights: Tensor, dtype: torch
         return out
     plan = native.MergePlan(
         base=[base.data_ptr()],
-        deltas=[[_address(delta) for delta in deltas]],
+        planes=[memories(planes)],
         lengths=[base.numel()],
         rows=[0],
+        columns=[columns_of(tuple(base.shape))],
         base_dtypes=[TO_NAME[base.dtype]],
-        delta_dtypes=[_dtype_of(deltas, base)],
         out_dtypes=[TO_NAME[dtype]],
-        experts=len(deltas),
+        plane_count=len(planes),
         row_count=1,
     )
     row = np.ascontiguousarray(weights.detach().numpy(), np.float32)
@@ -62,13 +73,15 @@ def merged(base: Tensor, deltas: Sequence[Tensor], weights: Tensor, dtype: torch
 def _linear(
     x: Tensor,
     base: Tensor,
-    deltas: Sequence[Tensor],
+    values: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sizes: Sequence[int],
     weights: Tensor,
     bias: Tensor | None,
     transposed: bool,
 ) -> Tensor:
-    """x [M, I] -> [M, O]; base and deltas are [O, I], or [I, O] if transposed."""
-    weight = merged(base, deltas, weights, x.dtype)
+    """x [M, I] -> [M, O]; base and planes are [O, I], or [I, O] if transposed."""
+    weight = merged(base, _planes(values, factors, sizes, base.shape), weights, x.dtype)
     return F.linear(x, weight.T if transposed else weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -76,7 +89,9 @@ def _linear(
 def _(
     x: Tensor,
     base: Tensor,
-    deltas: Sequence[Tensor],
+    values: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sizes: Sequence[int],
     weights: Tensor,
     bias: Tensor | None,
     transposed: bool,
@@ -85,36 +100,64 @@ def _(
 
 
 @torch.library.custom_op("paretofuse::layerwise_weights_grad", mutates_args=(), device_types="cpu")
-def _weights_grad(grad: Tensor, x: Tensor, deltas: Sequence[Tensor], transposed: bool) -> Tensor:
-    """<dLoss/dW, D_e> for every expert, float32 [E]; grad [M, O], x [M, I]."""
+def _weights_grad(
+    grad: Tensor,
+    x: Tensor,
+    values: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sizes: Sequence[int],
+    transposed: bool,
+) -> Tensor:
+    """<dLoss/dW, plane_j> for every plane, float32 [P]; grad [M, O], x [M, I].
+
+    dLoss/dW = left^T right as W lies in memory. A low-rank plane needs no such product: <left^T right, B A> is the sum
+    over the M tokens of (left B) * (right A^T).
+    """
     with torch.autocast("cpu", enabled=False):
-        left, right = (x, grad) if transposed else (grad, x)
-        product = left.float().T @ right.float()  # dLoss/dW as W lies in memory
-    sums = np.zeros(len(deltas)) if product.numel() == 0 else _inner(product, deltas)
-    return torch.from_numpy(sums).float()
+        left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
+        planes = _planes(values, factors, sizes, (left.shape[1], right.shape[1]))
+        sums = torch.zeros(len(planes))
+        for j, plane in enumerate(planes):
+            if isinstance(plane, LowRank):
+                sums[j] = ((left @ plane.b.float()) * (right @ plane.a.float().T)).sum()
+        rest = [None if isinstance(plane, LowRank) else plane for plane in planes]
+        if any(rest) and left.numel() and right.numel():
+            sums += inner_products(left.T @ right, rest).float()
+    return sums
 
 
 @_weights_grad.register_fake
-def _(grad: Tensor, x: Tensor, deltas: Sequence[Tensor], transposed: bool) -> Tensor:
-    return x.new_empty((len(deltas),), dtype=torch.float32)
+def _(
+    grad: Tensor,
+    x: Tensor,
+    values: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sizes: Sequence[int],
+    transposed: bool,
+) -> Tensor:
+    return x.new_empty((len(values),), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, base, deltas, weights, bias, transposed = inputs
-    ctx.save_for_backward(x, base, weights, *deltas)
-    ctx.transposed = transposed
+    x, base, values, factors, sizes, weights, bias, transposed = inputs
+    ctx.save_for_backward(x, base, weights, *values, *factors)
+    ctx.sizes, ctx.transposed = sizes, transposed
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, base, weights, *deltas = ctx.saved_tensors
-    need_x, _, _, need_weights, need_bias, _ = ctx.needs_input_grad
+    x, base, weights, *parts = ctx.saved_tensors
+    count = len(ctx.sizes)
+    planes = parts[:count], parts[count:], ctx.sizes
+    need_x, *_, need_weights, need_bias, _ = ctx.needs_input_grad
     grad, ops = grad.contiguous(), torch.ops.paretofuse
     return (
-        ops.layerwise_linear(grad, base, deltas, weights, None, not ctx.transposed) if need_x else None,
+        ops.layerwise_linear(grad, base, *planes, weights, None, not ctx.transposed) if need_x else None,
         None,
-        [None] * len(deltas),
-        ops.layerwise_weights_grad(grad, x, deltas, ctx.transposed) if need_weights else None,
+        [None] * count,
+        [None] * count,
+        None,
+        ops.layerwise_weights_grad(grad, x, *planes, ctx.transposed) if need_weights else None,
         grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
         None,
     )
@@ -128,26 +171,28 @@ class LayerwiseWeight:
 
     Args:
         base: [O, I], or [I, O] if transposed; contiguous.
-        deltas: one for each expert, as the base lies; None where the expert leaves the weight unchanged.
+        planes: one for each expert, as the base lies; None where the expert leaves the weight unchanged.
         mix: [G, E] float32, the routing weights of the whole model; rewritten in place.
         row: the weight's row of `mix`.
-        transposed: whether base and deltas are [I, O], as transformers' Conv1D keeps them.
-        release: called when base and deltas were used for the last time in a pass.
+        transposed: whether base and planes are [I, O], as transformers' Conv1D keeps them.
+        release: called when base and planes were used for the last time in a pass.
     """
 
     def __init__(
         self,
         base: Tensor,
-        deltas: Sequence[Tensor | None],
+        planes: Sequence[Plane | None],
         mix: Tensor,
         row: int,
         transposed: bool,
         release: Release,
     ) -> None:
         self.base, self.mix, self.row, self.transposed = base, mix, row, transposed
-        self.deltas = list(deltas)
+        self.planes = list(planes)
         self._release = release
-        self._given = [base.new_empty(0) if delta is None else delta for delta in self.deltas]
+        none = base.new_empty(0)
+        parts = [(none, none, 0) if plane is None else parts_of(plane) for plane in self.planes]
+        self._parts = tuple([part[i] for part in parts] for i in range(3))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
@@ -168,7 +213,7 @@ class LayerwiseWeight:
         if tracked:  # its gradient is the last thing that the backward pass asks of base and deltas
             weights.register_hook(lambda gradient: self._release())
         y: Tensor = torch.ops.paretofuse.layerwise_linear(
-            x.reshape(-1, ins).contiguous(), self.base, self._given, weights, bias, self.transposed
+            x.reshape(-1, ins).contiguous(), self.base, *self._parts, weights, bias, self.transposed
         )
         if not torch.compiler.is_compiling():
             self._release()
@@ -176,30 +221,10 @@ class LayerwiseWeight:
 
     def part(self, first: int, last: int) -> LayerwiseWeight:
         """The weight of outputs first .. last, as a view; not of a transposed weight."""
-        deltas = [None if delta is None else delta[first:last] for delta in self.deltas]
-        return LayerwiseWeight(self.base[first:last], deltas, self.mix, self.row, False, self._release)
+        planes = [None if plane is None else part_of(plane, first, last) for plane in self.planes]
+        return LayerwiseWeight(self.base[first:last], planes, self.mix, self.row, False, self._release)
 
     def dense(self) -> Tensor:
         """[O, I], merged anew each time, for code that asks a layer for its weight."""
-        weight = merge_tensor_reference(self.base, self.deltas, self.mix[self.row], self.base.dtype)
+        weight = merged_tensor(self.base, self.planes, self.mix[self.row], self.base.dtype)
         return weight.T if self.transposed else weight
-
-
-def _address(delta: Tensor) -> int:
-    return delta.data_ptr() if delta.numel() else 0
-
-
-def _dtype_of(deltas: Sequence[Tensor], base: Tensor) -> str:
-    present = next((delta for delta in deltas if delta.numel()), base)
-    return TO_NAME[present.dtype]
-
-
-def _inner(gradient: Tensor, deltas: Sequence[Tensor]) -> np.ndarray:
-    return native.inner(
-        gradient.data_ptr(),
-        [_address(delta) for delta in deltas],
-        gradient.numel(),
-        grad_dtype=TO_NAME[gradient.dtype],
-        delta_dtype=_dtype_of(deltas, gradient),
-        threads=torch.get_num_threads(),
-    )

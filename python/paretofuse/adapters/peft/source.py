@@ -187,20 +187,13 @@ def _are_alike(ours: _Change, theirs: _Change) -> bool:
     if len(ours.factors) != len(theirs.factors):
         return False
     for a, b in zip(ours.factors, theirs.factors, strict=True):
-        sides = zip(_left_and_right(a), _left_and_right(b), strict=True)
-        if a.scale != b.scale or not all(torch.equal(x, y) for x, y in sides):
+        if not all(torch.equal(x, y) for x, y in zip(a.sides(), b.sides(), strict=True)):
             return False
     if ours.whole is theirs.whole:
         return True
     if ours.whole is None or theirs.whole is None or ours.whole.info.shape != theirs.whole.info.shape:
         return False
     return _are_equal(ours.whole.blocks(), theirs.whole.blocks())
-
-
-def _left_and_right(factors: Factors) -> tuple[Tensor, Tensor]:
-    """The factors in the order of the stored weight: [N, R] and [R, M]."""
-    a, b = factors.read()
-    return (a.mT, b.mT) if factors.transposed else (b, a)
 
 
 def _blueprint(base: Source, whole: Mapping[str, Whole]) -> Blueprint:

@@ -1,0 +1,49 @@
+"""Planes taken apart and put together: for operators, which know tensors and numbers only, and for blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.int4 import Int4
+from paretofuse.engine.planes.int8 import Int8
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.plane import Plane, columns_of
+
+
+def parts_of(plane: Plane) -> tuple[Tensor, Tensor, int]:
+    """Values, factors (empty where there are none) and group or rank."""
+    if isinstance(plane, Dense):
+        return plane.values, plane.values.new_empty(0), 0
+    if isinstance(plane, LowRank):
+        return plane.a, plane.b, plane.rank
+    assert isinstance(plane, Int8 | Int4)
+    return plane.packed, plane.scales, plane.group
+
+
+def plane_from(values: Tensor, factors: Tensor, size: int, shape: tuple[int, ...]) -> Plane:
+    """The plane of these parts; the dtype of the values tells which format it is."""
+    if size == 0:
+        return Dense(values)
+    if values.dtype == torch.int8:
+        return Int8(values, factors, size, shape)
+    if values.dtype == torch.uint8:
+        return Int4(values, factors, size, shape)
+    return LowRank(factors, values, shape)
+
+
+def part_of(plane: Plane, first: int, last: int) -> Plane:
+    """Rows first .. last of a plane, as a view; a quantized one whose groups do not end there is decoded."""
+    columns = columns_of(plane.shape)
+    shape = (last - first, *plane.shape[1:])
+    if isinstance(plane, LowRank):
+        return LowRank(plane.b[first:last], plane.a, shape)
+    if isinstance(plane, Int8 | Int4) and first * columns % plane.group == 0:
+        packs = 1 if isinstance(plane, Int8) else 2
+        start, stop = first * columns, last * columns
+        packed = plane.packed[start // packs : -(-stop // packs)]
+        scales = plane.scales[start // plane.group : -(-stop // plane.group)]
+        return type(plane)(packed, scales, plane.group, shape)
+    values = plane.values if isinstance(plane, Dense) else plane.decode()
+    return Dense(values[first:last])
