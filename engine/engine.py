@@ -16,6 +16,7 @@ from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import live_module
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import ReplicaPool
+from paretofuse.engine.planes.plane import PlaneInfo, nbytes
 from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking import persist
@@ -76,6 +77,16 @@ class Engine:
     def tensor_groups(self) -> dict[str, str]:
         """The group of each routed tensor."""
         return {spec.name: spec.group for spec in self.layout.tensors if spec.group is not None}
+
+    @property
+    def planes(self) -> dict[str, dict[str, PlaneInfo]]:
+        """Each expert's planes by tensor: their format, bytes and error. An absent one leaves the tensor unchanged."""
+        return {
+            objective: {
+                name: PlaneInfo(plane.format, nbytes(plane), plane.error) for name, plane in own.items()
+            }
+            for objective, own in zip(self.objectives, self._stack.planes, strict=True)
+        }
 
     @property
     def heads(self) -> dict[str, dict[str, Tensor]]:

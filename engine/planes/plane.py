@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -65,6 +66,15 @@ class Plane(Protocol):
     def memory(self) -> Memory:
         """Itself by address, for the C++ core."""
         ...
+
+
+@dataclass(frozen=True)
+class PlaneInfo:
+    """What is worth telling of a plane: see `Plane`."""
+
+    format: str
+    nbytes: int
+    error: float | None
 
 
 def nbytes(plane: Plane) -> int:

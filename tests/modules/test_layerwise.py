@@ -21,6 +21,9 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.modules.routed.layers import RoutedLinear
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight, merged
 from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.int4 import Int4
+from paretofuse.engine.planes.int8 import Int8
+from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from tests.support.models import perturbed
 from tests.training.test_fit import problem, state
@@ -102,9 +105,9 @@ def test_outputs_and_gradients_against_float64(
 
 def test_merged_writes_every_element() -> None:
     base = torch.randn(1023)
-    out = merged(base, [torch.empty(0)], torch.tensor([0.5]), torch.float32)
+    out = merged(base, [None], torch.tensor([0.5]), torch.float32)
     assert torch.equal(out, base)
-    assert merged(torch.empty(0, 4), [torch.empty(0)], torch.ones(1), torch.float32).shape == (0, 4)
+    assert merged(torch.empty(0, 4), [None], torch.ones(1), torch.float32).shape == (0, 4)
 
 
 @pytest.mark.filterwarnings(
@@ -113,13 +116,43 @@ def test_merged_writes_every_element() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_operators_keep_torchs_rules(transposed: bool) -> None:
     layer, mix = random_layer(6, 5, 3, torch.float32, torch.float32, transposed)
+    layer = LayerwiseWeight(
+        layer.base, [*layer.planes, *every_small_format(layer.base)], mix, 1, transposed, lambda: None
+    )
     x = torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
-    arguments = (x, layer.base, layer._given, mix[1].detach().requires_grad_(), bias, transposed)
+    weights = torch.rand(len(layer.planes), requires_grad=True)
+    arguments = (x, layer.base, *layer._parts, weights, bias, transposed)
     torch.library.opcheck(torch.ops.paretofuse.layerwise_linear, arguments)
     torch.library.opcheck(
-        torch.ops.paretofuse.layerwise_weights_grad, (torch.randn(4, 6), x.detach(), layer._given, transposed)
+        torch.ops.paretofuse.layerwise_weights_grad,
+        (torch.randn(4, 6), x.detach(), *layer._parts, transposed),
     )
+
+
+def every_small_format(like: Tensor) -> list[Plane]:
+    """Planes of the formats that are not dense."""
+    delta = torch.randn(like.shape)
+    return [Int8.encode(delta, 32), Int4.encode(delta), LowRank.encode(delta, 2)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_planes_of_every_format_match_float64(transposed: bool) -> None:
+    base = torch.randn((48, 64) if transposed else (64, 48))
+    planes = [*every_small_format(base), None, Dense(torch.randn(base.shape).bfloat16())]
+    mix = torch.rand(2, len(planes)).requires_grad_()
+    layer = LayerwiseWeight(base, planes, mix, 1, transposed, lambda: None)
+    x, bias, along = torch.randn(5, 48), torch.randn(64), torch.randn(5, 64)
+    leaves = (x.requires_grad_(), bias.requires_grad_(), mix)
+    found = []
+    for output in (layer.linear(x, bias), truth(layer, x, mix, bias, torch.float64)):
+        found.append((output.detach(), *torch.autograd.grad(output, leaves, along.to(output.dtype))))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+    if not transposed:
+        for first, last in ((0, 32), (5, 9)):
+            part = layer.part(first, last).linear(x, None)
+            torch.testing.assert_close(part, layer.linear(x, None)[:, first:last])
 
 
 def test_autocast_and_wrong_inputs() -> None:
