@@ -6,6 +6,7 @@ are bound by memory, so few settings matter. Every configuration is compiled for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +15,39 @@ import torch
 from torch import Tensor
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], near: Tensor, /, *arguments: object, **constants: object
-) -> None:
-    """Launch a kernel on the device of a tensor: Triton takes the current device, wherever its pointers lie.
+@dataclass(frozen=True)
+class Launch:
+    """All that a launch hands to Triton; ahead-of-time compilation reads it where no GPU is.
 
-    Args:
+    Attributes:
         kernel: the Triton function.
         grid: programs in each dimension; where one is 0 there is nothing to do, and no driver takes it.
-        near: any of the kernel's tensors.
-        arguments: the kernel's run-time arguments in order.
-        constants: its compile-time constants, `num_warps` and `num_stages`, by name.
+        arguments: its run-time arguments in order.
+        constants: its compile-time arguments, and `num_warps` and `num_stages`, by name.
+        threads: per program, for kernels whose warps depend on a warp's size; else 0.
     """
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(near) if near.is_cuda else nullcontext():
-        kernel[grid](*arguments, **constants)
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    threads: int = 0
+
+    def run(self) -> None:
+        """Launch on the device of the first argument: Triton takes the current one, wherever its pointers lie."""
+        if 0 in self.grid:
+            return
+        own = {"num_warps": warps(self.threads)} if self.threads else {}
+        near = self.arguments[0]
+        with torch.cuda.device_of(near) if near.is_cuda else nullcontext():
+            self.kernel[self.grid](*self.arguments, **self.constants, **own)
+
+
+def filled(output: tuple[Tensor, Launch]) -> Tensor:
+    """The output of a launch, once it has run."""
+    tensor, launch = output
+    launch.run()
+    return tensor
 
 
 def warps(threads: int) -> int:
@@ -42,36 +60,35 @@ class MergeConfig:
     """One compiled form of the merge kernel.
 
     Attributes:
-        k_block: preferences per program, a power of two.
+        e_chunk: experts whose deltas are in registers together, a power of two; four registers each.
+        one_chunk: whether that is all of them; else they loop.
         block: elements per program, a power of two that divides the tile.
-        e_chunk: experts whose loads are in flight together; more experts loop.
-        threads: per program, such that each has 16 bytes of deltas or more: a full 128-bit load.
     """
 
-    k_block: int
-    block: int
     e_chunk: int
-    threads: int
+    one_chunk: bool
+    block: int = 1024
 
 
 MERGE_CONFIGS = {
-    "one": MergeConfig(k_block=1, block=1024, e_chunk=8, threads=128),
-    "one, few experts": MergeConfig(k_block=1, block=1024, e_chunk=4, threads=128),
-    "one, byte deltas": MergeConfig(k_block=1, block=1024, e_chunk=8, threads=64),
-    "few": MergeConfig(k_block=4, block=1024, e_chunk=4, threads=128),
-    "few, byte deltas": MergeConfig(k_block=4, block=1024, e_chunk=4, threads=64),
-    "many": MergeConfig(k_block=8, block=1024, e_chunk=2, threads=128),
+    **{f"at most {e}": MergeConfig(e_chunk=e, one_chunk=True) for e in (1, 2, 4, 8, 16)},
+    "any": MergeConfig(e_chunk=8, one_chunk=False),
 }
-"""Every configuration of the merge kernel, by the preferences and deltas it is for."""
+"""Every configuration of the merge kernel, by the experts that it takes. More than 16 chunks of 16 bytes spill."""
 
 
-def merge_config(k: int, experts: int, itemsize: int) -> MergeConfig:
-    """The merge's configuration for `k` preferences and `experts` experts with deltas of `itemsize` bytes."""
-    if itemsize == 1:
-        return MERGE_CONFIGS["one, byte deltas" if k == 1 else "few, byte deltas"]
-    if k > 1:
-        return MERGE_CONFIGS["few" if k <= 4 else "many"]
-    return MERGE_CONFIGS["one, few experts" if experts <= 4 else "one"]
+def merge_config(experts: int, itemsize: int) -> MergeConfig:
+    """The configuration for so many experts with deltas of `itemsize` bytes, whatever the number of preferences.
+
+    The smallest that holds them all. 16 bytes of byte deltas are 16 sums, too many registers to keep chunks besides.
+    """
+    fitting = (config for config in MERGE_CONFIGS.values() if config.one_chunk and config.e_chunk >= experts)
+    return MERGE_CONFIGS["any"] if itemsize == 1 else next(fitting, MERGE_CONFIGS["any"])
+
+
+def merge_threads(block: int, itemsize: int) -> int:
+    """Threads of a program of the merge: each loads 16 bytes of an expert's block, a full 128-bit load."""
+    return max(32, block * itemsize // 16)
 
 
 @dataclass(frozen=True)
@@ -129,17 +146,35 @@ LINEAR_CONFIGS = {
         rows=128, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
     ),
     "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
+    "few rows, wide planes": LinearConfig(
+        rows=16, outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=4, stages=2
+    ),
+    "many rows, wide planes": LinearConfig(
+        rows=128, outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2
+    ),
     "float32": LinearConfig(rows=32, outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=8, stages=2),
 }
-"""Every configuration of the routed linear kernel, by the shape it is for."""
+"""Every configuration of the routed linear kernel, by the shape it is for; wide planes are float32 beneath half x.
+
+Each fits the 99 KB of shared memory that the smallest devices (sm_86, sm_89, sm_120) give a program.
+"""
 
 
-def linear_config(rows: int, experts: int, itemsize: int) -> LinearConfig:
-    """The routed linear's configuration for `rows` rows of x in elements of `itemsize` bytes."""
+def linear_config(rows: int, experts: int, itemsize: int, plane_itemsize: int) -> LinearConfig:
+    """The routed linear's configuration.
+
+    Args:
+        rows: of x.
+        experts: E.
+        itemsize: bytes of an element of x.
+        plane_itemsize: bytes of an element of base or deltas, whichever is wider.
+    """
     if itemsize == 4:
         return LINEAR_CONFIGS["float32"]
-    few = ", few experts" if experts <= 2 else ""
-    return LINEAR_CONFIGS[("few rows" if rows <= 32 else "many rows") + few]
+    size = "few rows" if rows <= 32 else "many rows"
+    if plane_itemsize == 4:
+        return LINEAR_CONFIGS[f"{size}, wide planes"]
+    return LINEAR_CONFIGS[size + (", few experts" if experts <= 2 else "")]
 
 
 @dataclass(frozen=True)

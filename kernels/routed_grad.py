@@ -7,7 +7,7 @@
 Two stages in a fixed order and without atomics, so the result is the same bits every time. Stage one reads
 each gradient and each delta once and leaves one number for each block and expert; it takes one launch for
 each bucket of gradients that becomes ready, which can be freed at once. Stage two adds the blocks of each
-group, in float64.
+group, in float64, as a tree of two levels: pieces of at most SPAN blocks, a program each, then a group's pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import GradConfig, grad_config, launch, warps
+from paretofuse.kernels.launch import GradConfig, Launch, filled, grad_config
 from paretofuse.kernels.numeric import widen
 from paretofuse.kernels.reference import block_products_reference
 from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
@@ -28,6 +28,9 @@ MAX_BLOCK = 1024
 
 SUM_BLOCKS, SUM_EXPERTS, SUM_THREADS = 64, 8, 128
 """The piece of `partials` that stage two adds at a time, and the threads that do so."""
+
+SPAN = 1024
+"""Blocks that one program of stage two adds: an embedding, or a whole model in one group, keeps every core busy."""
 
 
 @jit
@@ -57,8 +60,8 @@ def partials_kernel(
 
 
 @jit
-def group_sums_kernel(
-    partials: tl.tensor,
+def segment_sums_kernel(
+    values: tl.tensor,
     order: tl.tensor,
     starts: tl.tensor,
     out: tl.tensor,
@@ -66,54 +69,64 @@ def group_sums_kernel(
     BLOCKS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ) -> None:
-    """Grid: (G, ceil(experts / EXPERTS)). One group, `BLOCKS` rows of its partials at a time."""
-    group = tl.program_id(0)
+    """Grid: (segments, ceil(experts / EXPERTS)). One segment of rows in `order`, `BLOCKS` of them at a time."""
+    segment = tl.program_id(0)
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)  # [EXPERTS]
-    end = tl.load(starts + group + 1)
+    end = tl.load(starts + segment + 1)
     total = tl.zeros((BLOCKS, EXPERTS), tl.float64)
-    for first in range(tl.load(starts + group), end, BLOCKS):
+    for first in range(tl.load(starts + segment), end, BLOCKS):
         i = first + tl.arange(0, BLOCKS)  # [BLOCKS]
         row = tl.load(order + i, mask=i < end, other=0).to(tl.int64)
         inside = (i < end)[:, None] & (e < experts)[None, :]
-        piece = tl.load(partials + row[:, None] * experts + e[None, :], mask=inside, other=0.0)
+        piece = tl.load(values + row[:, None] * experts + e[None, :], mask=inside, other=0.0)
         total += piece.to(tl.float64)
-    tl.store(out + group.to(tl.int64) * experts + e, tl.sum(total, 0).to(tl.float32), mask=e < experts)
+    sums = tl.sum(total, 0).to(out.dtype.element_ty)
+    tl.store(out + segment.to(tl.int64) * experts + e, sums, mask=e < experts)
 
 
-def _launch_partials(grad: Tensor, deltas: Tensor, block: int, config: GradConfig) -> Tensor:
-    """Stage one; all arguments already checked."""
+def partials_launch(grad: Tensor, deltas: Tensor, block: int, config: GradConfig) -> tuple[Tensor, Launch]:
+    """Stage one and the partials that it fills; all arguments already checked."""
     deltas = float8_as_bits(deltas)
     n, experts = grad.numel(), deltas.shape[0]
     partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
-    launch(
-        partials_kernel, (len(partials),), grad,
-        grad, deltas, partials, n, experts, deltas.stride(0),
-        BLOCK=block, E_CHUNK=config.e_chunk, num_warps=warps(config.threads),
-    )  # fmt: skip
-    return partials
+    return partials, Launch(
+        partials_kernel,
+        (len(partials),),
+        (grad, deltas, partials, n, experts, deltas.stride(0)),
+        {"BLOCK": block, "E_CHUNK": config.e_chunk},
+        config.threads,
+    )
 
 
-def _launch_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """Stage two; all arguments already checked."""
-    groups, experts = len(starts) - 1, partials.shape[1]
-    out = partials.new_empty((groups, experts))
-    launch(
-        group_sums_kernel, (groups, -(-experts // SUM_EXPERTS)), partials,
-        partials, order, starts, out, experts,
-        BLOCKS=SUM_BLOCKS, EXPERTS=SUM_EXPERTS, num_warps=warps(SUM_THREADS),
-    )  # fmt: skip
-    return out
+def sums_launch(values: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Launch]:
+    """One level of stage two and the sums [segments, E] that it fills; all arguments already checked."""
+    segments, experts = len(starts) - 1, values.shape[1]
+    out = values.new_empty((segments, experts), dtype=dtype)
+    return out, Launch(
+        segment_sums_kernel,
+        (segments, -(-experts // SUM_EXPERTS)),
+        (values, order, starts, out, experts),
+        {"BLOCKS": SUM_BLOCKS, "EXPERTS": SUM_EXPERTS},
+        SUM_THREADS,
+    )
+
+
+def run_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+    """Stage two by the kernel: the sums of the pieces in float64, then those of the groups."""
+    sums = filled(sums_launch(partials, order, pieces, torch.float64))
+    inside = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
+    return filled(sums_launch(sums, inside, starts, torch.float32))
 
 
 @torch.library.custom_op("paretofuse::grad_partials", mutates_args=(), device_types="cuda")
 def _grad_partials(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
-    return _launch_partials(grad, deltas, block, grad_config(deltas.element_size()))
+    return filled(partials_launch(grad, deltas, block, grad_config(deltas.element_size())))
 
 
 @_grad_partials.register_kernel("cpu")
 def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
     if interpreted(partials_kernel):
-        return _launch_partials(grad, deltas, block, grad_config(deltas.element_size()))
+        return filled(partials_launch(grad, deltas, block, grad_config(deltas.element_size())))
     return block_products_reference(grad, deltas, block).float()
 
 
@@ -123,21 +136,22 @@ def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
 
 
 @torch.library.custom_op("paretofuse::group_sums", mutates_args=(), device_types="cuda")
-def _group_sums(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    return _launch_sums(partials, order, starts)
+def _group_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+    return run_sums(partials, order, pieces, starts)
 
 
 @_group_sums.register_kernel("cpu")
-def _(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    if interpreted(group_sums_kernel):
-        return _launch_sums(partials, order, starts)
-    groups = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+def _(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+    if interpreted(segment_sums_kernel):
+        return run_sums(partials, order, pieces, starts)
+    ends = pieces[starts.long()]  # where each group ends in `order`
+    groups = torch.repeat_interleave(torch.arange(len(starts) - 1), ends.diff())
     sums = torch.zeros((len(starts) - 1, partials.shape[1]), dtype=torch.float64)
     return sums.index_add_(0, groups, partials.double()[order.long()]).float()
 
 
 @_group_sums.register_fake
-def _(partials: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+def _(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
     return partials.new_empty((starts.shape[0] - 1, partials.shape[1]))
 
 
@@ -147,11 +161,13 @@ class GroupPlan:
 
     Attributes:
         order: [B] int32, the blocks sorted by group.
-        starts: [G + 1] int32, where each group begins in `order`.
+        pieces: [Q + 1] int32, where each piece of at most SPAN blocks of one group begins in `order`.
+        starts: [G + 1] int32, where each group begins among the pieces.
         block: elements per block.
     """
 
     order: Tensor
+    pieces: Tensor
     starts: Tensor
     block: int
 
@@ -169,11 +185,17 @@ def plan_groups(tile_group: Tensor, groups: int, tile: int = 1024) -> GroupPlan:
     """
     checks.check_tile(tile)
     block = min(tile, MAX_BLOCK)
-    block_group = tile_group.repeat_interleave(tile // block).to(torch.int64)
-    counts = torch.zeros(groups + 1, dtype=torch.int64, device=tile_group.device)
-    counts.index_add_(0, block_group + 1, torch.ones_like(block_group))
+    block_group = tile_group.cpu().repeat_interleave(tile // block).to(torch.int64)
+    counts = torch.bincount(block_group, minlength=groups)  # blocks of each group
+    each = (counts + SPAN - 1) // SPAN  # pieces of each group
+    starts = torch.nn.functional.pad(each.cumsum(0), (1, 0))
+    own = torch.repeat_interleave(torch.arange(groups), each)  # the group of each piece
+    within = torch.arange(len(own)) - starts[own]
+    first = counts.cumsum(0) - counts
+    pieces = torch.cat([first[own] + within * SPAN, counts.sum()[None]])
     order = torch.argsort(block_group, stable=True)
-    return GroupPlan(order.int(), counts.cumsum(0).int(), block)
+    order, pieces, starts = (t.int().to(tile_group.device) for t in (order, pieces, starts))
+    return GroupPlan(order, pieces, starts, block)
 
 
 def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None, tile: int = 1024) -> Tensor:
@@ -230,8 +252,8 @@ def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
         "partials", partials, (torch.float32,), (len(plan.order), partials.shape[-1]), plan.order.device
     )
     checks.check_contiguous("partials", partials)
-    _require_device(group_sums_kernel, partials)
-    sums: Tensor = torch.ops.paretofuse.group_sums(partials, plan.order, plan.starts)
+    _require_device(segment_sums_kernel, partials)
+    sums: Tensor = torch.ops.paretofuse.group_sums(partials, plan.order, plan.pieces, plan.starts)
     return sums
 
 

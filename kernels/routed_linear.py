@@ -23,9 +23,10 @@ from torch import Tensor
 
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import (
+    Launch,
     LinearConfig,
     WeightsGradConfig,
-    launch,
+    filled,
     linear_config,
     weights_grad_config,
 )
@@ -158,48 +159,68 @@ def weights_grad_kernel(
         tl.store(partials + tile.to(tl.int64) * experts + e, tl.sum(tl.sum(product * delta, 1), 0))
 
 
-def _launch_linear(
+def linear_launch(
     x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: LinearConfig
-) -> Tensor:
-    """Launch the forward kernel; all arguments already checked, x [M, I] contiguous."""
+) -> tuple[Tensor, Launch]:
+    """The forward kernel and the y that it fills; all arguments already checked, x [M, I] contiguous."""
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
     one_chunk = experts <= config.e_chunk
     y = x.new_empty((rows, outs))
-    launch(
-        linear_kernel, (-(-rows // config.rows) * -(-outs // config.outs),), x,
-        x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
-        base.stride(0), base.stride(1), deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-        E_CHUNK=config.e_chunk if one_chunk else config.loop_chunk, ONE_CHUNK=one_chunk, HAS_BIAS=bias is not None,
-        INTERPRETED=interpreted(linear_kernel), num_warps=config.warps, num_stages=config.stages,
+    return y, Launch(
+        linear_kernel,
+        (-(-rows // config.rows) * -(-outs // config.outs),),
+        (
+            x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
+            base.stride(0), base.stride(1), deltas.stride(0),
+        ),
+        {
+            "BM": config.rows, "BO": config.outs, "BI": config.ins,
+            "E_CHUNK": config.e_chunk if one_chunk else config.loop_chunk, "ONE_CHUNK": one_chunk,
+            "HAS_BIAS": bias is not None, "INTERPRETED": interpreted(linear_kernel),
+            "num_warps": config.warps, "num_stages": config.stages,
+        },
     )  # fmt: skip
-    return y
 
 
-def _launch_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig) -> Tensor:
-    """Launch the weights' gradient and add its tiles in float64; grad [M, O] and x [M, I] contiguous."""
+def run_linear(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """y [M, O] by the kernel, in the configuration that its rule gives."""
+    plane = max(base.element_size(), deltas.element_size())
+    config = linear_config(x.shape[0], deltas.shape[0], x.element_size(), plane)
+    return filled(linear_launch(x.contiguous(), base, deltas, weights, bias, config))
+
+
+def weights_grad_launch(
+    grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig
+) -> tuple[Tensor, Launch]:
+    """The weights' gradient and its tiles' sums [tiles, E]; grad [M, O] and x [M, I] contiguous."""
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
     tiles = -(-outs // config.outs) * -(-ins // config.ins)
     partials = x.new_empty((tiles, experts), dtype=torch.float32)
-    launch(
-        weights_grad_kernel, (tiles,), x,
-        grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
-        deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-        INTERPRETED=interpreted(weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
+    return partials, Launch(
+        weights_grad_kernel,
+        (tiles,),
+        (grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2), deltas.stride(0)),
+        {
+            "BM": config.rows, "BO": config.outs, "BI": config.ins, "INTERPRETED": interpreted(weights_grad_kernel),
+            "num_warps": config.warps, "num_stages": config.stages,
+        },
     )  # fmt: skip
-    return partials.sum(0, dtype=torch.float64).float()
+
+
+def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig) -> Tensor:
+    """The weights' gradient [E] by the kernel, its tiles added in float64."""
+    return filled(weights_grad_launch(grad, x, deltas, config)).sum(0, dtype=torch.float64).float()
 
 
 @torch.library.custom_op("paretofuse::routed_linear", mutates_args=(), device_types="cuda")
 def _routed_linear(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    config = linear_config(x.shape[0], deltas.shape[0], x.element_size())
-    return _launch_linear(x.contiguous(), base, deltas, weights, bias, config)
+    return run_linear(x, base, deltas, weights, bias)
 
 
 @_routed_linear.register_kernel("cpu")
 def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if interpreted(linear_kernel):
-        config = linear_config(x.shape[0], deltas.shape[0], x.element_size())
-        return _launch_linear(x.contiguous(), base, deltas, weights, bias, config)
+        return run_linear(x, base, deltas, weights, bias)
     return routed_linear_reference(x, base, deltas, weights, bias)
 
 
@@ -211,14 +232,14 @@ def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | N
 @torch.library.custom_op("paretofuse::routed_linear_weights_grad", mutates_args=(), device_types="cuda")
 def _weights_grad(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
     config = weights_grad_config(x.element_size())
-    return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+    return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
 
 
 @_weights_grad.register_kernel("cpu")
 def _(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
     if interpreted(weights_grad_kernel):
         config = weights_grad_config(x.element_size())
-        return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+        return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
     with torch.autocast("cpu", enabled=False):
         return inner_reference(grad.float().T @ x.float(), list(deltas)).float()
 

@@ -4,8 +4,10 @@
 
     base [N]   deltas [E, N]   tile_group [N / tile]   weights [K, G, E]   out [K, N]
 
-A program takes `BLOCK` elements of one tile and `K_BLOCK` preferences: base and deltas are read once for
-all of them. Arithmetic is float32 whatever is stored; the result is rounded once, to nearest even.
+A program takes `BLOCK` elements of one tile, holds base and deltas of up to 16 experts in registers, and goes through
+the preferences: base and deltas are read once, whatever K is. More experts, and deltas of one byte, are read again for
+each preference. Arithmetic is float32 whatever is stored; the
+result is rounded once, to nearest even.
 """
 
 from __future__ import annotations
@@ -16,12 +18,39 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import MergeConfig, launch, merge_config, warps
+from paretofuse.kernels.launch import Launch, MergeConfig, merge_config, merge_threads
 from paretofuse.kernels.numeric import round_to, widen
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
 
 INSTEAD = "paretofuse.kernels.reference.routed_merge_reference"
+
+
+@jit
+def load_chunk(
+    deltas: tl.tensor, e: tl.tensor, t: tl.tensor, experts: tl.tensor, delta_stride: tl.tensor
+) -> tl.tensor:
+    """The deltas [E_CHUNK, BLOCK] of experts e, zero where there are no more experts."""
+    at = deltas + e[:, None].to(tl.int64) * delta_stride + t[None, :]
+    return tl.load(at, mask=(e < experts)[:, None], other=0.0, eviction_policy="evict_first")
+
+
+@jit
+def load_weights(
+    weights: tl.tensor,
+    scales: tl.tensor,
+    row: tl.tensor,
+    tile: tl.tensor,
+    e: tl.tensor,
+    experts: tl.tensor,
+    tiles: tl.tensor,
+    HAS_SCALES: tl.constexpr,
+) -> tl.tensor:
+    """What experts e count in a tile [E_CHUNK]: their routing weights, times the tile's scales."""
+    w = tl.load(weights + row * experts + e, mask=e < experts, other=0.0)
+    if HAS_SCALES:
+        w *= tl.load(scales + e.to(tl.int64) * tiles + tile, mask=e < experts, other=0.0)
+    return w
 
 
 @jit
@@ -39,43 +68,39 @@ def merge_kernel(
     delta_stride: tl.tensor,
     out_stride: tl.tensor,
     TILE: tl.constexpr,
-    K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     E_CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Grid: (ceil(preferences / K_BLOCK) * n / BLOCK,); neighbours share a block, so L2 serves its deltas."""
-    passes = tl.cdiv(preferences, K_BLOCK)
-    block = tl.program_id(0) // passes
-    start = block.to(tl.int64) * BLOCK
-    group = tl.load(tile_group + start // TILE).to(tl.int64)
-    k = (tl.program_id(0) % passes) * K_BLOCK + tl.arange(0, K_BLOCK)[:, None].to(tl.int64)  # [K_BLOCK, 1]
-    t = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    inside = t < n
-    row = weights + (k * groups + group) * experts  # [K_BLOCK, 1]
-    merged = tl.zeros((K_BLOCK, BLOCK), tl.float32)
-    merged += tl.load(base + t, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    for first in range(0, experts, E_CHUNK):
-        for j in tl.static_range(E_CHUNK):
-            e = first + j
-            delta = tl.load(
-                deltas + e.to(tl.int64) * delta_stride + t,
-                mask=inside & (e < experts),
-                other=0.0,
-                eviction_policy="evict_first",
-            )
-            weight = tl.load(row + e, mask=(k < preferences) & (e < experts), other=0.0)
-            if HAS_SCALES:
-                weight *= tl.load(
-                    scales + e.to(tl.int64) * (n // TILE) + start // TILE, mask=e < experts, other=0.0
-                )
-            merged += weight * widen(delta)
-    rounded = round_to(merged, out.dtype.element_ty, INTERPRETED)
-    tl.store(out + k * out_stride + t, rounded, mask=inside & (k < preferences))
+    """Grid: (n / BLOCK,). n is whole tiles and BLOCK divides a tile, so no element needs a mask."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    tile = start // TILE
+    t = start + tl.arange(0, BLOCK)  # [BLOCK]
+    e = tl.arange(0, E_CHUNK)  # [E_CHUNK]
+    # All wide loads are issued before the first of them is waited for: that is what hides the memory's latency.
+    if ONE_CHUNK:
+        chunk = load_chunk(deltas, e, t, experts, delta_stride)  # [E_CHUNK, BLOCK], in registers as stored
+    pristine = tl.load(base + t, eviction_policy="evict_first").to(tl.float32)
+    group = tl.load(tile_group + tile).to(tl.int64)
+    for k in range(0, preferences):
+        row = tl.cast(k, tl.int64) * groups + group
+        if ONE_CHUNK:
+            w = load_weights(weights, scales, row, tile, e, experts, n // TILE, HAS_SCALES)
+            merged = pristine + tl.sum(w[:, None] * widen(chunk), 0)
+        else:
+            # More deltas than registers: they stream past again for each preference.
+            merged = pristine
+            for first in range(0, experts, E_CHUNK):
+                d = load_chunk(deltas, first + e, t, experts, delta_stride)
+                w = load_weights(weights, scales, row, tile, first + e, experts, n // TILE, HAS_SCALES)
+                merged += tl.sum(w[:, None] * widen(d), 0)
+        rounded = round_to(merged, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + tl.cast(k, tl.int64) * out_stride + t, rounded, eviction_policy="evict_first")
 
 
-def _launch(
+def merge_launch(
     base: Tensor,
     deltas: Tensor,
     tile_group: Tensor,
@@ -84,17 +109,21 @@ def _launch(
     out: Tensor,
     tile: int,
     config: MergeConfig,
-) -> None:
-    """Launch once on `out` [K, N]; all arguments already checked."""
+) -> Launch:
+    """One launch on `out` [K, N]; all arguments already checked."""
     deltas = float8_as_bits(deltas)
     n, (k, groups, experts) = base.numel(), weights.shape
     block = min(config.block, tile)
-    launch(
-        merge_kernel, (-(-k // config.k_block) * (n // block),), base,
-        base, deltas, tile_group, weights, weights if scales is None else scales, out, n, experts, groups, k,
-        deltas.stride(0), out.stride(0), HAS_SCALES=scales is not None,
-        TILE=tile, K_BLOCK=config.k_block, BLOCK=block, E_CHUNK=config.e_chunk,
-        INTERPRETED=interpreted(merge_kernel), num_warps=warps(config.threads),
+    pointers = (base, deltas, tile_group, weights, weights if scales is None else scales, out)
+    return Launch(
+        merge_kernel,
+        (n // block if k else 0,),
+        (*pointers, n, experts, groups, k, deltas.stride(0), out.stride(0)),
+        {
+            "TILE": tile, "BLOCK": block, "E_CHUNK": config.e_chunk, "ONE_CHUNK": config.one_chunk,
+            "HAS_SCALES": scales is not None, "INTERPRETED": interpreted(merge_kernel),
+        },
+        merge_threads(block, deltas.element_size()),
     )  # fmt: skip
 
 
@@ -109,8 +138,8 @@ def _routed_merge_out(
     tile: int,
 ) -> None:
     require(merge_kernel, base.device.type, INSTEAD)
-    config = merge_config(weights.shape[0], weights.shape[2], deltas.element_size())
-    _launch(base, deltas, tile_group, weights, scales, out, tile, config)
+    config = merge_config(weights.shape[2], deltas.element_size())
+    merge_launch(base, deltas, tile_group, weights, scales, out, tile, config).run()
 
 
 @_routed_merge_out.register_fake

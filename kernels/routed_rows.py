@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import RowsConfig, launch, rows_config
+from paretofuse.kernels.launch import Launch, RowsConfig, filled, rows_config
 from paretofuse.kernels.numeric import dot, round_to
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_linear import check_linear
@@ -138,49 +138,60 @@ def rows_weights_grad_kernel(
         tl.store(partials + row + m, tl.sum(g * part, 0), mask=m < rows)
 
 
-def _launch_rows(
+def rows_launch(
     x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: RowsConfig
-) -> Tensor:
-    """Launch the forward kernel; all arguments already checked, x [B, P, I] contiguous."""
+) -> tuple[Tensor, Launch]:
+    """The forward kernel and the y that it fills; all arguments already checked, x [B, P, I] contiguous."""
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
     y = x.new_empty((batch, per, outs))
-    launch(
-        rows_kernel, (-(-batch * per // config.rows) * -(-outs // config.outs),), x,
-        x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
-        base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
-        BM=config.rows, BO=config.outs, BI=config.ins, HAS_BIAS=bias is not None,
-        INTERPRETED=interpreted(rows_kernel), num_warps=config.warps, num_stages=config.stages,
+    return y, Launch(
+        rows_kernel,
+        (-(-batch * per // config.rows) * -(-outs // config.outs),),
+        (
+            x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
+            base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
+        ),
+        {
+            "BM": config.rows, "BO": config.outs, "BI": config.ins, "HAS_BIAS": bias is not None,
+            "INTERPRETED": interpreted(rows_kernel), "num_warps": config.warps, "num_stages": config.stages,
+        },
     )  # fmt: skip
-    return y
 
 
-def _launch_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> Tensor:
-    """Launch the weights' gradient and add its pieces in float64; grad [B, P, O] and x [B, P, I] contiguous."""
+def weights_grad_launch(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> tuple[Tensor, Launch]:
+    """The weights' gradient and its pieces [out tiles, E, M]; grad [B, P, O] and x [B, P, I] contiguous."""
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
     rows, out_tiles = batch * per, -(-outs // config.outs)
     partials = x.new_empty((out_tiles, experts, rows), dtype=torch.float32)
-    launch(
-        rows_weights_grad_kernel, (-(-rows // config.rows) * out_tiles,), x,
-        grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2),
-        deltas.stride(0), BM=config.rows, BO=config.outs, BI=config.ins,
-        INTERPRETED=interpreted(rows_weights_grad_kernel), num_warps=config.warps, num_stages=config.stages,
+    return partials, Launch(
+        rows_weights_grad_kernel,
+        (-(-rows // config.rows) * out_tiles,),
+        (grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2), deltas.stride(0)),
+        {
+            "BM": config.rows, "BO": config.outs, "BI": config.ins,
+            "INTERPRETED": interpreted(rows_weights_grad_kernel),
+            "num_warps": config.warps, "num_stages": config.stages,
+        },
     )  # fmt: skip
-    return (
-        partials.view(out_tiles, experts, batch, per).sum((0, 3), dtype=torch.float64).float().T.contiguous()
-    )
+
+
+def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> Tensor:
+    """The weights' gradient [B, E] by the kernel, its pieces added in float64."""
+    pieces = filled(weights_grad_launch(grad, x, deltas, config))
+    return pieces.unflatten(2, x.shape[:2]).sum((0, 3), dtype=torch.float64).float().T.contiguous()
 
 
 @torch.library.custom_op("paretofuse::routed_rows", mutates_args=(), device_types="cuda")
 def _routed_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-    return _launch_rows(x.contiguous(), base, deltas, weights, bias, config)
+    return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config))
 
 
 @_routed_rows.register_kernel("cpu")
 def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if interpreted(rows_kernel):
         config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-        return _launch_rows(x.contiguous(), base, deltas, weights, bias, config)
+        return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config))
     with torch.autocast("cpu", enabled=False):
         return routed_rows_reference(x, base, deltas, weights, bias)
 
@@ -193,14 +204,14 @@ def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | N
 @torch.library.custom_op("paretofuse::routed_rows_weights_grad", mutates_args=(), device_types="cuda")
 def _weights_grad(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
     config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-    return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+    return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
 
 
 @_weights_grad.register_kernel("cpu")
 def _(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
     if interpreted(rows_weights_grad_kernel):
         config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-        return _launch_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+        return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
     with torch.autocast("cpu", enabled=False):
         parts = [(grad.float() * (x @ delta.to(x.dtype).T).float()).sum((1, 2)) for delta in deltas]
     return torch.stack(parts, dim=1)

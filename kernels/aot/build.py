@@ -18,7 +18,10 @@ from paretofuse.kernels.aot.variants import FLOATS, Variant, grad_variants, merg
 from paretofuse.kernels.triton_or_none import interpreted, triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""A100, H100 and H200, B200, MI300X."""
+"""A100, H100 and H200, B200, MI300X: every kernel's code for these is read by the static proof."""
+
+OTHERS = ("sm_86", "sm_89", "sm_103", "sm_120")
+"""What else can be written: A10 and RTX 30, L4 and RTX 40, B300, RTX 50."""
 
 MISSING = (
     "compiling kernels needs Triton 3.4 or newer, which is not installed; install it (pip install triton)"
@@ -27,11 +30,13 @@ MISSING = (
 
 def supports(variant: Variant, architecture: str) -> bool:
     """Whether an architecture has the instructions for a variant: only NVIDIA's from sm_89 on convert float8 e4m3."""
-    return "*fp8e4nv" not in variant.arguments.values() or architecture in ("sm_90", "sm_100")
+    return "*fp8e4nv" not in variant.arguments.values() or (
+        architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 89
+    )
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
-    """Compile for one of `ARCHITECTURES`; needs no GPU.
+    """Compile for one of `ARCHITECTURES` or `OTHERS`; needs no GPU.
 
     Returns:
         Triton's CompiledKernel: `.asm` holds each stage, the binary as "cubin" or "hsaco".
@@ -50,8 +55,9 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture: got {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if architecture not in ARCHITECTURES + OTHERS:
+        known = ", ".join(ARCHITECTURES + OTHERS)
+        raise ValueError(f"architecture: got {architecture!r}, expected one of {known}")
     if architecture.startswith("sm_"):
         target, warps = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32), variant.warps
     else:
@@ -103,7 +109,7 @@ def export(
     Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte, or one of `deltas`.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
+        architecture: one of `ARCHITECTURES` or `OTHERS`.
         directory: made if missing; files of the same names are replaced.
         dtypes: "fp32", "bf16", "fp16".
         deltas: dtypes of deltas, besides, for merges of stores made with `delta_dtype`.
@@ -128,7 +134,7 @@ def export(
             entry = describe(variant, architecture, compiled, binary)
             (directory / entry["file"]).write_bytes(binary)
             entries.append(entry)
-    manifest = {"format": 1, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
+    manifest = {"format": 2, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
     path = directory / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return path
@@ -142,7 +148,9 @@ def _suffix(architecture: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m paretofuse.kernels.aot", description=__doc__)
-    parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPU's architecture")
+    parser.add_argument(
+        "--arch", required=True, choices=ARCHITECTURES + OTHERS, help="the GPU's architecture"
+    )
     parser.add_argument("--dtype", action="append", choices=FLOATS, help="only this dtype; may be repeated")
     parser.add_argument(
         "--delta-dtype",

@@ -1,7 +1,8 @@
 """Every kernel in every form that the launch rules can choose, as the compiler needs it described.
 
 A `Variant` is everything that fixes a kernel's machine code: argument types, which arguments are multiples of 16,
-compile-time constants, warps. Tests compile each for each architecture; `benchmarks.gpu.static` reads the results.
+compile-time constants, warps. It is read off what the kernel's own launcher would launch on tensors without memory, so
+that nothing is said twice. Tests compile each for each architecture; `benchmarks.gpu.static` reads the results.
 """
 
 from __future__ import annotations
@@ -11,35 +12,35 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from paretofuse.kernels.launch import (
-    GRAD_CONFIGS,
-    LINEAR_CONFIGS,
-    MERGE_CONFIGS,
-    ROWS_CONFIGS,
-    WEIGHTS_GRAD_CONFIGS,
-    grad_config,
-)
-from paretofuse.kernels.routed_grad import (
-    MAX_BLOCK,
-    SUM_BLOCKS,
-    SUM_EXPERTS,
-    SUM_THREADS,
-    group_sums_kernel,
-    partials_kernel,
-)
-from paretofuse.kernels.routed_linear import linear_kernel, weights_grad_kernel
-from paretofuse.kernels.routed_merge import merge_kernel
-from paretofuse.kernels.routed_rows import rows_kernel, rows_weights_grad_kernel
+import torch
+from torch import Tensor
+
+from paretofuse.kernels import launch
+from paretofuse.kernels.launch import Launch
+from paretofuse.kernels.routed_grad import MAX_BLOCK, partials_launch, sums_launch
+from paretofuse.kernels.routed_linear import linear_launch, weights_grad_launch
+from paretofuse.kernels.routed_merge import merge_launch
+from paretofuse.kernels.routed_rows import rows_launch
+from paretofuse.kernels.routed_rows import weights_grad_launch as rows_weights_grad_launch
 
 FLOATS = ("fp32", "bf16", "fp16")
 BYTES = ("i8", "u8", "fp8e4nv")
 """Deltas in one byte: int8; float8 e4m3 decoded by hand; float8 e4m3 converted by the GPU (NVIDIA from sm_89 on)."""
 
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "i32": torch.int32,
+    "i8": torch.int8, "u8": torch.uint8, "fp8e4nv": torch.float8_e4m3fn,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 TILE = 1024
 """Elements per tile of the flat buffers that the ahead-of-time kernels are for."""
 
-LAYOUTS = {"linear": ("stride_i", "stride_o"), "conv1d": ("stride_o", "stride_i")}
-"""Of a weight [O, I]: the stride that is 1, and the other."""
+LARGE = 1 << 32
+"""Elements of a flat buffer that needs 64-bit offsets, as the compiled code then has them."""
+
+OUTS, INS = 768, 3072
+"""A layer whose dimensions are multiples of 16, as those are that the wide loads are for."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Variant:
         aligned: arguments that are multiples of 16 (bytes for pointers), which wide loads need.
         warps: warps per program where a warp has 32 threads.
         wide_warps: the same where it has 64 (AMD).
+        grid: the launch grid, in words and argument names; for the kernels that are exported.
         stages: depth of software pipelining.
-        grid: the launch grid, in words and argument names.
     """
 
     name: str
@@ -65,160 +66,132 @@ class Variant:
     aligned: tuple[str, ...]
     warps: int
     wide_warps: int
-    grid: str
+    grid: str = ""
     stages: int = 3
 
 
-def _name(*parts: str) -> str:
-    """The parts as one name of letters, digits and underscores."""
-    return "_".join(parts).replace(", ", "_").replace(" ", "_")
+def describe(name: str, found: Launch, grid: str = "") -> Variant:
+    """A launch as the compiler needs it: types, constants and alignment by the rules of Triton's own launcher."""
+    options = dict(found.constants)
+    warps, stages = options.pop("num_warps", 0), options.pop("num_stages", 3)
+    names = [argument for argument in found.kernel.arg_names if argument not in options]
+    values = dict(zip(names, found.arguments, strict=True))
+    # A stride of one is compiled in, which is what tells the layouts of a weight apart.
+    ones = {n: 1 for n, v in values.items() if n.startswith("stride") and v == 1}
+    given = {n: value for n, value in values.items() if n not in ones}
+    return Variant(
+        name=name.replace(", ", "_").replace(" ", "_"),
+        kernel=found.kernel,
+        arguments={n: _type(value) for n, value in given.items()},
+        constants={**ones, **options, **({"INTERPRETED": False} if "INTERPRETED" in options else {})},
+        aligned=tuple(n for n, value in given.items() if _is_aligned(value)),
+        warps=warps or max(1, found.threads // 32),
+        wide_warps=warps or max(1, found.threads // 64),
+        grid=grid,
+        stages=stages,
+    )
 
 
 def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The merge, for every mix of base, delta and output dtypes, in the configurations that its rule gives them."""
-    for (use, config), (base, delta, out) in product(
-        MERGE_CONFIGS.items(), product(dtypes, (*dtypes, *BYTES), dtypes)
-    ):
-        scaled = delta in BYTES
-        if scaled != ("byte" in use):
-            continue
-        yield Variant(
-            name=_name("merge", use, base, delta, out),
-            kernel=merge_kernel,
-            arguments={
-                "base": f"*{base}", "deltas": f"*{delta}", "tile_group": "*i32", "weights": "*fp32",
-                "scales": "*fp32", "out": f"*{out}", "n": "i64", "experts": "i32", "groups": "i32",
-                "preferences": "i32", "delta_stride": "i64", "out_stride": "i64",
-            },
-            constants={
-                "TILE": TILE, "K_BLOCK": config.k_block, "BLOCK": config.block, "E_CHUNK": config.e_chunk,
-                "HAS_SCALES": scaled, "INTERPRETED": False,
-            },
-            aligned=("base", "deltas", "tile_group", "weights", "scales", "out", "n", "delta_stride", "out_stride"),
-            warps=max(1, config.threads // 32),
-            wide_warps=max(1, config.threads // 64),
-            grid="ceil(preferences / K_BLOCK) * n / BLOCK, 1, 1",
+    mixes = product(dtypes, (*dtypes, *BYTES), dtypes)
+    for (base, delta, out), (use, config) in product(mixes, launch.MERGE_CONFIGS.items()):
+        if delta in BYTES and config.one_chunk:
+            continue  # the rule gives them no such configuration
+        experts, tiles = 3, LARGE // TILE
+        found = merge_launch(
+            _empty(base, LARGE), _empty(delta, experts, LARGE), _empty("i32", tiles), _empty("fp32", 1, 5, experts),
+            _empty("fp32", experts, tiles) if delta in BYTES else None, _empty(out, 1, LARGE), TILE, config,
         )  # fmt: skip
+        yield describe(f"merge_{use}_{base}_{delta}_{out}", found, "n / BLOCK, 1, 1")
 
 
 def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second stage."""
+    """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second's levels."""
     for grad, delta in product(dtypes, (*dtypes, *BYTES)):
-        config = grad_config(4 if delta == "fp32" else 2)
-        use = next(use for use, other in GRAD_CONFIGS.items() if other is config)
-        yield Variant(
-            name=_name("grad", use, grad, delta),
-            kernel=partials_kernel,
-            arguments={
-                "grad": f"*{grad}", "deltas": f"*{delta}", "partials": "*fp32", "n": "i64", "experts": "i32",
-                "delta_stride": "i64",
-            },
-            constants={"BLOCK": MAX_BLOCK, "E_CHUNK": config.e_chunk},
-            aligned=("grad", "deltas", "partials", "n", "delta_stride"),
-            warps=max(1, config.threads // 32),
-            wide_warps=max(1, config.threads // 64),
-            grid="ceil(n / BLOCK), 1, 1",
-        )  # fmt: skip
-    yield Variant(
-        name="group_sums",
-        kernel=group_sums_kernel,
-        arguments={
-            "partials": "*fp32", "order": "*i32", "starts": "*i32", "out": "*fp32", "experts": "i32",
-        },
-        constants={"BLOCKS": SUM_BLOCKS, "EXPERTS": SUM_EXPERTS},
-        aligned=("partials", "order", "starts", "out"),
-        warps=SUM_THREADS // 32,
-        wide_warps=SUM_THREADS // 64,
-        grid="G, ceil(experts / EXPERTS), 1",
-    )  # fmt: skip
+        deltas = _empty(delta, 3, LARGE)
+        config = launch.grad_config(deltas.element_size())
+        use = next(use for use, other in launch.GRAD_CONFIGS.items() if other is config)
+        _, found = partials_launch(_empty(grad, LARGE), deltas, MAX_BLOCK, config)
+        yield describe(f"grad_{use}_{grad}_{delta}", found, "ceil(n / BLOCK), 1, 1")
+    for name, values, sums in (("piece_sums", "fp32", torch.float64), ("group_sums", "fp64", torch.float32)):
+        _, found = sums_launch(_empty(values, 9, 3), _empty("i32", 9), _empty("i32", 6), sums)
+        yield describe(name, found, "segments, ceil(experts / EXPERTS), 1")
 
 
 def linear_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the routed linear for tensors of one dtype, in both weight layouts, E small and large."""
-    for dtype, layout, (use, config) in product(dtypes, LAYOUTS, LINEAR_CONFIGS.items()):
-        if (use == "float32") != (dtype == "fp32"):
+    """Every configuration of the routed linear, in both weight layouts, E small and large.
+
+    Planes in the dtype of x, and, as under autocast, in float32 beneath half inputs.
+    """
+    for (use, config), dtype, conv1d in product(launch.LINEAR_CONFIGS.items(), dtypes, (False, True)):
+        weight = "fp32" if "wide planes" in use else dtype
+        if ("float32" in use) != (dtype == "fp32"):
             continue
-        one, other = LAYOUTS[layout]
-        for one_chunk in (True,) if "few experts" in use else (True, False):
-            yield Variant(
-                name=_name("linear", use, *(() if one_chunk else ("loop",)), layout, dtype),
-                kernel=linear_kernel,
-                arguments={
-                    "x": f"*{dtype}", "base": f"*{dtype}", "deltas": f"*{dtype}", "weights": "*fp32",
-                    "bias": f"*{dtype}", "y": f"*{dtype}", "rows": "i32", "outs": "i32", "ins": "i32",
-                    "experts": "i32", other: "i32", "delta_stride": "i64",
-                },
-                constants={
-                    one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins,
-                    "E_CHUNK": config.e_chunk if one_chunk else config.loop_chunk,
-                    "ONE_CHUNK": one_chunk, "HAS_BIAS": True, "INTERPRETED": False,
-                },
-                aligned=("x", "base", "deltas", "bias", "y", "outs", "ins", other, "delta_stride"),
-                warps=config.warps,
-                wide_warps=config.warps,
-                stages=config.stages,
-                grid="ceil(rows / BM) * ceil(outs / BO), 1, 1",
-            )  # fmt: skip
+        for experts in dict.fromkeys((config.e_chunk, config.e_chunk + 1)):
+            if "few experts" in use and experts > config.e_chunk:
+                continue  # the rule gives no more experts to it
+            base, deltas = _layer(weight, experts, conv1d)
+            bias = _empty(weight, OUTS)
+            _, found = linear_launch(_empty(dtype, 33, INS), base, deltas, _row(experts), bias, config)
+            loop = "loop_" if experts > config.e_chunk else ""
+            yield describe(f"linear_{use}_{loop}{_layout(conv1d)}_{dtype}", found)
 
 
 def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the routed linear's gradient of the weights, in both weight layouts."""
-    for dtype, layout in product(dtypes, LAYOUTS):
-        use = "float32" if dtype == "fp32" else "half"
-        config = WEIGHTS_GRAD_CONFIGS[use]
-        one, other = LAYOUTS[layout]
-        yield Variant(
-            name=_name("weights_grad", use, layout, dtype),
-            kernel=weights_grad_kernel,
-            arguments={
-                "grad": f"*{dtype}", "x": f"*{dtype}", "deltas": f"*{dtype}", "partials": "*fp32", "rows": "i32",
-                "outs": "i32", "ins": "i32", "experts": "i32", other: "i32", "delta_stride": "i64",
-            },
-            constants={
-                one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins, "INTERPRETED": False,
-            },
-            aligned=("grad", "x", "deltas", "partials", "outs", "ins", other, "delta_stride"),
-            warps=config.warps,
-            wide_warps=config.warps,
-            stages=config.stages,
-            grid="ceil(outs / BO) * ceil(ins / BI), 1, 1",
-        )  # fmt: skip
+    """The routed linear's gradient of the weights, in both weight layouts, with planes as `linear_variants`."""
+    for dtype, conv1d in product(dtypes, (False, True)):
+        for weight in dict.fromkeys((dtype, "fp32")):
+            config = launch.weights_grad_config(DTYPES[dtype].itemsize)
+            _, deltas = _layer(weight, 3, conv1d)
+            _, found = weights_grad_launch(_empty(dtype, 33, OUTS), _empty(dtype, 33, INS), deltas, config)
+            yield describe(f"weights_grad_{_layout(conv1d)}_{dtype}_{weight}", found)
 
 
 def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the kernels with a preference for each row, in both weight layouts."""
-    for dtype, layout, (use, config) in product(dtypes, LAYOUTS, ROWS_CONFIGS.items()):
+    """Every configuration of the kernels with a preference for each row, in both weight layouts, planes as above."""
+    for (use, config), dtype, conv1d in product(launch.ROWS_CONFIGS.items(), dtypes, (False, True)):
         if (use == "float32") != (dtype == "fp32"):
             continue
-        one, other = LAYOUTS[layout]
-        tiles = {one: 1, "BM": config.rows, "BO": config.outs, "BI": config.ins, "INTERPRETED": False}
-        floats, sizes = f"*{dtype}", ("rows", "outs", "ins", "experts")
-        yield Variant(
-            name=_name("rows", use, layout, dtype),
-            kernel=rows_kernel,
-            arguments={
-                "x": floats, "base": floats, "deltas": floats, "weights": "*fp32", "bias": floats, "y": floats,
-                **dict.fromkeys(sizes, "i32"), "per": "i32", other: "i32", "delta_stride": "i64",
-                "bias_stride": "i64",
-            },
-            constants={**tiles, "HAS_BIAS": True},
-            aligned=("x", "base", "deltas", "bias", "y", "outs", "ins", other, "delta_stride", "bias_stride"),
-            warps=config.warps,
-            wide_warps=config.warps,
-            stages=config.stages,
-            grid="ceil(rows / BM) * ceil(outs / BO), 1, 1",
-        )  # fmt: skip
-        yield Variant(
-            name=_name("rows_weights_grad", use, layout, dtype),
-            kernel=rows_weights_grad_kernel,
-            arguments={
-                "grad": floats, "x": floats, "deltas": floats, "partials": "*fp32",
-                **dict.fromkeys(sizes, "i32"), other: "i32", "delta_stride": "i64",
-            },
-            constants=tiles,
-            aligned=("grad", "x", "deltas", "partials", "outs", "ins", other, "delta_stride"),
-            warps=config.warps,
-            wide_warps=config.warps,
-            stages=config.stages,
-            grid="ceil(rows / BM) * ceil(outs / BO), 1, 1",
-        )  # fmt: skip
+        for weight in dict.fromkeys((dtype, "fp32")):
+            base, deltas = _layer(weight, 3, conv1d)
+            x, weights, bias = _empty(dtype, 5, 7, INS), _row(5, 3), _empty(weight, 5, OUTS)
+            name = f"{use}_{_layout(conv1d)}_{dtype}_{weight}"
+            yield describe(f"rows_{name}", rows_launch(x, base, deltas, weights, bias, config)[1])
+            grad = _empty(dtype, 5, 7, OUTS)
+            yield describe(f"rows_weights_grad_{name}", rows_weights_grad_launch(grad, x, deltas, config)[1])
+
+
+def _empty(dtype: str, *shape: int) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def _row(*shape: int) -> Tensor:
+    """Routing weights that begin anywhere, as a row of them does: at no multiple of 16 bytes."""
+    return torch.empty(1 + torch.Size(shape).numel(), device="meta")[1:].view(shape)
+
+
+def _layer(dtype: str, experts: int, conv1d: bool) -> tuple[Tensor, Tensor]:
+    """A layer's base [OUTS, INS] and deltas [experts, OUTS, INS], which lie in large flat planes."""
+    deltas = _empty(dtype, experts, LARGE)[:, : OUTS * INS]
+    if conv1d:
+        return _empty(dtype, INS, OUTS).T, deltas.unflatten(1, (INS, OUTS)).mT
+    return _empty(dtype, OUTS, INS), deltas.unflatten(1, (OUTS, INS))
+
+
+def _layout(conv1d: bool) -> str:
+    return "conv1d" if conv1d else "linear"
+
+
+def _type(value: Tensor | int) -> str:
+    """The type that Triton compiles an argument for."""
+    if isinstance(value, Tensor):
+        return f"*{NAMES[value.dtype]}"
+    return "i64" if value >= 1 << 31 else "i32"
+
+
+def _is_aligned(value: Tensor | int) -> bool:
+    """Whether Triton may rely on a multiple of 16: bytes of an address, or elements."""
+    offset = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+    return offset % 16 == 0

@@ -68,7 +68,7 @@ def write_kernels(path: Path, change: Callable[[dict[str, Any]], object] = lambd
         )
         entries.append(build.describe(variant, "sm_90", SimpleNamespace(metadata=metadata), b""))
         (path / entries[-1]["file"]).write_bytes(b"")
-    manifest = {"format": 1, "architecture": "sm_90", "triton": "3", "kernels": entries}
+    manifest = {"format": 2, "architecture": "sm_90", "triton": "3", "kernels": entries}
     change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path
@@ -170,8 +170,8 @@ def test_a_switch_is_one_copy_and_one_launch_on_the_callers_stream(
     groups = len(engine.names("group"))
     assert calls[2] == f"cuMemcpyHtoDAsync {(groups + 1) * 3 * 4} stream 0x1230"
     found = re.fullmatch(
-        r"cuLaunchKernel grid (\d+) 1 1 block 128 1 1 shared 0 stream 0x1230 "
-        r"file merge_one_few_experts_fp32_fp32_fp32.cubin arguments (.*)", calls[3]
+        r"cuLaunchKernel grid (\d+) 1 1 block 256 1 1 shared 0 stream 0x1230 "
+        r"file merge_at_most_4_fp32_fp32_fp32.cubin arguments (.*)", calls[3]
     )  # fmt: skip
     assert found is not None, calls[3]
     tiles = int(found[1])
@@ -306,7 +306,7 @@ def test_a_stream_that_is_being_captured_is_refused(
 
 def entry(manifest: dict[str, Any]) -> dict[str, Any]:
     """The kernel that the test's store needs."""
-    return next(k for k in manifest["kernels"] if k["name"] == "merge_one_few_experts_fp32_fp32_fp32")  # type: ignore[no-any-return]
+    return next(k for k in manifest["kernels"] if k["name"] == "merge_at_most_4_fp32_fp32_fp32")  # type: ignore[no-any-return]
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -381,6 +381,6 @@ def test_real_kernels_are_chosen_from_a_real_export(library: Library, driver: Dr
     assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
     (loaded,) = {call.split()[1] for call in driver.log() if call.startswith("cuModuleLoad")}
     assert Path(loaded).read_bytes().startswith(b"\x7fELF")
-    assert Path(loaded).name == "merge_one_few_experts_bf16_bf16_bf16.cubin"
+    assert Path(loaded).name == "merge_at_most_4_bf16_bf16_bf16.cubin"
     cuda.close()
     driver.check()

@@ -32,6 +32,18 @@ def test_streaming_kernels_compile(architecture):
             check(variant, architecture)
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_120"])
+def test_products_of_half_inputs_and_float32_planes_fit_the_smallest_devices(architecture):
+    """As under autocast; sm_86, sm_89 and sm_120 give a program 99 KB."""
+    found = [v for v in of(LINEAR, "bf16") if "*fp32" in (v.arguments.get("base"), v.arguments["deltas"])]
+    assert {v.kernel.fn.__name__ for v in found} == {
+        "linear_kernel", "weights_grad_kernel", "rows_kernel", "rows_weights_grad_kernel",
+    }  # fmt: skip
+    for variant in found:
+        compiled = build.compile_variant(variant, architecture)
+        assert compiled.metadata.shared <= 99 * 1024, variant.name
+
+
 def test_every_configuration_is_among_the_variants():
     names = "\n".join(variant.name for dtype in ("fp32", "bf16") for variant in of(STREAMING + LINEAR, dtype))
     for prefix, configs in (

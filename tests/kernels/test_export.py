@@ -53,7 +53,7 @@ def test_manifest_describes_the_binaries(exported):
     assert {k["symbol"] for k in manifest["kernels"]} == {
         "merge_kernel",
         "partials_kernel",
-        "group_sums_kernel",
+        "segment_sums_kernel",
     }
     assert {k["file"] for k in manifest["kernels"]} == {p.name for p in exported.glob("*.cubin")}
     for kernel in manifest["kernels"]:
@@ -64,7 +64,7 @@ def test_manifest_describes_the_binaries(exported):
         block = found[f".nv.constant0.{kernel['symbol']}"] - PARAMETERS_START
         assert block == parameter_bytes(kernel["arguments"])
         assert kernel["threads"] == 32 * kernel["warps"]
-        known = {a["name"] for a in kernel["arguments"]} | {"G", "ceil"} | set(kernel["constants"])
+        known = {a["name"] for a in kernel["arguments"]} | {"segments", "ceil"} | set(kernel["constants"])
         assert {
             word for word in "".join(c if c.isalpha() or c == "_" else " " for c in kernel["grid"]).split()
         } <= known
@@ -75,7 +75,7 @@ def test_deltas_of_another_dtype_are_written_when_asked_for():
     assert plain < mixed
     assert {name.split("_", 1)[0] for name in mixed - plain} == {"merge"}
     assert all(name.endswith("_fp32_bf16_fp32") for name in mixed - plain)
-    assert "merge_one_few_experts_fp32_bf16_fp32" in mixed
+    assert "merge_at_most_4_fp32_bf16_fp32" in mixed
 
 
 def test_two_runs_write_the_same_bytes(exported, tmp_path):
@@ -103,17 +103,6 @@ def test_interpreted_kernels_are_refused(tmp_path):
     assert "TRITON_INTERPRET=1" in child.stderr
 
 
-class Recorder:
-    """Stands for a kernel and keeps the grids that it is launched with."""
-
-    def __init__(self) -> None:
-        self.grids: list[tuple[int, ...]] = []
-
-    def __getitem__(self, grid):
-        self.grids.append((*grid, 1, 1)[:3])
-        return lambda *arguments, **constants: None
-
-
 def by_rule(kernel, **sizes: int) -> tuple[int, ...]:
     """A grid by the manifest's rule; `ceil(a / b)` rounds up, other divisions leave no rest."""
     words = {"ceil": math.ceil, **{k: v for k, v in kernel["constants"].items()}, **sizes}
@@ -125,34 +114,39 @@ def by_rule(kernel, **sizes: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("k", "experts", "tiles", "groups"), [(1, 3, 5, 2), (1, 8, 3, 1), (3, 2, 7, 4), (9, 17, 2, 2)]
 )
-def test_grid_rules_are_the_launchers_own(exported, monkeypatch, k, experts, tiles, groups):
+def test_grid_rules_are_the_launchers_own(exported, k, experts, tiles, groups):
     kernels = {
         kernel["name"]: kernel for kernel in json.loads((exported / "manifest.json").read_text())["kernels"]
     }
-    recorder, n = Recorder(), tiles * variants.TILE
-    for module, kernel in (
-        (routed_merge, "merge_kernel"), (routed_grad, "partials_kernel"), (routed_grad, "group_sums_kernel"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, kernel, recorder)
+    n = tiles * variants.TILE
     base, deltas = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(experts, n, dtype=torch.bfloat16)
     tile_group = (torch.arange(tiles) % groups).int()
     weights = torch.zeros(k, groups, experts)
-    config = launch.merge_config(k, experts, 2)
-    routed_merge._launch(base, deltas, tile_group, weights, None, torch.zeros(k, n), variants.TILE, config)
+    config = launch.merge_config(experts, 2)
+    found = routed_merge.merge_launch(
+        base, deltas, tile_group, weights, None, torch.zeros(k, n), variants.TILE, config
+    )
     use = next(use for use, other in launch.MERGE_CONFIGS.items() if other is config)
-    merge = kernels["merge_" + use.replace(", ", "_").replace(" ", "_") + "_bf16_bf16_bf16"]
-    assert recorder.grids.pop() == by_rule(merge, preferences=k, n=n)
-    partials = routed_grad._launch_partials(base, deltas, variants.TILE, launch.grad_config(2))
-    assert recorder.grids.pop() == by_rule(kernels["grad_narrow_deltas_bf16_bf16"], n=n)
+    merge = kernels[f"merge_{use}_bf16_bf16_bf16".replace(" ", "_")]
+    assert three(found.grid) == by_rule(merge, n=n)
+    partials, found = routed_grad.partials_launch(base, deltas, variants.TILE, launch.grad_config(2))
+    assert three(found.grid) == by_rule(kernels["grad_narrow_deltas_bf16_bf16"], n=n)
     plan = routed_grad.plan_groups(tile_group, groups, variants.TILE)
-    routed_grad._launch_sums(partials, plan.order, plan.starts)
-    assert recorder.grids.pop() == by_rule(kernels["group_sums"], experts=experts, G=groups)
+    sums, found = routed_grad.sums_launch(partials, plan.order, plan.pieces, torch.float64)
+    assert three(found.grid) == by_rule(kernels["piece_sums"], experts=experts, segments=len(plan.pieces) - 1)
+    _, found = routed_grad.sums_launch(sums, plan.order, plan.starts, torch.float32)
+    assert three(found.grid) == by_rule(kernels["group_sums"], experts=experts, segments=groups)
+
+
+def three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """A grid in all three dimensions."""
+    return (*grid, 1, 1)[:3]
 
 
 def test_variants_and_launcher_agree_on_arguments(exported):
     """The manifest lists a kernel's run-time arguments in the order of its definition, which the driver needs."""
     kernels = {"merge_kernel": routed_merge.merge_kernel, "partials_kernel": routed_grad.partials_kernel,
-               "group_sums_kernel": routed_grad.group_sums_kernel}  # fmt: skip
+               "segment_sums_kernel": routed_grad.segment_sums_kernel}  # fmt: skip
     for entry in json.loads((exported / "manifest.json").read_text())["kernels"]:
         names = [name for name in kernels[entry["symbol"]].arg_names if name not in entry["constants"]]
         assert [argument["name"] for argument in entry["arguments"]] == [*names, *entry["null_arguments"]]

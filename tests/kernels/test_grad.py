@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paretofuse.kernels.reference import routed_grad_reference
-from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups, routed_grad
+from paretofuse.kernels.routed_grad import SPAN, grad_partials, group_sums, plan_groups, routed_grad
 
 
 def case(seed: int, n: int, tile: int, experts: int, groups: int, device: str = "cpu"):
@@ -31,7 +31,19 @@ def test_plan_lists_every_block_once_in_layout_order():
     plan = plan_groups(torch.tensor([2, 0, 2, 0]), 4, tile=2048)
     assert plan.block == 1024
     assert plan.order.tolist() == [2, 3, 6, 7, 0, 1, 4, 5]
-    assert plan.starts.tolist() == [0, 4, 4, 8, 8]
+    assert plan.pieces.tolist() == [0, 4, 8]
+    assert plan.starts.tolist() == [0, 1, 1, 2, 2]
+
+
+def test_a_large_group_is_summed_in_pieces():
+    tile_group = torch.zeros(2 * SPAN + 5, dtype=torch.int32)
+    tile_group[7::3] = 1
+    plan = plan_groups(tile_group, 2, tile=32)
+    ones, count = torch.ones(len(tile_group), 1), tile_group.sum().item()
+    assert plan.pieces.diff().max() <= SPAN
+    assert plan.starts.tolist() == [0, 2, 3]
+    sums = group_sums(ones, plan)
+    assert sums[:, 0].tolist() == [len(tile_group) - count, count]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +76,9 @@ def test_operators_are_sound():
     plan = plan_groups(tile_group, 2, tile=32)
     torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
     partials = grad_partials(grad, deltas, tile=32)
-    torch.library.opcheck(torch.ops.paretofuse.group_sums.default, (partials, plan.order, plan.starts))
+    torch.library.opcheck(
+        torch.ops.paretofuse.group_sums.default, (partials, plan.order, plan.pieces, plan.starts)
+    )
 
 
 @pytest.mark.gpu

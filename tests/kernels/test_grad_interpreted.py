@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from paretofuse.kernels.launch import GRAD_CONFIGS
+from paretofuse.kernels.launch import GRAD_CONFIGS, filled
 from paretofuse.kernels.quantize import quantize_tiles
 from paretofuse.kernels.reference import (
     block_products_reference,
@@ -17,9 +17,10 @@ from paretofuse.kernels.reference import (
     routed_merge_reference,
 )
 from paretofuse.kernels.routed_grad import (
-    _launch_partials,
+    SPAN,
     grad_partials,
     group_sums,
+    partials_launch,
     plan_groups,
     routed_grad,
 )
@@ -55,7 +56,9 @@ def test_partials(grad, delta, n):
 def test_every_configuration(use, experts):
     inputs = make(experts, n=2500, experts=experts)
     check(
-        _launch_partials(*inputs, 1024, GRAD_CONFIGS[use]), block_products_reference(*inputs, 1024), *inputs
+        filled(partials_launch(*inputs, 1024, GRAD_CONFIGS[use])),
+        block_products_reference(*inputs, 1024),
+        *inputs,
     )
 
 
@@ -95,8 +98,9 @@ def test_buckets_give_the_same_bits_as_the_whole():
 
 
 def test_group_sums_over_many_blocks_and_an_empty_group():
-    partials = torch.randn(300, 11, generator=torch.Generator().manual_seed(3))
-    group = torch.arange(300) % 3
+    count = 3 * SPAN + 300  # the groups are summed in two pieces each
+    partials = torch.randn(count, 11, generator=torch.Generator().manual_seed(3))
+    group = torch.arange(count) % 3
     group[group == 1] = 3
     plan = plan_groups(group, 4, tile=32)
     truth = torch.zeros(4, 11, dtype=torch.float64).index_add_(0, group, partials.double())
@@ -153,7 +157,7 @@ def test_operators_are_sound():
     torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
     torch.library.opcheck(
         torch.ops.paretofuse.group_sums.default,
-        (grad_partials(grad, deltas, tile=32), plan.order, plan.starts),
+        (grad_partials(grad, deltas, tile=32), plan.order, plan.pieces, plan.starts),
     )
     weights = torch.randn(2, 2, 3, requires_grad=True)
     torch.library.opcheck(

@@ -12,7 +12,7 @@ import torch
 from paretofuse.kernels.launch import MERGE_CONFIGS
 from paretofuse.kernels.quantize import quantize_tiles
 from paretofuse.kernels.reference import routed_merge_reference
-from paretofuse.kernels.routed_merge import _launch, routed_merge
+from paretofuse.kernels.routed_merge import merge_launch, routed_merge
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_dtype_mixes(base, delta, out):
     check(poisoned, inputs, 64)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 7, 64])
+@pytest.mark.parametrize("experts", [1, 2, 7, 16, 17, 65])
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_experts_and_preferences(experts, k):
     inputs = make(experts * 10 + k, tiles=3, tile=32, experts=experts, k=k)
@@ -58,10 +58,12 @@ def test_experts_and_preferences(experts, k):
 @pytest.mark.parametrize("use", MERGE_CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_configuration(use, dtype):
-    """Each configuration does any K and E, also those that the size rule would give to another."""
-    inputs = make(2, tiles=2, tile=1024, experts=5, k=3, base=dtype, delta=dtype)
+    """Each configuration at the most experts that it holds, the last one beyond its chunk; at any K."""
+    config = MERGE_CONFIGS[use]
+    experts = config.e_chunk if config.one_chunk else config.e_chunk + 3
+    inputs = make(2, tiles=2, tile=1024, experts=experts, k=3, base=dtype, delta=dtype)
     out = torch.full((3, 2048), float("nan"), dtype=dtype)
-    _launch(*inputs, None, out, 1024, MERGE_CONFIGS[use])
+    merge_launch(*inputs, None, out, 1024, config).run()
     check(out, inputs, 1024)
 
 

@@ -35,8 +35,7 @@ def inputs(device: str = "cpu", seed: int = 0) -> dict[str, tuple[Any, ...]]:
         return torch.randn(shape, generator=g).to(device)
 
     base, deltas, tiles = r(N), r(E, N), TILE_GROUP.to(device)
-    order, starts = torch.tensor([1, 0, 2]), torch.tensor([0, 1, 3])
-    plan = order.int().to(device), starts.int().to(device)
+    plan = [torch.tensor(t, dtype=torch.int32, device=device) for t in ([1, 0, 2], [0, 1, 3], [0, 1, 2])]
     weight, planes = r(6, 7), r(E, 6, 7)
     return {
         "routed_merge": (base, deltas, tiles, r(K, G, E), None, TILE),

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from paretofuse.kernels.launch import ROWS_CONFIGS
+from paretofuse.kernels.launch import ROWS_CONFIGS, filled
 from paretofuse.kernels.reference import routed_rows_reference
-from paretofuse.kernels.routed_rows import _launch_rows, _launch_weights_grad, routed_rows
+from paretofuse.kernels.routed_rows import routed_rows, rows_launch, run_weights_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
@@ -44,12 +44,12 @@ def test_every_configuration(use, conv1d):
     inputs = make(1, batch=5, per=14, outs=70, ins=81, experts=2, x=dtype, weight=dtype, conv1d=conv1d)
     exact = [t.double() for t in inputs]
     close(
-        _launch_rows(*inputs, ROWS_CONFIGS[use]),
+        filled(rows_launch(*inputs, ROWS_CONFIGS[use])),
         routed_rows_reference(*exact, accumulate=torch.float64),
         routed_rows_reference(*inputs),
     )
     grad = torch.randn(5, 14, 70, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found = _launch_weights_grad(grad, inputs[0], inputs[2], ROWS_CONFIGS[use])
+    found = run_weights_grad(grad, inputs[0], inputs[2], ROWS_CONFIGS[use])
     truth = torch.einsum("bpo,bpi,eoi->be", grad.double(), exact[0], exact[2])
     torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-2)
 

@@ -10,8 +10,8 @@
 namespace paretofuse {
 namespace {
 
-constexpr std::int64_t kFormat = 1;
-constexpr const char* kGrid = "ceil(preferences / K_BLOCK) * n / BLOCK, 1, 1";
+constexpr std::int64_t kFormat = 2;
+constexpr const char* kGrid = "n / BLOCK, 1, 1";
 constexpr std::int64_t kMaxThreads = 1024;
 constexpr std::int64_t kMaxShared = 48 << 10;  // what a kernel may use without asking first
 
@@ -83,6 +83,9 @@ MergeKernel parse_kernel(const Json& json, const Json& constants, const std::str
   kernel.out = types[5];
   kernel.block = size_at(constants, "BLOCK", kTile);
   kernel.experts = size_at(constants, "E_CHUNK", kMaxThreads);
+  const Json& one_chunk = member(constants, "ONE_CHUNK");
+  if (!one_chunk.is_boolean()) fail("got " + shown(one_chunk) + " for ONE_CHUNK, expected true or false");
+  kernel.any = !one_chunk.get<bool>();
   kernel.threads = static_cast<unsigned>(size_at(json, "threads", kMaxThreads));
   kernel.shared_bytes = static_cast<unsigned>(size_at(json, "shared_bytes", kMaxShared));
   if (kernel.block == 0 || kTile % kernel.block != 0) fail("blocks that do not divide a tile");
@@ -90,10 +93,9 @@ MergeKernel parse_kernel(const Json& json, const Json& constants, const std::str
   return kernel;
 }
 
-bool merges_one(const Json& json, const Json& constants) {
-  std::int64_t together = 0, tile = 0;
+bool merges_floats(const Json& json, const Json& constants) {
+  std::int64_t tile = 0;
   return text_at(json, "symbol") == "merge_kernel" && member(constants, "HAS_SCALES") == Json(false) &&
-         as_size(member(constants, "K_BLOCK"), &together) && together == 1 &&
          as_size(member(constants, "TILE"), &tile) && tile == kTile;
 }
 
@@ -116,7 +118,7 @@ MergeKernels parse(const std::string& folder, const std::string& text) {
     if (!entry.is_object()) fail("got " + shown(entry) + " in the list of kernels");
     const Json& constants = member(entry, "constants");
     if (!constants.is_object()) fail("a kernel has no constants");
-    if (merges_one(entry, constants)) kernels.kernels.push_back(parse_kernel(entry, constants, folder));
+    if (merges_floats(entry, constants)) kernels.kernels.push_back(parse_kernel(entry, constants, folder));
   }
   return kernels;
 }
@@ -140,10 +142,12 @@ const MergeKernel& MergeKernels::choose(DType base, DType delta, DType out, std:
   const MergeKernel* best = nullptr;
   for (const MergeKernel& kernel : kernels) {
     if (kernel.base != base || kernel.delta != delta || kernel.out != out) continue;
-    const bool holds = kernel.experts >= experts;
-    const bool better = best == nullptr || (best->experts >= experts ? holds && kernel.experts < best->experts
-                                                                     : kernel.experts > best->experts);
-    if (better) best = &kernel;
+    if (!kernel.any && kernel.experts < experts) continue;
+    // One that holds all experts reads nothing twice; of those the smallest has registers to spare.
+    if (best == nullptr || (best->any && !kernel.any) ||
+        (best->any == kernel.any && kernel.experts < best->experts)) {
+      best = &kernel;
+    }
   }
   if (best != nullptr) return *best;
   static constexpr const char* names[] = {"fp32", "bf16", "fp16"};

@@ -11,7 +11,7 @@ namespace paretofuse {
 
 inline constexpr std::int64_t kTile = 1024;  // elements of a flat buffer that belong to one group
 
-// A kernel that merges for one preference.
+// A kernel that merges deltas of a floating-point type.
 struct MergeKernel {
   std::string file;
   std::string symbol;
@@ -20,6 +20,7 @@ struct MergeKernel {
   DType out;
   std::int64_t block;    // elements that one thread block merges
   std::int64_t experts;  // whose loads are in flight together
+  bool any;              // whether it loops over more experts than that
   unsigned threads;
   unsigned shared_bytes;
 };
@@ -30,7 +31,7 @@ struct MergeKernels {
   std::vector<MergeKernel> kernels;
 
   // The kernel for these dtypes and that many experts, by the rule of kernels/launch.py: the smallest that
-  // keeps all experts in flight, else the largest. Throws CudaError if the folder has none.
+  // holds all experts, else the one that loops. Throws CudaError if the folder has none.
   const MergeKernel& choose(DType base, DType delta, DType out, std::int64_t experts) const;
 };
 
