@@ -257,39 +257,6 @@ def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
     return sums
 
 
-def routed_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    tile_group: Tensor,
-    groups: int,
-    *,
-    scales: Tensor | None = None,
-    tile: int = 1024,
-) -> Tensor:
-    """The gradient of the routing weights from the whole flat gradient: both stages.
-
-    Args:
-        grad: as for `grad_partials`; [N].
-        deltas: as for `grad_partials`; [E, N].
-        tile_group: [ceil(N / tile)] int32 in [0, groups), the group of each tile.
-        groups: G.
-        scales: as for `grad_partials`.
-        tile: elements per tile, a power of two from 16 on.
-
-    Returns:
-        [G, E] float32.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, stride or device does not fit.
-    """
-    checks.check_tile(tile)
-    checks.check_tensor("tile_group", tile_group, (torch.int32,), (-(-grad.numel() // tile),), grad.device)
-    plan = plan_groups(tile_group, groups, tile)
-    partials = grad_partials(grad, deltas, scales=scales, tile=tile)
-    missing = len(plan.order) - len(partials)  # the last tile's blocks that begin behind the gradient's end
-    return group_sums(torch.nn.functional.pad(partials, (0, 0, 0, missing)), plan)
-
-
 def _require_device(kernel: object, tensor: Tensor) -> None:
     """Raise unless the operator has an implementation for the device: the kernel, or on the CPU the reference."""
     if tensor.device.type != "cpu":

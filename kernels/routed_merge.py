@@ -12,15 +12,12 @@ result is rounded once, to nearest even.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import Launch, MergeConfig, merge_config, merge_threads
 from paretofuse.kernels.numeric import round_to, widen
-from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
 
 INSTEAD = "paretofuse.kernels.reference.routed_merge_reference"
@@ -171,27 +168,6 @@ def _(
     return base.new_empty((weights.shape[0], base.shape[0]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, deltas, tile_group, weights, scales, ctx.tile = inputs
-    ctx.save_for_backward(deltas, tile_group, scales)
-    ctx.groups = weights.shape[1]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The base takes the sum of the K gradients; the weights take the routed gradient of each; deltas are frozen."""
-    deltas, tile_group, scales = ctx.saved_tensors
-    for_base = grad.float().sum(0).to(grad.dtype) if ctx.needs_input_grad[0] else None
-    for_weights = None
-    if ctx.needs_input_grad[3]:
-        plan = plan_groups(tile_group, ctx.groups, ctx.tile)
-        rows = [grad_partials(g.contiguous(), deltas, scales=scales, tile=ctx.tile) for g in grad]
-        for_weights = torch.stack([group_sums(row, plan) for row in rows])
-    return for_base, None, None, for_weights, None, None
-
-
-_routed_merge.register_autograd(_backward, setup_context=_save)
-
-
 def routed_merge(
     base: Tensor,
     deltas: Tensor,
@@ -203,8 +179,6 @@ def routed_merge(
     tile: int = 1024,
 ) -> Tensor:
     """Merge a flat model for one preference or for K at once, in one launch of a Triton kernel.
-
-    Differentiable with respect to `weights` and `base` unless `out` is given.
 
     Args:
         base: [N] float32, bfloat16 or float16, contiguous; N a multiple of `tile`.
@@ -223,9 +197,9 @@ def routed_merge(
 
     Raises:
         ImportError: Triton is not installed.
-        TypeError, ValueError: a dtype, shape, stride or device does not fit, a gradient is wanted that does
-            not exist, or the tensors are on the CPU outside Triton's interpreter. There is no fallback: the
-            caller chooses the backend.
+        TypeError, ValueError: a dtype, shape, stride or device does not fit, a gradient is wanted (there is none:
+            `routed_grad.py` reduces those of merged weights), or the tensors are on the CPU outside Triton's
+            interpreter. There is no fallback: the caller chooses the backend.
     """
     single = weights.ndim == 2
     many = weights[None] if single else weights
@@ -237,8 +211,7 @@ def routed_merge(
     shape = (base.numel(),) if single else (many.shape[0], base.numel())
     checks.check_tensor("out", out, checks.FLOATS, shape, base.device)
     checks.check_rows("out", out)
-    for name, tensor in (("base", base), ("weights", weights), ("out", out)):
-        checks.check_frozen(name, tensor)
+    checks.check_frozen("out", out)
     torch.ops.paretofuse.routed_merge_out(
         base, deltas, tile_group, many, scales, out[None] if single else out, tile
     )
@@ -264,3 +237,5 @@ def _check(
     checks.check_rows("base", base)
     checks.check_rows("tile_group", tile_group)
     checks.check_contiguous("weights", weights)
+    checks.check_frozen("base", base)
+    checks.check_frozen("weights", weights)

@@ -143,9 +143,10 @@ def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]
     for dtype, conv1d in product(dtypes, (False, True)):
         for weight in dict.fromkeys((dtype, "fp32")):
             config = launch.weights_grad_config(DTYPES[dtype].itemsize)
+            use = next(use for use, other in launch.WEIGHTS_GRAD_CONFIGS.items() if other is config)
             _, deltas = _layer(weight, 3, conv1d)
             _, found = weights_grad_launch(_empty(dtype, 33, OUTS), _empty(dtype, 33, INS), deltas, config)
-            yield describe(f"weights_grad_{_layout(conv1d)}_{dtype}_{weight}", found)
+            yield describe(f"weights_grad_{use}_{_layout(conv1d)}_{dtype}_{weight}", found)
 
 
 def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
