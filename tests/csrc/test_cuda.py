@@ -304,13 +304,31 @@ def test_a_stream_that_is_being_captured_is_refused(
     driver.check()
 
 
+@pytest.mark.parametrize(
+    ("count", "name"), [(1, "at_most_1"), (5, "at_most_8"), (16, "at_most_16"), (17, "any")]
+)
+def test_the_smallest_kernel_that_holds_all_experts_merges(
+    library: Library, driver: Driver, kernels: Path, tmp_path: Path, count: int, name: str
+) -> None:
+    engine = library.open(net_store(tmp_path / "net.pareto", count))
+    cuda = engine.cuda(kernels, driver.path)
+    launched = [call for call in driver.log() if call.startswith("cuModuleLoad")]
+    assert {Path(call.split()[-1]).name for call in launched} == {f"merge_{name}_fp32_fp32_fp32.cubin"}
+    preference = [1 / count] * count
+    engine.switch(preference)
+    cuda.switch(preference, STREAM)
+    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
+    cuda.close()
+    driver.check()
+
+
 def entry(manifest: dict[str, Any]) -> dict[str, Any]:
     """The kernel that the test's store needs."""
     return next(k for k in manifest["kernels"] if k["name"] == "merge_at_most_4_fp32_fp32_fp32")  # type: ignore[no-any-return]
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format": (lambda m: m.update(format=2), "got format 2, expected 1"),
+    "format": (lambda m: m.update(format=3), "got format 3, expected 2"),
     "architecture": (lambda m: m.update(architecture="gfx942"), "expected an NVIDIA architecture"),
     "no kernels": (lambda m: m.update(kernels=[]), "has no merge of base fp32 and deltas fp32"),
     "kernels": (lambda m: m.update(kernels=3), "no list of kernels"),
@@ -324,6 +342,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "order": (lambda m: entry(m)["arguments"].reverse(), "expected base"),
     "type": (lambda m: entry(m)["arguments"][7].update(type="i64"), "got argument experts of type i64"),
     "block": (lambda m: entry(m)["constants"].update(BLOCK=384), "do not divide a tile"),
+    "chunk": (lambda m: entry(m)["constants"].update(ONE_CHUNK=1), "for ONE_CHUNK, expected true or false"),
     "missing file": (lambda m: entry(m).update(file="none.cubin"), "cuModuleLoad of"),
     "symbol": (lambda m: [k.update(symbol="other") for k in m["kernels"]], "has no merge"),
 }
