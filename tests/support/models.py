@@ -49,7 +49,7 @@ def net_and_experts(seed: int = 0, count: int = 3) -> tuple[Net, dict[str, nn.Mo
     """A base and its experts a, b, c, ..."""
     torch.manual_seed(seed)
     base = Net().eval()
-    return base, {"abcdefgh"[i]: perturbed(base, seed * 100 + i + 1) for i in range(count)}
+    return base, {"abcdefghijklmnopqrstuvwxyz"[i]: perturbed(base, seed * 100 + i + 1) for i in range(count)}
 
 
 def tiny_gpt2(seed: int = 0) -> nn.Module:
