@@ -178,7 +178,9 @@ def weights_grad_launch(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsCon
 def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> Tensor:
     """The weights' gradient [B, E] by the kernel, its pieces added in float64."""
     pieces = filled(weights_grad_launch(grad, x, deltas, config))
-    return pieces.unflatten(2, x.shape[:2]).sum((0, 3), dtype=torch.float64).float().T.contiguous()
+    batch, per, _ = x.shape
+    sums = pieces.view(*pieces.shape[:2], batch, per).sum((0, 3), dtype=torch.float64)
+    return sums.float().T.contiguous()
 
 
 @torch.library.custom_op("paretofuse::routed_rows", mutates_args=(), device_types="cuda")

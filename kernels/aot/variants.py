@@ -194,5 +194,6 @@ def _type(value: Tensor | int) -> str:
 
 def _is_aligned(value: Tensor | int) -> bool:
     """Whether Triton may rely on a multiple of 16: bytes of an address, or elements."""
-    offset = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
-    return offset % 16 == 0
+    if isinstance(value, Tensor):
+        return int(value.storage_offset()) * value.element_size() % 16 == 0
+    return value % 16 == 0
