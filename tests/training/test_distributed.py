@@ -32,7 +32,7 @@ def callback(record):
     if rank == 1 and record["step"] == die_at:
         os._exit(7)
 
-validation = pf.Validation(lambda module: pf.evaluate(module, objectives), every=10, patience=9)
+validation = pf.Validation(lambda module: pf.evaluate(module, objectives), maximize=False, every=10, patience=9)
 pf.fit(engine, objectives, method, steps=30, accumulate=4, checkpoint=out / "run.ckpt", checkpoint_every=5,
        regularization=0.1, validation=validation,
        log=out / "log.csv", callback=lambda r: callback(r) or r["step"] == steps, progress=False)
@@ -148,11 +148,11 @@ def test_a_death_ends_the_run_and_another_number_resumes(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_too_few_batches_for_the_processes() -> None:
-    from paretofuse.engine.training.run import Settings
+    from paretofuse.engine.training.settings import Settings
 
-    settings = Settings("ls", 3, 0.1, 0.1, "dirichlet", 1.0, 0, 1, 1, 0)
+    settings = Settings(3, 0.1, 0.1, "dirichlet", 1.0, 0, 1, 1, 0)
     settings.check()
-    import paretofuse.engine.training.run as training
+    import paretofuse.engine.training.settings as training
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "rank_and_size", lambda: (0, 2))
