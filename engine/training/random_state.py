@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def gpus_of(devices: Iterable[torch.device]) -> tuple[int, ...]:
-    """The indices of the GPUs among some devices, in order."""
+    """The indices of the GPUs among some devices, in order, each once; a device without an index is the current one."""
     found = {device.index for device in devices if device.type == "cuda"}
-    return tuple(sorted(torch.cuda.current_device() if index is None else index for index in found))
+    return tuple(sorted({torch.cuda.current_device() if index is None else index for index in found}))
 
 
 def seed(number: int, gpus: Iterable[int] = ()) -> None:

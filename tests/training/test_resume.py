@@ -276,14 +276,16 @@ def test_another_validation_is_refused_by_name(tmp_path: Path, change: dict[str,
         pf.fit(engine, objectives, **settings)
 
 
-def test_other_metrics_are_refused_at_the_first_validation_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("f1", "accuracy"), ("accuracy", "f1")])
+def test_other_metrics_are_refused_at_the_first_validation_after(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
     engine, objectives = problem()
     settings: dict[str, Any] = {"checkpoint": tmp_path / "c", "progress": False}
-    pf.fit(engine, objectives, steps=2, validation=pf.Validation(lambda m: {"f1": 1.0}, every=1), **settings)
-    with pytest.raises(ValueError, match=r"got metrics \['accuracy'\].*expected \['f1'\]"):
-        pf.fit(
-            engine, objectives, steps=4, validation=pf.Validation(lambda m: {"accuracy": 1.0}, every=1), **settings
-        )  # fmt: skip
+    first, second = (pf.Validation(lambda module, name=name: {name: 1.0}, every=1) for name in names)
+    pf.fit(engine, objectives, steps=2, validation=first, **settings)
+    with pytest.raises(ValueError, match=rf"got metrics \['{names[1]}'\].*expected \['{names[0]}'\]"):
+        pf.fit(engine, objectives, steps=4, validation=second, **settings)
 
 
 def test_other_mode_and_static_weight_are_refused_by_name(tmp_path: Path) -> None:

@@ -40,6 +40,27 @@ def test_it_follows_a_fall_and_forgets() -> None:
     np.testing.assert_allclose(smoothed.value(), [0.5, 1.0], atol=5e-3)  # exp(-300 / 50) is left of the first
 
 
+@pytest.mark.parametrize("objectives", [2, 4])
+def test_it_is_the_weighted_regression(objectives: int) -> None:
+    """Against a least-squares solve over all steps at once: the ridge is a further row for each slope."""
+    rng = np.random.default_rng(objectives)
+    draws, losses = rng.dirichlet([1.0] * objectives, 30), rng.random((30, objectives))
+    draws[3] = np.eye(objectives)[0]  # so far from the middle that only the least weight is left
+    smoothed = LossAtEqualPreference(objectives)
+    for preference, own in zip(draws, losses, strict=True):
+        smoothed.add(preference, own)
+    width = (objectives - 1) / (objectives * (objectives + 1)) / 4
+    offsets = draws - 1 / objectives
+    near = np.maximum(np.exp(-(offsets**2).sum(axis=1) / (2 * width)), 1e-6)
+    weights = near * np.exp(-(29 - np.arange(30)) / 50)
+    weights /= weights.sum()
+    design = np.hstack([np.ones((30, 1)), offsets]) * np.sqrt(weights)[:, None]
+    ridge = np.hstack([np.zeros((objectives, 1)), np.sqrt(0.01 * width) * np.eye(objectives)])
+    targets = np.vstack([losses * np.sqrt(weights)[:, None], np.zeros((objectives, objectives))])
+    expected = np.linalg.lstsq(np.vstack([design, ridge]), targets, rcond=None)[0][0]
+    np.testing.assert_allclose(smoothed.value(), expected, rtol=1e-9)
+
+
 def test_one_observation_is_its_value() -> None:
     smoothed = LossAtEqualPreference(3)
     smoothed.add(np.array([1.0, 0.0, 0.0]), np.array([1.0, 2.0, 3.0]))
