@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,37 @@ def test_what_is_no_plain_sum_is_refused_by_name(
     edit(path, **settings)
     with pytest.raises(pf.CheckpointError, match=message):
         pf.stack(base, {"x": path})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["v_proj"]},
+        {"target_modules": r".*\.7\..*q_proj"},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"modules_to_save": ["self_attn"]},
+    ],
+)
+def test_factors_that_peft_would_ignore_are_refused(settings: dict[str, object], tmp_path: Path) -> None:
+    base = llama()
+    path = saved(base, tmp_path / "lora", **Q)
+    edit(path, **settings)
+    with pytest.raises(pf.CheckpointError, match=r"q_proj.*of a module that the configuration leaves out"):
+        pf.stack(base, {"x": path})
+
+
+def test_a_vocabulary_that_has_grown(tmp_path: Path) -> None:
+    base = llama()
+    wider = copy.deepcopy(base)
+    wider.resize_token_embeddings(33)
+    wrapped(wider, **Q).save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    with pytest.raises(pf.CheckpointError, match=r"\[33, 8\].*\[30, 8\]; .*resize_token_embeddings"):
+        pf.stack(base, {"x": tmp_path / "lora"})
+    base.resize_token_embeddings(33)  # the remedy; its new rows are the adapter's
+    check(merged_by_us(base, tmp_path / "lora"), merged_by_peft(base, tmp_path / "lora"), base)
 
 
 def test_a_flag_that_is_wrong_for_the_modules_is_corrected_as_peft_does(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paretofuse.engine.errors import CheckpointError
@@ -104,3 +104,30 @@ def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
     modules = name.split(".")[:-1]
     prefixes = [".".join(modules[: i + 1]) for i in range(len(modules))]
     return any(p.endswith(target) for target in config.get("modules_to_save") or () for p in prefixes)
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would give a module factors; it ignores those of any other."""
+    targets = config.get("target_modules")
+    everything = targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
+    if not everything and not _matches(targets, module):
+        return False
+    if _matches(config.get("exclude_modules") or [], module):
+        return False
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.get("modules_to_save") or ()):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(targets, str):
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for rule in rules if (match := re.match(rule, module))), None)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def _matches(targets: str | Sequence[str], module: str) -> bool:
+    """A regular expression for the whole name, or the last parts of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)

@@ -22,6 +22,7 @@ from paretofuse.adapters.peft.config import (
     check_plain_sum,
     check_start,
     is_saved_whole,
+    is_targeted,
     rank_and_scale,
 )
 from paretofuse.adapters.peft.source import Adapter, Base, Whole, to_source
@@ -161,10 +162,25 @@ class _Reader:
             return chosen[-1 - depth], chosen[-1 - depth]
         for name in (f"{bare}.weight", f"{bare}.in_proj_weight"):
             if name in self.base.infos:
+                self._check_targeted(module, bare, key)
                 return name, bare
         raise CheckpointError(
             f"{self.label}: {key!r} belongs to no tensor of {self.base.source.label}; was it trained on another base?"
         )
+
+    def _check_targeted(self, module: str, bare: str, key: str) -> None:
+        """Refuse factors that PEFT would not read."""
+        if ".base_layer.out_proj" in module:
+            bare = bare.removesuffix(".out_proj")  # comes with the nn.MultiheadAttention around it
+        ties = self.config.get(
+            "ensure_weight_tying"
+        )  # the other names of a tied weight are left out on purpose
+        if not ties and not is_targeted(self.config, bare):
+            raise CheckpointError(
+                f"{self.label}: {key!r} is of a module that the configuration leaves out (target_modules, "
+                "exclude_modules, modules_to_save, layers_to_transform), so that PEFT would ignore it; correct "
+                f"{CONFIG}, or save the adapter again"
+            )
 
     def _orientations(self, pairs: list[_Pair]) -> dict[str, bool]:
         """Whether each target stores its weight transposed, by its shape, else its module's kind, else the flag.

@@ -88,6 +88,12 @@ def to_source(adapter: Adapter, base: Base, label: str) -> Source:
     factors, whole = dict(adapter.factors), dict(adapter.whole)
     for name in [n for n, w in whole.items() if not w.breaks_tie]:
         own = whole.pop(name)
+        if name in base.infos and base.infos[name].shape != own.info.shape:
+            raise CheckpointError(
+                f"{label}: comes with a {name!r} of shape {list(own.info.shape)}, and {source.label} has "
+                f"{list(base.infos[name].shape)}; give the base the same first, such as by "
+                "model.resize_token_embeddings(...) for a vocabulary that has grown"
+            )
         if not _is_same(own, name, source):
             whole[source.aliases.get(name, name)] = own
     for owner, names in _tied(source).items():
