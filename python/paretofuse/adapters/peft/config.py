@@ -109,8 +109,9 @@ def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would give a module factors; it ignores those of any other."""
     targets = config.get("target_modules")
-    everything = targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
-    if not everything and not _matches(targets, module):
+    if targets is None or str(targets).lower() == "all-linear":
+        targets = ".*"
+    if not _matches(targets, module):
         return False
     if _matches(config.get("exclude_modules") or [], module):
         return False
