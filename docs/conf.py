@@ -25,5 +25,7 @@ autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 
 html_theme = "furo"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_title = f"ParetoFuse {release}"
 html_show_sphinx = False
