@@ -64,8 +64,8 @@ def test_hypervolume_of_a_concave_front_is_covered() -> None:
         x = x - rate * solve_each(solver, losses, jacobians, preferences)[:, 0].numpy()
     reached = moocore.hypervolume(np.stack([concave(row)[0] for row in x]), ref=[1.1, 1.1])
     # The best 5 points of f2 = 1 - f1^2, found by brute force over a grid.
-    grid = np.linspace(0, 1, 400)
-    whole = 1.1**2 - np.trapezoid(1 - grid**2, grid)
+    grid = torch.linspace(0, 1, 400, dtype=torch.float64)
+    whole = 1.1**2 - float(torch.trapezoid(1 - grid**2, grid))
     assert 0.9 * best_of_five() < reached < whole
 
 
