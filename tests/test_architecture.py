@@ -166,6 +166,7 @@ def test_every_public_name_resolves() -> None:
         "store.reader",
         "store.writer",
         "merging.native",
+        "merging.card",
         "merging.disk",
     ],
 )

@@ -17,6 +17,7 @@ import numpy as np
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import ITEM_SIZE, TensorSpec
 from paretofuse.engine.merging import native
+from paretofuse.engine.merging.card import with_card
 from paretofuse.engine.planes.memory import Memory
 from paretofuse.engine.routing.evaluate import routing_weights
 from paretofuse.engine.routing.preference import Preference, as_preference
@@ -99,8 +100,8 @@ def merge_store(
     Args:
         store: the store, or its directory.
         preference: the preference, if no weights are given.
-        out: a directory (the weights and the model's own files), or a path that ends in .safetensors.
-            An earlier merge there is replaced, and nothing else is.
+        out: a directory (the weights, the model's own files and a model card, README.md), or a path that ends in
+            .safetensors. An earlier merge there is replaced, and nothing else is.
         weights: routing weights [G, E] instead of a preference.
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
@@ -117,11 +118,17 @@ def merge_store(
     sources = _sources(store, head)
     native.chosen_isa(isa)  # refuses before anything is written
     target = replaceable(Path(os.path.abspath(out)))
+    is_file = target.suffix == ".safetensors"
     files = store.model_files(head)
+    if not is_file:
+        shares = None
+        if preference is not None:
+            numbers = as_preference(preference, store.layout.objectives).tolist()
+            shares = dict(zip(store.layout.objectives, numbers, strict=True))
+        files = with_card(files, store, shares, table[0, :-1], head)
     weights_file = next(
         (WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS
     )
-    is_file = target.suffix == ".safetensors"
     if not is_file:
         _check_directory(target, {weights_file, *files})
     elif target.is_dir():

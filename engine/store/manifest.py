@@ -75,7 +75,7 @@ class Manifest:
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "created_by": self.created_by or f"paretofuse {_own_version()}",
+            "created_by": self.created_by or f"paretofuse {own_version()}",
             "objectives": self.layout.objectives,
             "static_weight": self.layout.static_weight,
             "routers": {"init": self.init, "file": self.routers},
@@ -268,7 +268,8 @@ def _string_map(entry: Mapping[str, Any], key: str) -> dict[str, str]:
     return values
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """This installation's version; "unknown" where it was never installed."""
     try:
         return version("paretofuse")
     except PackageNotFoundError:
