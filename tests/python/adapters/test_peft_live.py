@@ -96,6 +96,20 @@ def test_a_peft_model_inside_a_wrapper() -> None:
     check(merged_by_us(base, Wrapper()), merged(model), base)
 
 
+def test_a_peft_model_within_a_larger_model() -> None:
+    class Larger(nn.Module):
+        def __init__(self, text: nn.Module) -> None:
+            super().__init__()
+            self.text = text
+            self.head = nn.Linear(3, 3)
+
+    base = Larger(llama())
+    expert = Larger(wrapped(base.text, **Q))
+    theirs = {f"text.{name}": t for name, t in merged(expert.text).items()}
+    theirs |= {f"head.{name}": t for name, t in expert.head.state_dict().items()}
+    check(merged_by_us(base, expert), theirs, base)
+
+
 def test_what_is_refused() -> None:
     base = llama()
     model = wrapped(base, **Q)

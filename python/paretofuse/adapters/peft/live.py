@@ -40,18 +40,21 @@ def from_model(model: Any, label: str, base: Source) -> Source:
     """
     from peft import PeftModel
 
-    # A wrapper (DistributedDataParallel, torch.compile) may hold the PeftModel.
-    peft_model = next((part for part in model.modules() if isinstance(part, PeftModel)), None)
-    configs = getattr(model if peft_model is None else peft_model, "peft_config", {})
-    active = configs if peft_model is None else peft_model.active_adapters
-    for name in active:
-        check_plain_sum(configs[name].to_dict(), label)
-    root = model if peft_model is None else peft_model.base_model.model
-    walk = _Walk(label)
-    plain = dict(walk.tensors(root, ""))
+    parts = [part for part in model.modules() if isinstance(part, PeftModel)]
+    configs = [part.peft_config[name] for part in parts for name in part.active_adapters]
+    configs = configs or list(getattr(model, "peft_config", {}).values())
+    for config in configs:
+        check_plain_sum(config.to_dict(), label)
     known = Base(base)
-    missing = [name for name in known.infos if name not in plain and name not in base.constants]
-    if missing:
+    missing: list[str] = []
+    for root in (model, *parts):  # the model itself, or what a wrapper of it holds
+        walk = _Walk(label)
+        plain = dict(walk.tensors(root, ""))
+        lacking = [name for name in known.infos if name not in plain and name not in base.constants]
+        missing = missing or lacking
+        if not lacking:
+            break
+    else:
         raise CheckpointError(
             f"{label}: has no tensor {missing[0]!r}, which {base.label} has; pass the model that it was made of"
         )
@@ -59,7 +62,7 @@ def from_model(model: Any, label: str, base: Source) -> Source:
     for name in walk.factors:
         for update in walk.factors[name]:
             _check_fit(update, name, known, label)
-    keeps_ties = any(getattr(config, "ensure_weight_tying", False) for config in configs.values())
+    keeps_ties = any(getattr(config, "ensure_weight_tying", False) for config in configs)
     return to_source(Adapter(walk.factors, whole, keeps_ties), known, label)
 
 
@@ -74,12 +77,15 @@ class _Walk:
 
     def tensors(self, module: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         """The module's stored tensors, as its active adapters leave them apart from their factors."""
+        from peft import PeftModel
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import MultiheadAttention
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, PeftModel):
+            yield from self.tensors(module.base_model.model, name)
+        elif isinstance(module, ModulesToSaveWrapper):
             active = [own for own in module.active_adapters if own in module.modules_to_save]
             inner = module.modules_to_save[active[0]] if active else module.original_module
             found = dict(self.tensors(inner, name))
