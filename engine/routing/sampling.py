@@ -64,7 +64,7 @@ def make_sampler(
         "dirichlet": lambda: _Dirichlet(objectives, alpha, seed),
         "low_discrepancy": lambda: _Recurrence(objectives, seed),
     }
-    if name not in makers:
+    if not isinstance(name, str) or name not in makers:
         raise ValueError(f"got sampler {name!r}, expected one of {sorted(makers)}")
     sampler = makers[name]()
     return _Anchored(sampler, objectives, corner_every) if corner_every else sampler

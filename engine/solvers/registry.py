@@ -37,8 +37,10 @@ def get_solver(method: str | Solver, options: Mapping[str, Any] | None = None) -
 
     Raises:
         ValueError: the name or an option is unknown, or an option is missing.
-        TypeError: neither a name nor a callable.
+        TypeError: neither a name nor a callable, or options that are no dict.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"got options of type {type(options).__name__}, expected a dict by option name")
     options = dict(options or {})
     if isinstance(method, str):
         if method not in SOLVERS:

@@ -202,7 +202,8 @@ def _checkpoint_path(checkpoint: str | os.PathLike[str] | None) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    return path
+    # A link stays, and what it leads to is replaced, as that is a checkpoint of ours or refused when it is read.
+    return path.resolve() if path.is_file() else path
 
 
 def _record_of(engine: Engine, steps: int, method: str | Solver, seed: int) -> dict[str, Any]:

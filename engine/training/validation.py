@@ -85,11 +85,17 @@ class Validation:
 
         Raises:
             ValueError: one is not valid, or there are none.
+            TypeError: they are no sequence.
         """
         count = len(objectives)
         if self.preferences is None:
             points = {1: 2, 2: 5, 3: 4, 4: 3}.get(count)
             return simplex_grid(count, points) if points else layered_grid(count, (2, 2))
+        if not hasattr(self.preferences, "__len__"):
+            raise TypeError(
+                f"got preferences={self.preferences!r} for validation, expected a sequence of them, such as "
+                "pf.simplex_grid(E, points)"
+            )
         if len(self.preferences) == 0:
             raise ValueError("got no preferences for validation, expected at least one")
         return np.array([as_preference(row, tuple(objectives)) for row in self.preferences])

@@ -185,6 +185,15 @@ def test_temporary_names_cannot_be_guessed_and_links_are_not_followed(tmp_path: 
     assert victim.read_text() == "precious"
 
 
+def test_a_link_to_a_checkpoint_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    written(tmp_path / "disk" / "c")
+    (tmp_path / "c").symlink_to(tmp_path / "disk" / "c")
+    written(tmp_path / "c", steps=3)
+    assert (tmp_path / "c").is_symlink()
+    assert read_checkpoint(tmp_path / "disk" / "c")[1]["step"] == 3
+
+
 def test_a_name_that_is_taken_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from paretofuse.engine.store import atomic
 

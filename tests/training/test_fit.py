@@ -133,8 +133,8 @@ def test_callback_ends_the_training(tmp_path: Path) -> None:
 
 def test_csv_and_tensorboard_logs(tmp_path: Path) -> None:
     engine, objectives = problem()
-    records = pf.fit(engine, objectives, steps=3, log=tmp_path / "log.csv", progress=False)
-    with (tmp_path / "log.csv").open() as file:
+    records = pf.fit(engine, objectives, steps=3, log=tmp_path / "not" / "there" / "log.csv", progress=False)
+    with (tmp_path / "not" / "there" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss/left"]) for row in rows] == [r["loss/left"] for r in records]
     pf.fit(engine, objectives, steps=3, log=tmp_path / "board", progress=False)
@@ -170,7 +170,8 @@ def test_a_log_never_replaces_another_file(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_new_run_replaces_its_earlier_log(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
+    path = tmp_path / "not" / "there" / "log.csv"
+    path.parent.mkdir(parents=True)
     path.touch()  # a run that ended before its first step
     for steps in (3, 2):
         engine, objectives = problem()
@@ -202,6 +203,8 @@ def test_wrong_input() -> None:
         pf.fit(engine, objectives, steps=0, progress=False)
     with pytest.raises(ValueError, match="lr_end"):
         pf.fit(engine, objectives, lr_end=2, progress=False)
+    with pytest.raises(ValueError, match="got sampler"):
+        pf.fit(engine, objectives, sampler=["dirichlet"], progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nosuch"):
         pf.fit(engine, objectives, "nosuch", progress=False)
     batch = next(iter(objectives[0].data))
@@ -224,6 +227,8 @@ def test_wrong_input() -> None:
         ({"checkpoint_every": "5"}, "got checkpoint_every='5'"), ({"accumulate": [2]}, "got accumulate="),
         ({"regularization": "no"}, "got regularization='no'"), ({"validation": len}, "got validation of type"),
         ({"callback": 3}, "got callback=3"), ({"method": 3}, "got method of type int"),
+        ({"method": "stch", "options": ["smoothing"]}, "got options of type list"),
+        ({"validation": pf.Validation(len, preferences=5)}, "got preferences=5 for validation"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_arguments_of_another_kind(change: dict[str, Any], words: str) -> None:
