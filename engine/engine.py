@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.modules.heads import Heads, bind_heads, with_head
 from paretofuse.engine.modules.live import LiveModule
-from paretofuse.engine.modules.replicas import ReplicaPool
+from paretofuse.engine.modules.replicas import Merge, ReplicaPool
+from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
 from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
 from paretofuse.engine.routing.routers import Routers
@@ -62,6 +64,8 @@ class Engine:
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
         self._pool = ReplicaPool(replicas, device)
+        self._at_preference: dict[str, float] | None = None
+        self._at_weights = False
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -111,6 +115,23 @@ class Engine:
         """
         return self._fused_module().module
 
+    def head(self, objective: str) -> nn.Module:
+        """The live module with an objective's own head; it shares all else with `module` and is switched with it.
+
+        Raises:
+            ValueError: the objective has no head, or head and base do not make a whole model.
+        """
+        self._head_tensors(objective)
+        return with_head(self.module, objective)
+
+    @property
+    def preference(self) -> dict[str, float] | None:
+        """What the live module was last merged for, by objective.
+
+        None before the first switch, and after one to given `weights=`.
+        """
+        return None if self._at_preference is None else dict(self._at_preference)
+
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
         """Rewrite the live module in place for a preference, or for given routing weights [G, E].
 
@@ -119,12 +140,13 @@ class Engine:
         Raises:
             ValueError: the preference or the weights are not valid.
         """
-        full = self._full_weights(preference, weights)
-        self._only_one(full)
-        self._live_module().switch(full)
+        routing = self._routing(preference, weights)
+        self._only_one(routing)
+        self._live_module().switch(routing)
+        self._note(preference)
 
     def replica(
-        self, preference: Preference, *, timeout: float | None = None
+        self, preference: Preference, *, head: str | None = None, timeout: float | None = None
     ) -> AbstractContextManager[nn.Module]:
         """A module merged for this preference that stays as it is inside a `with` block; for use by many threads.
 
@@ -133,27 +155,37 @@ class Engine:
 
         The engine holds up to `replicas` of them (see `pf.load` and `pf.stack`), apart from `module`. A preference
         that is merged already is served at once; otherwise the least recently used replica that nobody holds is
-        merged anew, while users of the others go on. Where all are held or being merged, entering waits. A thread
-        that holds one and asks for another preference needs two of them. Only use the module inside the block, and
-        leave its weights alone. Routers that were trained further since count; training them, or changing them
-        behind autograd's back (`parameter.data`), while replicas are asked for does not go well together.
+        merged anew, while users of the others go on. Where all are held or being merged, entering waits. Those who
+        wait are served in the order in which they came, however many go on asking for what is merged already. A
+        thread (or asyncio task) that holds one and asks for another preference needs two of them. Only use the module
+        inside the block, and leave its weights alone. Routers that were trained further since count; training them,
+        or changing them behind autograd's back (`parameter.data`), while replicas are asked for does not go well
+        together.
 
         Args:
             preference: by objective name, or in the order of `objectives`.
-            timeout: seconds to wait for a replica; None waits for ever.
+            head: the objective whose own head the module has.
+            timeout: seconds to wait for a replica; None or infinity waits for ever.
 
         Raises:
-            ValueError: the preference is not valid, or the model cannot be built (bare tensors, no transformers).
+            ValueError: the preference is not valid, the timeout is NaN or below 0, or the model cannot be built (bare
+                tensors, no transformers). On entering: somebody moved this replica's module.
+            TypeError: the timeout is no number.
             TimeoutError: on entering, when no replica became free.
         """
-        numbers = as_preference(preference, self.objectives)
-        routers = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
-        return self._pool.acquire(
-            (numbers.tobytes(), routers),
-            lambda: self._at(numbers.tolist()),
-            lambda full: self._build_live(fused=False, full=full),
-            timeout,
-        )
+        return self._pool.acquire(self._merge_of(preference, head), as_timeout(timeout))
+
+    def areplica(
+        self, preference: Preference, *, head: str | None = None, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[nn.Module]:
+        """`replica` for asyncio: neither the wait nor the merge blocks the event loop.
+
+            async with engine.areplica({"news": 0.7, "poems": 0.3}, timeout=10) as module:
+                text = await asyncio.to_thread(module.generate, prompt)
+
+        A task that is cancelled while it waits leaves nothing behind. Arguments and errors are those of `replica`.
+        """
+        return self._pool.acquire_async(self._merge_of(preference, head), as_timeout(timeout))
 
     def merge(
         self,
@@ -177,8 +209,7 @@ class Engine:
             ValueError: invalid input, or the model cannot be built (bare tensors, no transformers).
         """
         self._head_tensors(head)
-        blueprint = self.blueprint if head is None else self.blueprint.heads.get(head, self.blueprint)
-        skeleton = blueprint.make()
+        skeleton = self._blueprint(head).make()
         states = self.merge_state_dict(preference, weights=weights, head=head)
         constants = {spec.name for spec in self.layout.with_role("constant")}
         free = set(self._stack.heads.get(head or "", {}))
@@ -200,11 +231,11 @@ class Engine:
         Tied names share one tensor. Every tensor is new, and has its own storage. Of a base sharded over processes,
         DTensors sharded alike, made without communication: `model.load_state_dict` writes them into such a model.
         """
-        full = self._full_weights(preference, weights)
+        routing = self._routing(preference, weights)
         own = self._head_tensors(head)
         constants = {spec.name: self._stack.base[spec.name] for spec in self.layout.with_role("constant")}
         states = []
-        for merged in self._bound.merge(full):
+        for merged in self._bound.merge(routing):
             state: dict[str, Tensor] = {}
             whole = self._bound.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
             for spec in self.layout.tensors:
@@ -236,14 +267,20 @@ class Engine:
             ValueError: the preference is not valid.
         """
         self._only_whole("training")
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "got train_at inside torch.inference_mode(), which records no gradients; leave it first"
+            )
         live = self._live_module() if materialize else self._fused_module()
         weights: Tensor = self.routers(preference)
         if weights.dim() != 2:
             raise ValueError(
                 f"got preferences of shape {list(weights.shape[:-2])} x E, expected one of shape [E]"
             )
-        live.write(self._with_static(weights.detach().unsqueeze(0)))
+        live.write(weights.detach().unsqueeze(0))
         live.collector.arm(weights)
+        if materialize:
+            self._note(preference)
         self._trained = live
         return weights
 
@@ -253,13 +290,15 @@ class Engine:
         *,
         weights: Tensor | None = None,
         isolate: bool = False,
+        head: str | None = None,
     ) -> nn.Module:
         """A module for batches of B rows, each at a preference of its own; no row's large weights are ever stored.
 
         Row b of its result is what the model merged for preference b gives for row b alone. Each layer's products are
         of base and deltas and are mixed for each row; small tensors (biases, norms, class tokens) are mixed for each
         row. It is made for these preferences and the routers as they are; after a change ask for another, which is
-        cheap. `loss.backward()` through it adds to the gradients of `engine.routers.parameters()`.
+        cheap. It may run in many threads at once. `loss.backward()` through it adds to the gradients of
+        `engine.routers.parameters()`.
 
         The batch must stay the first dimension throughout the model. `isolate=True` lifts that: each row runs as a
         batch of its own under `torch.vmap`, every tensor given having the batch first. Code that looks at values to
@@ -269,6 +308,7 @@ class Engine:
             preferences: one for each row, [B, E], or a list of what `merge` takes.
             weights: routing weights instead, [B, G, E]; gradients flow into them.
             isolate: see above.
+            head: the objective whose own head all rows have.
 
         Returns:
             A module of the base's own class, or a wrapper of it where that class has routed tensors of its own.
@@ -285,11 +325,12 @@ class Engine:
         elif weights is None or preferences is not None:
             got = "neither" if weights is None else "both"
             raise ValueError(f"expected either preferences or weights=, got {got}")
-        self._full_weights(None, weights)
+        self._routing(None, weights)
         if weights.dim() != 3:
             raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
         routing = weights.to(self.device, torch.float32)
-        return batched_module(self._bound, self.blueprint.make(), routing, isolate=isolate)
+        own, skeleton = self._head_tensors(head), self._blueprint(head).make()
+        return batched_module(self._bound, skeleton, routing, isolate=isolate, head=own)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
@@ -330,19 +371,24 @@ class Engine:
         persist.save(path, self._stack, self.routers, self.blueprint, training=self.training, force=force)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
-        """The dense model for a preference, like `merge`, dropping the memory of all other modules first."""
-        self._live = self._fused = self._trained = None
+        """The dense model for a preference, like `merge`, letting go of all modules of the engine's own first.
+
+        Those are the live module, the fused one and the replicas, with their memory; the next use makes them anew.
+        """
+        self._live = self._fused = self._trained = self._at_preference = None
+        self._at_weights = False
         self._pool = ReplicaPool(len(self._pool), self.device)
         merged: nn.Module = self.merge(preference, head=head)
         return merged
 
     def __repr__(self) -> str:
-        """Sizes at a glance."""
+        """Sizes at a glance, and what the live module is merged for."""
         routed = sum(spec.numel for spec in self.layout.with_role("routed"))
         total = sum(spec.numel for spec in self.layout.tensors)
         return (
             f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {len(self.groups)} groups, "
-            f"{routed:,} of {total:,} parameters routed, backend={self.backend!r}, device={str(self.device)!r})"
+            f"{routed:,} of {total:,} parameters routed, backend={self.backend!r}, device={str(self.device)!r}, "
+            f"preference={'given as weights' if self._at_weights else self._at_preference})"
         )
 
     def _live_module(self) -> LiveModule:
@@ -355,18 +401,43 @@ class Engine:
             self._fused = self._build_live(fused=True)
         return self._fused
 
+    def _note(self, preference: Preference | None) -> None:
+        """Remember what the live module was merged for; None: given weights."""
+        self._at_weights = preference is None
+        self._at_preference = None
+        if preference is not None:
+            numbers = as_preference(preference, self.objectives)
+            self._at_preference = dict(zip(self.objectives, numbers.tolist(), strict=True))
+
     @torch.no_grad()
     def _at(self, preference: Preference) -> Tensor:
-        """The full weights [1, G + 1, E] of one preference."""
-        return self._with_static(self.routers(preference).unsqueeze(0))
+        """The routing weights [1, G, E] of one preference."""
+        weights: Tensor = self.routers(preference)
+        return weights.unsqueeze(0)
 
-    def _build_live(self, *, fused: bool, full: Tensor | None = None) -> LiveModule:
-        """A module bound to its mergers, merged at full weights or at equal preferences."""
-        weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if full is None else full
-        return live_module(self._bound, self.blueprint.make(), weights, fused=fused)
+    def _merge_of(self, preference: Preference, head: str | None) -> Merge:
+        """What a replica holds for a preference, as the routers are now."""
+        self._head_tensors(head)
+        numbers = as_preference(preference, self.objectives)
+        routers = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
+        return Merge(
+            (numbers.tobytes(), routers),
+            lambda: self._at(numbers.tolist()),
+            lambda weights: self._build_live(fused=False, weights=weights),
+            head,
+        )
 
-    def _full_weights(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
-        """Validated weights float32 [K, G + 1, E]: the routing weights and the static row."""
+    def _build_live(self, *, fused: bool, weights: Tensor | None = None) -> LiveModule:
+        """A module bound to its mergers, merged at routing weights or at equal preferences."""
+        if weights is None:
+            weights = self._at([1 / len(self.objectives)] * len(self.objectives))
+        live = live_module(self._bound, self.blueprint.make(), weights, fused=fused)
+        heads = self._stack.heads
+        bind_heads(live.module, Heads(heads, {head: self._blueprint(head).make for head in heads}))
+        return live
+
+    def _routing(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
+        """Validated routing weights, float32 [K, G, E], contiguous."""
         if (preference is None) == (weights is None):
             raise ValueError(
                 "expected either a preference or weights=, got " + ("neither" if weights is None else "both")
@@ -383,12 +454,7 @@ class Engine:
                 )
             if not torch.isfinite(routing).all():
                 raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
-        return self._with_static(routing if routing.dim() == 3 else routing.unsqueeze(0))
-
-    def _with_static(self, routing: Tensor) -> Tensor:
-        """[K, G, E] -> contiguous [K, G + 1, E]."""
-        static = routing.new_full((len(routing), 1, len(self.objectives)), self.layout.static_weight)
-        return torch.cat([routing, static], dim=1)
+        return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
     def _many(self, preference: Preference | None, weights: Tensor | None) -> bool:
         """Whether K preferences were asked for, rather than one."""
@@ -401,9 +467,14 @@ class Engine:
                 f"tensors for {what}; stack the unsharded models for that"
             )
 
-    def _only_one(self, full: Tensor) -> None:
-        if len(full) != 1:
-            raise ValueError(f"got {len(full)} preferences, expected one: there is one live module")
+    def _only_one(self, routing: Tensor) -> None:
+        if len(routing) != 1:
+            raise ValueError(f"got {len(routing)} preferences, expected one: there is one live module")
+
+    def _blueprint(self, head: str | None) -> Blueprint:
+        """How to build a model with an objective's head: as its expert, where that is known."""
+        own = self.blueprint.heads.get(head) if head is not None else None
+        return self.blueprint if own is None or own.skeleton is None else own
 
     def _head_tensors(self, head: str | None) -> dict[str, Tensor]:
         if head is None:

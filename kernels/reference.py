@@ -160,7 +160,7 @@ def routed_linear_reference(
 def routed_rows_reference(
     x: Tensor,
     base: Tensor,
-    deltas: Tensor,
+    deltas: Tensor | Sequence[Tensor],
     weights: Tensor,
     bias: Tensor | None = None,
     *,
@@ -174,7 +174,7 @@ def routed_rows_reference(
     Args:
         x: [B, P, I].
         base: [O, I].
-        deltas: [E, O, I].
+        deltas: [E, O, I], or each [O, I].
         weights: [B, E].
         bias: [B, O] or None.
         accumulate: of the mixing; float64, with x in float64, for a truth to test against.

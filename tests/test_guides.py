@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,26 @@ def test_training(
     assert names["inside"].shape == (64, 16)
     assert names["mapped"]._live is None
     assert pf.load("trained.pareto").objectives == ("news", "poems")
+
+
+def test_production(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )  # fmt: skip
+    base = BertForSequenceClassification(config).eval()
+    experts = {name: perturbed(base, seed) for seed, name in enumerate(("cola", "sst2"))}
+    pf.stack(base, experts, heads=["classifier"]).save(tmp_path / "store")
+    names: dict[str, Any] = {"pf": pf, "store": tmp_path / "store", "tokens": torch.arange(10).view(2, 5)}
+    run_guide("production.md", names)
+    engine = names["engine"]
+    truth = engine.merge({"cola": 0.7, "sst2": 0.3})(names["tokens"]).logits
+    assert torch.equal(names["logits"], truth)
+    assert torch.equal(asyncio.run(names["answer"]({"cola": 0.7, "sst2": 0.3})), truth)
+    engine.switch({"cola": 1.0})
+    own = engine.merge({"cola": 1.0}, head="cola")(names["tokens"]).logits
+    assert torch.equal(names["cola"](names["tokens"]).logits, own)
 
 
 @pytest.mark.slow

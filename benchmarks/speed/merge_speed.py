@@ -151,13 +151,12 @@ def _rows(
 def _ours(engine: pf.Engine, weights: Tensor) -> tuple[Callable[[], object], Callable[[], object], Any]:
     """Our switch of the live module, and the plan alone; the third is what the plan writes to."""
     specs = engine.layout.with_role("routed")
-    rows = engine.layout.group_index
+    rows = {spec.name: engine.layout.group_index[spec.name] for spec in specs}
     outputs = {
         spec.name: torch.empty(spec.shape, dtype=engine._stack.base[spec.name].dtype) for spec in specs
     }
     merger = native_merger(specs, rows, engine._stack, [outputs])
-    full = torch.cat([weights, torch.zeros(1, clip.EXPERTS)])[None].contiguous()
-    return lambda: engine.switch(weights=weights), lambda: merger(full), outputs
+    return lambda: engine.switch(weights=weights), lambda: merger(weights[None].contiguous()), outputs
 
 
 def _plain_tensors(wrapped: Mapping[str, Any], preference: Tensor) -> Tensors:

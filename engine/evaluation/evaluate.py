@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.evaluation.objective import Objective, as_objectives
+from paretofuse.engine.modules.heads import with_head
 
 Number = Tensor | float
 Metric = Callable[[nn.Module, Any], Number | tuple[Number, Number]]
@@ -21,7 +22,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Each objective's loss or metric over all of its batches: what `pf.sweep` and `pf.Validation` want to hear.
 
-    The module is in eval mode meanwhile, under torch.no_grad(); afterwards each submodule has its own mode again.
+    An objective with a head of its own (`heads=`) is judged with that head, where `module` is an engine's; see
+    `pf.with_head`. The module is in eval mode meanwhile, under torch.no_grad(); afterwards each submodule has its own
+    mode again.
 
     Args:
         module: `engine.module`, or any other.
@@ -43,7 +46,9 @@ def evaluate(
         )
     asked = as_objectives(objectives)
     with torch.no_grad(), eval_mode(module):
-        return {each.name: _mean(module, each.name, each.data, each.loss) for each in asked}
+        return {
+            each.name: _mean(with_head(module, each.name), each.name, each.data, each.loss) for each in asked
+        }
 
 
 @contextmanager

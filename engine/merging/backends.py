@@ -1,8 +1,9 @@
 """Merging: one contract, three makers.
 
-    out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, rows, P] float32
+    out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, R, P] float32
 
-A merger is bound to its base, planes and outputs once and called with weights as often as one likes; it always starts
+A merger is bound to its base, planes and outputs once and called with weights as often as one likes: the routing
+weights (R = G) for routed tensors, the one row of the static weight (R = 1) for static ones. It always starts
 from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++ core (CPU), "triton" one launch for
 the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by a silent fallback.
 """
@@ -24,7 +25,12 @@ from paretofuse.engine.stacking.stack import Stack
 from paretofuse.kernels.routed_merge import routed_merge
 
 Merger = Callable[[Tensor], None]
-"""Takes weights float32 [K, rows, P] on the merger's device and rewrites its outputs."""
+"""Takes weights float32 [K, R, P] on the merger's device and rewrites its outputs."""
+
+MergerMaker = Callable[
+    [Sequence[TensorSpec], Mapping[str, int], Stack, Sequence[Mapping[str, Tensor]]], Merger
+]
+"""Binds a merge: tensors, each one's row of the weights, base and planes, outputs."""
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -62,7 +68,14 @@ def separate_outputs(
 def reference_merger(
     specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
 ) -> Merger:
-    """Bind a merge by PyTorch, tensor by tensor, on any device."""
+    """Bind a merge by PyTorch, tensor by tensor, on any device.
+
+    Args:
+        specs: the tensors to merge.
+        rows: the row of the weights that each tensor takes; of all that take some, so that it tells R.
+        stack: base and deltas.
+        out: for each preference, the tensors to write, by name.
+    """
 
     def merge(weights: Tensor) -> None:
         for spec in specs:
@@ -79,7 +92,10 @@ def reference_merger(
 def native_merger(
     specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
 ) -> Merger:
-    """Bind a merge by the C++ core: one pass over the memory of all tensors, which may be mapped from files."""
+    """Bind a merge by the C++ core: one pass over the memory of all tensors, which may be mapped from files.
+
+    Args: as `reference_merger`'s.
+    """
 
     plan = MergePlan(
         base=[stack.base[spec.name].data_ptr() for spec in specs],
@@ -90,7 +106,7 @@ def native_merger(
         base_dtypes=[spec.dtype for spec in specs],
         out_dtypes=[TO_NAME[out[0][spec.name].dtype] for spec in specs],
         plane_count=len(stack.planes),
-        row_count=len(stack.layout.groups) + 1,
+        row_count=len(set(rows.values())),
     )
     addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)
 

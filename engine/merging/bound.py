@@ -14,6 +14,7 @@ from torch import Tensor
 from paretofuse.engine.layout import TensorSpec
 from paretofuse.engine.merging.backends import (
     Merger,
+    MergerMaker,
     choose_backend,
     frugal_merger,
     native_merger,
@@ -23,11 +24,14 @@ from paretofuse.engine.merging.backends import (
 )
 from paretofuse.engine.merging.flat import DenseDeltas, FlatInputs, FlatOutputs, flatten
 from paretofuse.engine.stacking.sharding import Sharding
-from paretofuse.engine.stacking.stack import Stack
+from paretofuse.engine.stacking.stack import Stack, lasting
 
 
 class BoundStack:
     """A stack's tensors and what merges them.
+
+    Routed tensors take the routing weights [K, G, E]. Static tensors take the static weight for every expert, which is
+    known here and nowhere else.
 
     Args:
         stack: its tensors may lie on several devices.
@@ -37,7 +41,7 @@ class BoundStack:
     Attributes:
         stack: the same, where the Triton backend works as views of flat buffers.
         layout: its tensor table.
-        rows: each merged tensor's row of the routing weights.
+        rows: each routed tensor's row of the routing weights.
         places: each tensor's device.
         backends: each device's backend.
         flat: the flat buffers, for each device with the Triton backend.
@@ -49,42 +53,70 @@ class BoundStack:
         self, stack: Stack, backend: str | None, shardings: Mapping[str, Sharding] | None = None
     ) -> None:
         self.layout = stack.layout
-        self.rows = self.layout.group_index
+        self.rows = {
+            spec.name: self.layout.group_index[spec.name] for spec in self.layout.with_role("routed")
+        }
+        self._static_rows = {spec.name: 0 for spec in self.layout.with_role("static")}
+        self._static_weights = torch.full(
+            (1, 1, len(self.layout.objectives)), self.layout.static_weight, dtype=torch.float32
+        )
         self.places = {name: tensor.device for name, tensor in stack.base.items()}
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
         self.flat: list[FlatInputs] = []
         if in_flat:
-            stack, self.flat = flatten(stack, self.rows, in_flat)
+            stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat)
         self.stack = stack
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None
 
-    def merge(self, full: Tensor) -> list[dict[str, Tensor]]:
-        """K new sets of all routed and static tensors at weights [K, G + 1, E], each tensor with its own storage."""
-        specs = self.layout.with_role("routed", "static")
+    @lasting()
+    def merge(self, weights: Tensor) -> list[dict[str, Tensor]]:
+        """K new sets of all routed and static tensors at weights [K, G, E], each tensor with its own storage."""
+        routed, static = self.layout.with_role("routed"), self.layout.with_role("static")
+        flat: FlatOutputs | None = None
         if self.flat:
-            flat = FlatOutputs(specs, len(full), self.places)
-            self.merger(specs, flat, flat.views)(full)
-            return [{name: view.clone() for name, view in views.items()} for views in flat.views]
-        out = separate_outputs(specs, len(full), self.places)
-        self.merger(specs, None, out)(full)
-        return out
+            flat = FlatOutputs((*routed, *static), len(weights), self.places)
+            out = flat.views
+        else:
+            out = separate_outputs((*routed, *static), len(weights), self.places)
+        self.routed_merger(routed, flat, out)(weights)
+        self.merge_static(flat, out)
+        if flat is None:
+            return out
+        return [{name: view.clone() for name, view in views.items()} for views in out]
 
-    def merger(
+    def routed_merger(
+        self, specs: Sequence[TensorSpec], flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]
+    ) -> Merger:
+        """Bind a merge of some routed tensors.
+
+        Args:
+            specs: the tensors.
+            flat: outputs, for devices with the Triton backend.
+            out: outputs for the others; for each preference, the tensors by name.
+        """
+        return self._merger(specs, self.rows, native_merger, flat, out)
+
+    def merge_static(self, flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]) -> None:
+        """Merge all static tensors, once and for all: the pages of mapped files are let go of.
+
+        Args: as `routed_merger`'s.
+        """
+        specs = self.layout.with_role("static")
+        weights = self._static_weights.repeat(len(out), 1, 1)
+        self._merger(specs, self._static_rows, frugal_merger, flat, out)(weights)
+
+    def _merger(
         self,
         specs: Sequence[TensorSpec],
+        rows: Mapping[str, int],
+        native: MergerMaker,
         flat: FlatOutputs | None,
         out: Sequence[Mapping[str, Tensor]],
-        *,
-        once: bool = False,
     ) -> Merger:
-        """Bind a merge of some tensors: on devices with the Triton backend into `flat`, on others into `out`.
-
-        `once` says that it runs once and for all, so that the native backend lets mapped files' pages go.
-        """
-        native = frugal_merger if once else native_merger
+        """Each device's own merger, one after the other."""
         parts = []
         for device, backend in self.backends.items():
             here = [spec for spec in specs if self.places[spec.name] == device]
@@ -95,7 +127,7 @@ class BoundStack:
                 merge = triton_merger(buffers, flat, {spec.name for spec in here})
             else:
                 maker = native if backend == "native" else reference_merger
-                merge = maker(here, self.rows, self.stack, out)
+                merge = maker(here, rows, self.stack, out)
             parts.append((device, merge))
 
         def merge_all(weights: Tensor) -> None:
@@ -104,15 +136,12 @@ class BoundStack:
 
         return merge_all
 
+    @lasting()
     def static(self) -> dict[str, Tensor]:
         """The static tensors, merged when first asked for and then shared: never to be written to."""
         if self._static is None:
-            specs = self.layout.with_role("static")
-            full = torch.full(
-                (1, len(self.layout.groups) + 1, len(self.layout.objectives)), self.layout.static_weight
-            )
-            out = FlatOutputs(specs, 1, self.places)
-            self.merger(specs, out, out.views)(full)
+            out = FlatOutputs(self.layout.with_role("static"), 1, self.places)
+            self.merge_static(out, out.views)
             self._static = out.views[0]
         return self._static
 

@@ -15,7 +15,7 @@ from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.plane import Plane
-from paretofuse.engine.stacking.stack import Stack
+from paretofuse.engine.stacking.stack import Stack, lasting
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class FlatInputs:
     tiles: Tensor
 
 
+@lasting()
 def flatten(
     stack: Stack, rows: Mapping[str, int], places: Mapping[str, torch.device]
 ) -> tuple[Stack, list[FlatInputs]]:
@@ -107,10 +108,16 @@ class FlatOutputs:
         self.views: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for bucket in buckets(specs, places):
             dtype = TO_TORCH[bucket.specs[0].dtype]
-            flat = torch.zeros(count, bucket.total, dtype=dtype, device=bucket.device)
+            # A merge fills all of it. Zeroing takes PyTorch's threads, which a forked process does not have.
+            flat = torch.empty(count, bucket.total, dtype=dtype, device=bucket.device)
             self.buffers[bucket.specs] = flat
             for views, row in zip(self.views, flat, strict=True):
                 views.update(bucket.view(row))
+
+
+Deltas = Tensor | Sequence[Tensor | None]
+"""A tensor's deltas, one for each expert: [P, *shape] where they lie as one tensor, else each where it lies; None where
+an expert leaves the tensor unchanged."""
 
 
 class DenseDeltas:
@@ -127,6 +134,7 @@ class DenseDeltas:
                 plane = inputs.deltas[:, offset : offset + spec.numel]
                 self._found[spec.name] = plane.unflatten(1, spec.shape) if spec.shape else plane[:, 0]
 
+    @lasting()
     def __getitem__(self, name: str) -> Tensor:
         """[P, *shape] in the deltas' dtype; zeros for experts that leave the tensor unchanged."""
         if name not in self._found:
@@ -137,3 +145,10 @@ class DenseDeltas:
                     row.copy_(own[name].decode())
             self._found[name] = dense
         return self._found[name]
+
+    def where_they_lie(self, name: str) -> Deltas:
+        """As one tensor where there is one already, else dense planes each where it lies; others are decoded."""
+        given = [own.get(name) for own in self._stack.planes]
+        if name in self._found or not all(plane is None or isinstance(plane, Dense) for plane in given):
+            return self[name]
+        return [plane.values if isinstance(plane, Dense) else None for plane in given]

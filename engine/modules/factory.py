@@ -16,15 +16,17 @@ from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, i
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
 from paretofuse.engine.stacking.sharding import shard
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
+from paretofuse.engine.stacking.stack import lasting
 
 
+@lasting()
 def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fused: bool) -> LiveModule:
     """A module bound to its mergers; a fused one has merged tensors only where a layer cannot do without.
 
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: the first routing weights, [1, G + 1, E].
+        weights: the first routing weights, [1, G, E].
         fused: whether linear layers give way to those of `routed/layers.py`.
     """
     routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
@@ -41,20 +43,21 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     module = materialize(skeleton, bound.whole(state), "the stacked tensors", constants=constants)
     mixes: dict[torch.device, Tensor] = {}
     if fused:
-        mixes = {d: torch.zeros(weights[0, :-1].shape, device=d) for d in bound.backends}
+        mixes = {d: torch.zeros(weights[0].shape, dtype=torch.float32, device=d) for d in bound.backends}
         module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, mixes))
     # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
     stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
     in_flat = {spec.name for flat in bound.flat for spec in flat.bucket.specs}
+    bound.merge_static(out, [stored])
     return LiveModule(
         module,
-        bound.merger(merged, out, [stored]),
-        bound.merger(static, out, [stored], once=True),
+        bound.routed_merger(merged, out, [stored]),
         {spec.name: bound.rows[spec.name] for spec in merged},
         bound.stack.planes,
         weights,
         deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
         mixes=tuple(mixes.values()),
+        free={name for name, spec in bound.layout.by_name.items() if spec.role == "constant"},
     )
 
 

@@ -30,6 +30,7 @@ class GradientCollector:
         rows: each one's row in L.
         planes: for each expert, its planes by name; an absent one contributes zero.
         groups: G.
+        check: called as a backward pass begins; what it raises ends the pass.
         deltas: the planes as one dense tensor [P, *shape] of each parameter whose gradient the Triton kernels reduce.
         mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
     """
@@ -40,6 +41,7 @@ class GradientCollector:
         rows: Mapping[str, int],
         planes: Sequence[Mapping[str, Plane]],
         groups: int,
+        check: Callable[[], None],
         *,
         deltas: Mapping[str, Tensor] | None = None,
         mixes: Sequence[Tensor] = (),
@@ -52,6 +54,7 @@ class GradientCollector:
         self._kernels = _kernel_sums(self._parameters, rows, deltas or {}, groups)
         self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
+        self._check = check
         self._pass: int | None = None
         self._suspended: dict[int, Tensor] = {}
         self._reached = False
@@ -79,8 +82,9 @@ class GradientCollector:
         """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are.
 
         Raises:
-            ValueError: a loss depends on no routed weight at all.
+            ValueError: a loss depends on no routed weight at all, or `check` says so.
         """
+        self._check()
         weights, self._routing_weights = self._routing_weights, None
         rows = []
         try:
@@ -138,6 +142,7 @@ class GradientCollector:
         if current in self._suspended:  # back from a pass inside of this one, which is scheduled already
             self._pending += self._suspended.pop(current)
         else:
+            self._check()
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._flush, current))
 
     def _forget(self) -> None:
@@ -207,7 +212,7 @@ class _KernelSums:
         tiles = tile_groups(lengths, [rows[name] for name in parameters])
         self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
         experts = len(next(iter(deltas.values())))
-        self._partials = torch.zeros(len(tiles), experts, device=device)  # [tiles, E]
+        self._partials = torch.zeros(len(tiles), experts, dtype=torch.float32, device=device)  # [tiles, E]
         self._any = False
 
     def add(self, name: str, gradient: Tensor) -> None:

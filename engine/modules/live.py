@@ -6,14 +6,16 @@ optimizer states of other parameters stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import Merger
+from paretofuse.engine.modules.bindings import Bindings
 from paretofuse.engine.modules.gradient import GradientCollector
+from paretofuse.engine.modules.routed.layers import RoutedAttention, RoutedLinear
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.skeleton import stored_tensors
 
@@ -23,39 +25,37 @@ class LiveModule:
 
     Args:
         module: the module; its merged tensors are the mergers' outputs.
-        merge_routed: rewrites the routed tensors, from weights [1, G + 1, E].
-        merge_static: writes the static tensors, once.
+        merge_routed: rewrites the routed tensors, from weights [1, G, E]; static tensors are merged already.
         rows: each routed tensor's row in the routing weights.
         planes: for each expert, its planes by name.
-        weights: the first routing weights, [1, G + 1, E].
+        weights: the first routing weights, [1, G, E].
         deltas: the planes as one dense tensor of each parameter whose gradient the Triton kernels shall reduce.
         mixes: the routing weights [G, E] that a fused module's layers read, rewritten with every merge; one for
             each device.
+        free: names of parameters that no merger writes and that users may replace (heads).
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         module: nn.Module,
         merge_routed: Merger,
-        merge_static: Merger,
         rows: Mapping[str, int],
         planes: tuple[dict[str, Plane], ...],
         weights: Tensor,
         *,
         deltas: Mapping[str, Tensor] | None = None,
         mixes: Sequence[Tensor] = (),
+        free: Collection[str] = (),
     ) -> None:
         self.module = module
         self._deltas = deltas or {}
         self._mixes = mixes
-        self._groups = weights.shape[1] - 1
+        self._groups = weights.shape[1]
         self._merge_routed = merge_routed
         self._rows = rows
         self._planes = planes
         stored = stored_tensors(module)
         self._routed = {name: stored[name] for name in rows}
-        merge_static(weights)
         # What training may change besides the routed weights (BatchNorm's statistics) starts anew at each switch.
         self._restored = [
             (tensor, tensor.clone())
@@ -64,6 +64,9 @@ class LiveModule:
         ]
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        watched = {n: t for n, t in stored.items() if n not in free or not isinstance(t, nn.Parameter)}
+        mixing = [part for part in module.modules() if isinstance(part, RoutedLinear | RoutedAttention)]
+        self._bindings = Bindings(module, watched, mixing)
         self.write(weights)
 
     @cached_property
@@ -72,15 +75,24 @@ class LiveModule:
         parameters = {n: t for n, t in self._routed.items() if isinstance(t, nn.Parameter)}
         deltas = {name: delta for name, delta in self._deltas.items() if name in parameters}
         return GradientCollector(
-            parameters, self._rows, self._planes, self._groups, deltas=deltas, mixes=self._mixes
+            parameters, self._rows, self._planes, self._groups, self.check, deltas=deltas, mixes=self._mixes
         )
+
+    def check(self) -> None:
+        """Raise ValueError where the module no longer holds the memory that is merged into."""
+        self._bindings.check()
 
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
-        """Merge in place at weights [1, G + 1, E]."""
+        """Merge in place at weights [1, G, E].
+
+        Raises:
+            ValueError: the module no longer holds the memory that is merged into; nothing has been written.
+        """
+        self.check()
         self._merge_routed(weights)
         for mix in self._mixes:
-            mix.copy_(weights[0, :-1])
+            mix.copy_(weights[0])
         for tensor, pristine in self._restored:
             tensor.copy_(pristine)
         # The mergers write behind autograd's back: a backward pass through a forward made before this switch must
@@ -90,6 +102,6 @@ class LiveModule:
 
     def switch(self, weights: Tensor) -> None:
         """Merge in place for inference."""
+        self.write(weights)
         if "collector" in self.__dict__:
             self.collector.disarm()
-        self.write(weights)

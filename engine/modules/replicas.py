@@ -2,97 +2,23 @@
 
 A replica is pinned while anyone uses it and never rewritten then. A preference that is merged already costs no merge;
 otherwise the least recently used replica that nobody uses is merged anew, while users of the others go on and callers
-with the same preference wait for that one merge. The C++ library keeps its replicas by the same rules.
+with the same preference wait for that one merge. `slots.py` says who is next where all are in use.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from threading import Condition, Lock
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.modules.live import LiveModule
-
-
-@dataclass(eq=False)
-class _Slot:
-    key: Hashable | None = None
-    pins: int = 0
-    filling: bool = False
-    used: int = 0
-
-
-class Slots:
-    """A cache from keys to `count` slots that many threads read while others are refilled; without their content."""
-
-    def __init__(self, count: int) -> None:
-        self._slots = [_Slot() for _ in range(count)]
-        self._changed = Condition()
-        self._clock = 0
-
-    def acquire(self, key: Hashable, fill: Callable[[int], None], timeout: float | None = None) -> int:
-        """Pin the slot of a key and return its number.
-
-        Args:
-            key: anything but None.
-            fill: called without any lock where no slot has the key, to write the content of the slot of that number.
-                What it raises leaves the slot empty.
-            timeout: seconds to wait for a slot; None waits for ever.
-
-        Raises:
-            TimeoutError: all slots stayed pinned, or being filled, for so long.
-        """
-        start = time.monotonic()
-        with self._changed:
-            while True:
-                held = next((s for s in self._slots if s.key == key), None)
-                if held is not None and not held.filling:
-                    return self._pin(held)
-                slot = None if held is not None else self._oldest()
-                if slot is not None:
-                    break
-                left = None if timeout is None else timeout - (time.monotonic() - start)
-                if left is not None and left <= 0:
-                    raise TimeoutError(
-                        f"no replica became free within {timeout:g} s, {len(self._slots)} in all; open the engine "
-                        "with more of them (replicas=), or hold them for a shorter time"
-                    )
-                self._changed.wait(left)
-            slot.key, slot.filling = key, True
-        try:
-            fill(self._slots.index(slot))
-        except BaseException:
-            with self._changed:
-                slot.key, slot.filling, slot.used = None, False, 0
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            slot.filling = False
-            self._changed.notify_all()
-            return self._pin(slot)
-
-    def release(self, number: int) -> None:
-        """Take a pin away."""
-        with self._changed:
-            slot = self._slots[number]
-            slot.pins -= 1
-            if slot.pins == 0:
-                self._changed.notify_all()
-
-    def _pin(self, slot: _Slot) -> int:
-        self._clock += 1
-        slot.used = self._clock
-        slot.pins += 1
-        return self._slots.index(slot)
-
-    def _oldest(self) -> _Slot | None:
-        free = [slot for slot in self._slots if not slot.pins and not slot.filling]
-        return min(free, key=lambda slot: slot.used) if free else None
+from paretofuse.engine.modules.slots import Request, Slot, Slots, renew_after_fork
 
 
 class Fence:
@@ -137,6 +63,23 @@ class Fence:
             )  # later work of a stream implies its earlier
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What a replica shall hold.
+
+    Attributes:
+        key: equal for equal weights.
+        weights: gives them, [1, G, E], where they have to be merged.
+        build: makes a live module, merged at such weights.
+        head: the objective whose head the module shall show.
+    """
+
+    key: Hashable
+    weights: Callable[[], Tensor]
+    build: Callable[[Tensor], LiveModule]
+    head: str | None = None
+
+
 class ReplicaPool:
     """The replicas of an engine; all methods may run in many threads at once.
 
@@ -152,42 +95,70 @@ class ReplicaPool:
         self._building = Lock()
         self._live: list[LiveModule | None] = [None] * count
         self._fences = [Fence(device) for _ in range(count)]
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: another thread may have been building when the process forked."""
+        self._building = Lock()
 
     def __len__(self) -> int:
         return len(self._live)
 
     @contextmanager
-    def acquire(
-        self,
-        key: Hashable,
-        weights: Callable[[], Tensor],
-        build: Callable[[Tensor], LiveModule],
-        timeout: float | None,
-    ) -> Iterator[nn.Module]:
-        """The module of a key, pinned inside the `with` block.
+    def acquire(self, merge: Merge, timeout: float | None) -> Iterator[nn.Module]:
+        """The module of a merge, pinned inside the `with` block.
 
-        Args:
-            key: equal for equal weights.
-            weights: gives them, [1, G + 1, E], where they have to be merged.
-            build: makes a live module, merged at such weights.
-            timeout: as in `Slots.acquire`.
+        Raises:
+            TimeoutError: on entering, as `Slots.acquire`.
+            ValueError: on entering: somebody has moved the module, or replaced its tensors. It is made anew next time.
         """
+        request = self._slots.acquire(merge.key, lambda slot: self._fill(slot, merge), timeout)
+        with self._using(request, merge.head) as module:
+            yield module
 
-        def fill(number: int) -> None:
-            merged = weights()
-            with self._fences[number].writing():
-                live = self._live[number]
-                if live is None:
-                    with self._building:  # making a model of some libraries' classes changes global state
-                        self._live[number] = build(merged)
-                else:
-                    live.write(merged)
+    @asynccontextmanager
+    async def acquire_async(self, merge: Merge, timeout: float | None) -> AsyncIterator[nn.Module]:
+        """As `acquire`, without blocking the event loop: the merge runs in the loop's thread pool."""
+        request = self._slots.ask(merge.key)
+        try:
+            await asyncio.wait([asyncio.wrap_future(request.given)], timeout=timeout)
+            if not request.given.done():
+                self._slots.give_up(request, timeout)
+            if request.fills:
+                await asyncio.to_thread(self._slots.fill, request, lambda slot: self._fill(slot, merge))
+        except asyncio.CancelledError:
+            self._slots.drop(request)
+            raise
+        with self._using(request, merge.head) as module:
+            yield module
 
-        number = self._slots.acquire(key, fill, timeout)
+    @contextmanager
+    def _using(self, request: Request, head: str | None) -> Iterator[nn.Module]:
+        number = request.given.result().number
         try:
             live = self._live[number]
             assert live is not None
+            try:
+                live.check()
+            except ValueError:
+                self._slots.forget(request)
+                self._live[number] = None
+                raise
             with self._fences[number].reading():
-                yield live.module
+                yield live.module if head is None else with_head(live.module, head)
         finally:
-            self._slots.release(number)
+            self._slots.release(request)
+
+    def _fill(self, slot: Slot, merge: Merge) -> None:
+        weights = merge.weights()
+        with self._fences[slot.number].writing():
+            live = self._live[slot.number]
+            if live is None:
+                with self._building:  # making a model of some libraries' classes changes global state
+                    self._live[slot.number] = merge.build(weights)
+                return
+            try:
+                live.write(weights)
+            except ValueError:  # it was moved
+                self._live[slot.number] = None
+                raise

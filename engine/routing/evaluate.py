@@ -1,6 +1,7 @@
 """The routers evaluated without torch: from a preference to routing weights.
 
-The torch routers compute the same in the same precision; this one serves `paretofuse merge`.
+The torch routers compute the same in the same precision, and may differ in a number's last bit; this one serves
+`paretofuse merge`, and C++ gives its very bits.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ class Routers(nn.Module):
     def forward(self, preference: Tensor | np.ndarray | Sequence[float] | Mapping[str, float]) -> Tensor:
         """Routing weights of one preference or of several.
 
-        Computed in float64 and rounded once, so that every implementation (this one, the torch-free one, C++) gives
-        the same bits.
+        Computed in float64 and rounded once. The torch-free implementation and C++ give the same bits as each other;
+        PyTorch may sum in another order, so a number of this one may differ from theirs in its last bit.
 
         Args:
             preference: [E], or a tensor or array [K, E], or a dict by objective name; non-negative, each row summing

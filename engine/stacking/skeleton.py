@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,23 @@ def materialize(
         for tensor in (*skeleton.parameters(), *skeleton.buffers()):
             if id(tensor) not in memo and not tensor.is_meta:
                 memo[id(tensor)] = _as(tensor, tensor.detach().to(place, copy=True))
-    return copy.deepcopy(skeleton, memo)
+    module = copy.deepcopy(skeleton, memo)
+    for name in any_shape:
+        if name in wanted and id(wanted[name]) in given:
+            _resize(module, name, wanted[name].shape, given[id(wanted[name])].shape)
+    return module
+
+
+def _resize(module: Any, name: str, was: torch.Size, now: torch.Size) -> None:
+    """Have a module that got a head of another size say so, as layers and transformers' losses ask it for its size."""
+    if was == now or not now:
+        return
+    path, _, attribute = name.rpartition(".")
+    layer = module.get_submodule(path)
+    if isinstance(layer, nn.Linear) and attribute == "weight":
+        layer.out_features, layer.in_features = now
+    if getattr(module, "num_labels", None) == was[0] != now[0]:
+        module.num_labels = module.config.num_labels = now[0]
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:

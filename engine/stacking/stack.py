@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,16 @@ from paretofuse.engine.layout import Layout
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.deltas import base_blocks, gather, head_blocks, head_infos, plane_of
 from paretofuse.engine.stacking.plan import Plan
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Around making tensors that outlive the call, also as a decorator: without a graph, and as ordinary tensors.
+
+    What is made inside the caller's `torch.inference_mode()` could never be trained or written to outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.objective import Objective
+from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.routing.sampling import make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
 from paretofuse.engine.training.batches import Batches
@@ -241,7 +242,7 @@ class Run:
                 batch = stream.take()  # by every process, so that all streams stand at the same place
                 if index % size != rank:
                     continue
-                loss = objective.loss(module, batch)
+                loss = objective.loss(with_head(module, objective.name), batch)
                 _check_loss(loss, objective.name)
                 row[0] += loss.item() / count
                 row[1:] += self._jacobian(loss / count, objective.name).flatten().cpu()

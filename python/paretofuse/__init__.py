@@ -33,6 +33,7 @@ _HOMES = {
     "Objective": "paretofuse.engine.evaluation.objective",
     "Validation": "paretofuse.engine.training.validation",
     "evaluate": "paretofuse.engine.evaluation.evaluate",
+    "with_head": "paretofuse.engine.modules.heads",
     "export": "paretofuse.exporting",
     "fit": "paretofuse.engine.training.fit",
     "simplex_grid": "paretofuse.engine.routing.preference",
@@ -44,7 +45,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
-    "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep",
+    "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

@@ -428,3 +428,25 @@ def test_verification_at_load_finds_a_flipped_bit(tmp_path: Path) -> None:
     pf.load(tmp_path / "store")
     with pytest.raises(StoreError, match=r"b\.safetensors: its checksum"):
         pf.load(tmp_path / "store", verify=True)
+
+
+def test_the_engine_says_what_its_live_module_is_merged_for() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    assert engine.preference is None
+    assert "preference=None" in repr(engine)
+    engine.switch([0.2, 0.3, 0.5])
+    assert engine.preference == {"a": 0.2, "b": 0.3, "c": 0.5}
+    assert "preference={'a': 0.2, 'b': 0.3, 'c': 0.5}" in repr(engine)
+    with pytest.raises(ValueError, match="sum"):
+        engine.switch([0.2, 0.2, 0.2])
+    assert engine.preference == {"a": 0.2, "b": 0.3, "c": 0.5}
+    engine.switch(weights=engine.routers([1, 0, 0]))
+    assert engine.preference is None
+    assert "preference=given as weights" in repr(engine)
+    engine.train_at({"b": 1.0})
+    assert engine.preference == {"a": 0.0, "b": 1.0, "c": 0.0}
+    engine.train_at([1, 0, 0], materialize=False)  # another module
+    assert engine.preference == {"a": 0.0, "b": 1.0, "c": 0.0}
+    engine.unload([1, 0, 0])
+    assert engine.preference is None

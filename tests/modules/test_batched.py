@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,3 +287,94 @@ def test_a_mask_for_all_rows_is_never_taken_for_rows_of_masks() -> None:
     ):
         engine.batched(ROWS)(torch.randn(4, 4, 5))
     check(engine, lambda m, x: m(x), torch.randn(4, 4, 5), isolate=True)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_many_threads_run_one_batched_module(isolate: bool) -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    preferences = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+    module = engine.batched(preferences, isolate=isolate)
+    inputs = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with torch.no_grad():
+        truths = [module(x) for x in inputs]
+    start = threading.Barrier(4)
+
+    def run(which: int) -> int:
+        start.wait(60)
+        with torch.no_grad():
+            return sum(not torch.equal(module(inputs[which]), truths[which]) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [0] * 4
+
+
+def test_gradients_of_many_threads_add_up() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    preferences = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+    inputs = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    start = threading.Barrier(4)
+
+    def gradients(run: Callable[[nn.Module, Tensor], None]) -> list[Tensor]:
+        engine.routers.zero_grad()
+        module = engine.batched(preferences)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda x: run(module, x), inputs))
+        return [p.grad.clone() for p in engine.routers.parameters() if p.grad is not None]
+
+    def together(module: nn.Module, x: Tensor) -> None:
+        start.wait(60)
+        module(x).square().mean().backward()
+
+    lock = threading.Lock()
+
+    def in_turn(module: nn.Module, x: Tensor) -> None:
+        with lock:
+            module(x).square().mean().backward()
+
+    for ours, truth in zip(gradients(together), gradients(in_turn), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_delta_is_copied_on_the_cpu(backend: str) -> None:
+    base = tiny_gpt2()
+    engine = pf.stack(base, {"cola": perturbed(base, 1), "sst2": perturbed(base, 2)}, backend=backend)
+    module = engine.batched([[0.3, 0.7], [1.0, 0.0]])
+    with torch.no_grad():
+        module(torch.arange(8).view(2, 4), use_cache=False)
+    own = {
+        t.untyped_storage().data_ptr()
+        for planes in engine._stack.planes
+        for p in planes.values()
+        for t in [p.values]
+    }
+    found = [
+        delta
+        for part in module.modules()
+        for mixed in (getattr(part, "mixed", None), *getattr(part, "own", {}).values())
+        if mixed is not None and mixed.planes is not None
+        for delta in mixed.planes
+    ]
+    assert len(found) >= 20
+    assert {delta.untyped_storage().data_ptr() for delta in found} <= own
+    assert not engine._bound.deltas._found
+
+
+def test_batches_with_an_objectives_own_head() -> None:
+    class Classifier(nn.Module):
+        def __init__(self, labels: int) -> None:
+            super().__init__()
+            self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, labels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.classifier(self.body(x))
+            return result
+
+    torch.manual_seed(0)
+    engine = pf.stack(Classifier(2), {"a": Classifier(2), "b": Classifier(3)}, heads=["classifier"])
+    x = torch.randn(2, 5, 4)
+    found = engine.batched([[0.3, 0.7], [1.0, 0.0]], head="b")(x)
+    for row, preference in enumerate(([0.3, 0.7], [1.0, 0.0])):
+        torch.testing.assert_close(found[row], engine.merge(preference, head="b")(x[row]))

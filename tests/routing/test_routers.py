@@ -59,6 +59,7 @@ def test_both_implementations_are_the_formula(init: str, seed: int) -> None:
         without_torch = routing_weights(arrays(routers), init, r)
         assert without_torch.dtype == np.float32
         np.testing.assert_allclose(without_torch, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_max_ulp(one.detach().numpy(), without_torch, maxulp=1)
     by_name = dict(zip(NAMES[::-1], grid[0].tolist()[::-1], strict=True))
     np.testing.assert_array_equal(routers(by_name).detach().numpy(), several[0].detach().numpy())
 

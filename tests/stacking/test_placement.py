@@ -76,7 +76,7 @@ def test_a_split_model_is_merged_where_it_lies() -> None:
     fused = live_module(
         BoundStack(stack, "reference"),
         whole.blueprint.skeleton(),
-        torch.ones(1, len(engine.groups) + 1, 3),
+        torch.ones(1, len(engine.groups), 3),
         fused=True,
     )
     assert {fused.module.first.mixed.mix.device, fused.module.second.mixed.mix.device} == {CPU, META}

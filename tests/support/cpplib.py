@@ -131,7 +131,7 @@ class LibraryError(Exception):
 class Library:
     """The shared library's C functions; statuses become exceptions."""
 
-    INVALID, STORE, SYSTEM, DEVICE = 1, 2, 3, 6
+    INVALID, STORE, SYSTEM, DEVICE, TIMEOUT = 1, 2, 3, 6, 7
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
@@ -224,10 +224,13 @@ class Engine:
         """Write a model."""
         self.library.call("write", self.handle, str(path).encode(), head.encode() if head else None)
 
-    def acquire(self, preference: Sequence[float]) -> Replica:
-        """Pin a replica."""
+    def acquire(self, preference: Sequence[float], timeout: float | None = None) -> Replica:
+        """Pin a replica, waiting `timeout` seconds at most."""
         handle = ctypes.c_void_p()
-        self.library.call("acquire", self.handle, *doubles(preference), ctypes.byref(handle))
+        name, seconds = (
+            ("acquire", ()) if timeout is None else ("acquire_within", (ctypes.c_double(timeout),))
+        )
+        self.library.call(name, self.handle, *doubles(preference), *seconds, ctypes.byref(handle))
         return Replica(self.library, handle)
 
     def cuda(self, kernels: Path, driver: str | Path, device: int = 0) -> Cuda:

@@ -4,10 +4,11 @@
 //     engine.switch_to({0.3, 0.7});
 //     const paretofuse::TensorView& weight = engine.tensor("lm_head.weight");
 //
-// All results are bit for bit those of the Python engine's native backend.
+// All results are bit for bit those of the Python engine's native backend at the same routing weights.
 //
 // Errors are exceptions: std::invalid_argument for what the caller gave, StoreError for what the files hold,
-// std::system_error for the operating system's refusals. A call that throws has changed no weights.
+// std::system_error for the operating system's refusals, TimeoutError from acquire. A call that throws has
+// changed no weights.
 //
 // Threads: const members may run at the same time; switch_to may not run beside anything that reads the
 // engine's own weights (tensor, write). For one preference in each request use acquire.
@@ -21,6 +22,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -34,6 +36,12 @@ namespace paretofuse {
 
 // A store cannot be read: missing, truncated, altered, too new, or not a store.
 class PARETOFUSE_API StoreError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// No replica became free in time.
+class PARETOFUSE_API TimeoutError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
@@ -112,8 +120,9 @@ class PARETOFUSE_API Engine {
   void write(const std::string& path, const std::string& head = {}) const;
 
   // A set of weights, merged for this preference, that stays as it is until released; see replicas.h. Safe
-  // from any number of threads.
-  Replica acquire(const Preference& preference) const;
+  // from any number of threads. timeout: seconds to wait for a replica. Throws TimeoutError.
+  Replica acquire(const Preference& preference,
+                  double timeout = std::numeric_limits<double>::infinity()) const;
 
   // Copies base and deltas to a CUDA device, to be merged there; see cuda.h. Throws CudaError.
   CudaWeights to_cuda(const CudaOptions& options) const;

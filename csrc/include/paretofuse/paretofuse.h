@@ -6,8 +6,8 @@
  * NUL, and belong to the library: they live as long as the engine unless told otherwise. Null handles are
  * refused with PARETOFUSE_INVALID, but may be closed and released.
  *
- * Threads: paretofuse_acquire, _release, _replica_tensor and all reading functions may run at the same time
- * on one engine; paretofuse_switch and _switch_weights only alone.
+ * Threads: paretofuse_acquire, _acquire_within, _release, _replica_tensor and all reading functions may run
+ * at the same time on one engine; paretofuse_switch and _switch_weights only alone.
  */
 #ifndef PARETOFUSE_H_
 #define PARETOFUSE_H_
@@ -34,7 +34,8 @@ enum {
   PARETOFUSE_SYSTEM = 3,   /* the operating system refused: disk full, no permission */
   PARETOFUSE_MEMORY = 4,   /* out of memory */
   PARETOFUSE_INTERNAL = 5, /* a bug in the library */
-  PARETOFUSE_DEVICE = 6    /* the CUDA driver or the kernels refused, see cuda.h */
+  PARETOFUSE_DEVICE = 6,   /* the CUDA driver or the kernels refused, see cuda.h */
+  PARETOFUSE_TIMEOUT = 7   /* no replica became free in time */
 };
 
 typedef struct paretofuse_engine paretofuse_engine;
@@ -100,10 +101,14 @@ PARETOFUSE_C_API paretofuse_status paretofuse_merge_into(const paretofuse_engine
 PARETOFUSE_C_API paretofuse_status paretofuse_write(const paretofuse_engine* engine, const char* path,
                                                     const char* head);
 
-/* Release every replica after use, in any thread. */
+/* Release every replica after use, in any thread. The first waits for one as long as it takes, the second
+ * for `timeout` seconds at most. */
 PARETOFUSE_C_API paretofuse_status paretofuse_acquire(const paretofuse_engine* engine,
                                                       const double* preference, uint64_t length,
                                                       paretofuse_replica** replica);
+PARETOFUSE_C_API paretofuse_status paretofuse_acquire_within(const paretofuse_engine* engine,
+                                                             const double* preference, uint64_t length,
+                                                             double timeout, paretofuse_replica** replica);
 PARETOFUSE_C_API paretofuse_status paretofuse_replica_tensor(const paretofuse_replica* replica,
                                                              const char* name, paretofuse_view* view);
 PARETOFUSE_C_API void paretofuse_release(paretofuse_replica* replica);

@@ -7,10 +7,19 @@
 // A replica is pinned while any handle to it lives, and never rewritten then. Acquiring a preference that is
 // merged already takes no lock. Otherwise the least recently used replica that nobody holds is merged anew,
 // while holders of the others go on; callers that want the same preference wait for that one merge. Where all
-// replicas are held or being merged, acquire waits until one is free: open the engine with as many replicas
-// as there are different preferences in flight.
+// replicas are held or being merged, acquire waits until one is free, for `timeout` seconds at most: open the
+// engine with as many replicas as there are different preferences in flight.
+//
+// Those who wait are served in the order in which they came. For the first of them the least recently used
+// replica is drained: who asks for its preference from then on waits too, unless that thread holds a replica
+// already. A thread that holds one and asks for another preference needs two of them.
+//
+// After fork(), engines go on working in the child, but for replicas: those that other threads held are never
+// released there, and a fork while another thread acquires or releases leaves a lock taken. Fork before
+// serving.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string_view>
 
@@ -37,11 +46,12 @@ class PARETOFUSE_API Replica {
 
  private:
   friend class ReplicaPool;
-  Replica(std::shared_ptr<ReplicaPool> pool, int index) : pool_(std::move(pool)), index_(index) {}
+  Replica(std::shared_ptr<ReplicaPool> pool, int index, std::shared_ptr<std::atomic<int>> held);
   void release() noexcept;
 
   std::shared_ptr<ReplicaPool> pool_;
   int index_;
+  std::shared_ptr<std::atomic<int>> held_;  // of the thread that acquired it
 };
 
 }  // namespace paretofuse

@@ -32,6 +32,10 @@ constexpr std::int64_t kStrip = 4096;
 
 std::string at_segment(std::int64_t s) { return " of segment " + std::to_string(s); }
 
+std::string at_output(std::int64_t s, std::int64_t k) {
+  return "out" + at_segment(s) + ", preference " + std::to_string(k);
+}
+
 bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_bytes) {
   const auto first = reinterpret_cast<std::uintptr_t>(a);
   const auto second = reinterpret_cast<std::uintptr_t>(b);
@@ -116,8 +120,7 @@ void MergePlan::check_outputs(void* const* out, std::int64_t preferences) const 
       const Segment& segment = segments_[static_cast<std::size_t>(s)];
       if (segment.length == 0) continue;
       const void* target = out[k * segment_count() + s];
-      const std::string where = "out" + at_segment(s) + ", preference " + std::to_string(k);
-      if (target == nullptr) fail(where + ": got a null address");
+      if (target == nullptr) fail(at_output(s, k) + ": got a null address");
       const std::int64_t bytes = segment.length * item_size(segment.out_dtype);
       bool clash = overlap(target, bytes, segment.base, segment.length * item_size(segment.base_dtype));
       for (std::int64_t p = 0; p < plane_count_; ++p) {
@@ -126,7 +129,7 @@ void MergePlan::check_outputs(void* const* out, std::int64_t preferences) const 
         clash |= overlap(target, bytes, plane.values, values_size(plane, segment.length, segment.columns));
         clash |= overlap(target, bytes, plane.factors, factors_size(plane, segment.length, segment.columns));
       }
-      if (clash) fail(where + ": overlaps the base or a plane; merges need memory of their own");
+      if (clash) fail(at_output(s, k) + ": overlaps the base or a plane; merges need memory of their own");
     }
   }
 }

@@ -4,12 +4,13 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
-
-#if defined(PARETOFUSE_STD_THREADS)
+#include <system_error>
 #include <thread>
 #include <vector>
-#else
+
+#if !defined(PARETOFUSE_STD_THREADS)
 #include <omp.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -51,6 +52,39 @@ void finish_streaming_stores() {
 #endif
 }
 
+using Work = std::function<void(int)>;
+
+// Threads of its own for one call: some 20 us each.
+void run_std(int team, const Work& work) {
+  std::vector<std::thread> helpers;
+  try {
+    for (int thread = 1; thread < team; ++thread) helpers.emplace_back(work, thread);
+  } catch (const std::system_error&) {
+    // The system has no more threads to give; those that there are do all of it.
+  }
+  work(0);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+#if !defined(PARETOFUSE_STD_THREADS)
+// A process keeps libgomp's threads for the next call, but a child that it forks inherits only the memory of
+// them, and would wait for ever for threads that are not there. Whoever used libgomp first (PyTorch shares
+// it) may have been somebody else, so every process other than the one that loaded this library goes without.
+const pid_t loaded_by = getpid();
+#endif
+
+void run_team(int team, const Work& work) {
+#if defined(PARETOFUSE_STD_THREADS)
+  // For machines without OpenMP, and for the thread sanitizer, which knows nothing of libgomp's own
+  // synchronization.
+  run_std(team, work);
+#else
+  if (getpid() != loaded_by) return run_std(team, work);
+#pragma omp parallel num_threads(team)
+  work(omp_get_thread_num());
+#endif
+}
+
 }  // namespace
 
 void check_threads(int threads) {
@@ -67,21 +101,11 @@ void parallel_for(int threads, std::int64_t tasks, const std::function<void(int,
     finish_streaming_stores();
   };
   const int team = static_cast<int>(std::min<std::int64_t>(threads, tasks));
-  if (team <= 1) {  // also keeps single-threaded callers usable in a forked child, where libgomp is not
+  if (team <= 1) {
     work(0);
-    return;
+  } else {
+    run_team(team, work);
   }
-#if defined(PARETOFUSE_STD_THREADS)
-  // For machines without OpenMP, and for the thread sanitizer, which knows nothing of libgomp's own
-  // synchronization.
-  std::vector<std::thread> helpers;
-  for (int thread = 1; thread < team; ++thread) helpers.emplace_back(work, thread);
-  work(0);
-  for (std::thread& helper : helpers) helper.join();
-#else
-#pragma omp parallel num_threads(team)
-  work(omp_get_thread_num());
-#endif
 }
 
 }  // namespace paretofuse

@@ -1,3 +1,4 @@
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -126,10 +127,17 @@ paretofuse_status paretofuse_write(const paretofuse_engine* engine, const char* 
 
 paretofuse_status paretofuse_acquire(const paretofuse_engine* engine, const double* preference,
                                      std::uint64_t length, paretofuse_replica** replica) {
+  return paretofuse_acquire_within(engine, preference, length, std::numeric_limits<double>::infinity(),
+                                   replica);
+}
+
+paretofuse_status paretofuse_acquire_within(const paretofuse_engine* engine, const double* preference,
+                                            std::uint64_t length, double timeout,
+                                            paretofuse_replica** replica) {
   return guarded([&] {
     paretofuse_replica*& result = required(replica, "replica");
     result = new paretofuse_replica{
-        required(engine, "engine").engine.acquire(numbers(preference, length, "preference"))};
+        required(engine, "engine").engine.acquire(numbers(preference, length, "preference"), timeout)};
   });
 }
 

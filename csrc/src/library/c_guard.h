@@ -41,6 +41,8 @@ paretofuse_status guarded(Call&& call) noexcept {
     return PARETOFUSE_OK;
   } catch (const StoreError& error) {
     return failed(PARETOFUSE_STORE, error.what());
+  } catch (const TimeoutError& error) {
+    return failed(PARETOFUSE_TIMEOUT, error.what());
   } catch (const CudaError& error) {
     return failed(PARETOFUSE_DEVICE, error.what());
   } catch (const std::invalid_argument& error) {

@@ -97,7 +97,9 @@ void Engine::write(const std::string& path, const std::string& head) const {
   write_model(state_->model->store(), state_->views, path, head);
 }
 
-Replica Engine::acquire(const Preference& preference) const { return state_->pool->acquire(preference); }
+Replica Engine::acquire(const Preference& preference, double timeout) const {
+  return state_->pool->acquire(preference, timeout);
+}
 
 CudaWeights Engine::to_cuda(const CudaOptions& options) const {
   return CudaWeights(std::make_unique<CudaWeights::State>(state_->model, options));

@@ -15,7 +15,7 @@ class ReplicaPool : public std::enable_shared_from_this<ReplicaPool> {
  public:
   ReplicaPool(std::shared_ptr<const Model> model, int count);
 
-  Replica acquire(const Preference& preference);
+  Replica acquire(const Preference& preference, double timeout);
   const TensorView& tensor(int replica, std::string_view name) const;
   void release(int replica) noexcept { slots_.release(replica); }
 

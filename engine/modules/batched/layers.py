@@ -1,24 +1,29 @@
 """Layers that mix their weight for each row of a batch, and the routing weights that they read.
 
-Products and look-ups are linear in their weight: they read base and deltas where they lie and mix the results, so
-that no row's weight is ever stored. `batched.py` puts these layers into a model.
+Products and look-ups are linear in their weight: they read base and dense deltas where they lie (planes of other
+formats are decoded once) and mix the results, so that no row's weight is ever stored. `module.py` puts these layers
+into a model. All of it may run in many threads at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import local
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paretofuse.engine.merging.flat import Deltas
+from paretofuse.engine.stacking.stack import lasting
+from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_rows import routed_rows
 
 
-def hole(like: Tensor) -> Tensor:
+def placeholder(like: Tensor) -> Tensor:
     """NaN in a tensor's shape, dtype and device, without its memory; zeros where there is no NaN."""
     value = float("nan") if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=like.device).expand(like.shape)
@@ -33,8 +38,9 @@ class RowMix:
     """
 
     def __init__(self, weights: Tensor) -> None:
-        self.weights = weights.detach().transpose(0, 1).contiguous()  # [G, B, E]
-        self.mixed: dict[tuple[str, bool], Tensor] = {}
+        self._all = weights.detach().transpose(0, 1).contiguous()  # [G, B, E]
+        self._inside = local()  # what `only` says, in each thread
+        self.mixed: dict[str, Tensor] = {}
         if weights.requires_grad:
 
             def carry(leaf: Tensor) -> None:
@@ -42,9 +48,14 @@ class RowMix:
                 if gradient is not None:
                     torch.autograd.backward([weights], [gradient.transpose(0, 1)], retain_graph=True)
 
-            self.weights.requires_grad_(True)
-            self.weights.register_post_accumulate_grad_hook(carry)
-        self._inside = False
+            self._all.requires_grad_(True)
+            self._all.register_post_accumulate_grad_hook(carry)
+
+    @property
+    def weights(self) -> Tensor:
+        """[G, B, E]; inside `PerRow` [G, 1, E]."""
+        row: Tensor | None = getattr(self._inside, "weights", None)
+        return self._all if row is None else row
 
     @property
     def count(self) -> int:
@@ -54,16 +65,18 @@ class RowMix:
     @property
     def may_keep(self) -> bool:
         """Whether what is mixed now may serve the next forward pass too."""
-        return not self._inside and not (torch.is_grad_enabled() and self.weights.requires_grad)
+        outside = self.weights is self._all
+        return outside and not (torch.is_grad_enabled() and self._all.requires_grad)
 
     @contextmanager
     def only(self, weights: Tensor) -> Iterator[None]:
-        """Inside, the layers mix by one row's weights [G, E]."""
-        outer, self.weights, self._inside = self.weights, weights.unsqueeze(1), True
+        """Inside, the layers mix by one row's weights [G, E], in this thread."""
+        outer = getattr(self._inside, "weights", None)
+        self._inside.weights = weights.unsqueeze(1)
         try:
             yield
         finally:
-            self.weights, self._inside = outer, False
+            self._inside.weights = outer
 
     def row(self, group: int, device: torch.device) -> Tensor:
         """[B, E], contiguous."""
@@ -93,14 +106,14 @@ class RowTensor:
     Attributes:
         name: its own.
         base: [*shape].
-        planes: [E, *shape]; None for a tensor that is not routed, whose rows are all `base`.
+        planes: of shape [*shape]; None for a tensor that is not routed, whose rows are all `base`.
         group: its row of the routing weights.
         mix: the weights.
     """
 
     name: str
     base: Tensor
-    planes: Tensor | None
+    planes: Deltas | None
     group: int
     mix: RowMix
 
@@ -110,15 +123,18 @@ class RowTensor:
             return self.base.expand(self.mix.count, *self.base.shape)
         if not self.mix.may_keep:
             return self._mixed()
-        key = self.name, torch.is_inference_mode_enabled()
-        if key not in self.mix.mixed:
-            self.mix.mixed[key] = self._mixed()
-        return self.mix.mixed[key]
+        if self.name not in self.mix.mixed:
+            with lasting():
+                self.mix.mixed[self.name] = self._mixed()
+        return self.mix.mixed[self.name]
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each expert, its weights [B] and its delta [*shape]."""
+        """For each expert that changes the tensor, its weights [B] and its delta [*shape]."""
         if self.planes is not None:
-            yield from zip(self.mix.row(self.group, self.base.device).unbind(1), self.planes, strict=True)
+            weights = self.mix.row(self.group, self.base.device).unbind(1)
+            yield from (
+                (w, delta) for w, delta in zip(weights, self.planes, strict=True) if delta is not None
+            )
 
     def _mixed(self) -> Tensor:
         mixed = self.base.float().unsqueeze(0)
@@ -134,7 +150,7 @@ class RowsWeight:
     Attributes:
         layer: where it belongs, for messages.
         base: [O, I].
-        planes: [E, O, I], in the base's layout; None for a weight that is not routed.
+        planes: each [O, I], in the base's layout; None for a weight that is not routed.
         group: its row of the routing weights.
         bias: gives [B, O], or None.
         mix: the weights.
@@ -142,7 +158,7 @@ class RowsWeight:
 
     layer: str
     base: Tensor
-    planes: Tensor | None
+    planes: Deltas | None
     group: int
     bias: Callable[[], Tensor] | None
     mix: RowMix
@@ -155,21 +171,37 @@ class RowsWeight:
         if self.planes is None:
             y = F.linear(x, self.base)
             y = y if own is None else y + own.view(len(own), *[1] * (y.dim() - 2), -1).to(y.dtype)
-        else:
+        elif isinstance(self.planes, Tensor):
             y = routed_rows(x, self.base, self.planes, self.mix.row(self.group, x.device), own)
+        else:
+            y = self._apart(x, self.planes, own)
         return y.squeeze(0) if one else y
+
+    def _apart(self, x: Tensor, deltas: Sequence[Tensor | None], bias: Tensor | None) -> Tensor:
+        """By PyTorch, product by product, from deltas that lie apart; x [B, ..., I]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        present = [e for e, delta in enumerate(deltas) if delta is not None]
+        weights = self.mix.row(self.group, x.device)[:, present]
+        rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
+        y = routed_rows_reference(rows, self.base, [d for d in deltas if d is not None], weights, bias)
+        return y.view(*x.shape[:-1], -1)
 
     def part(self, first: int, last: int) -> RowsWeight:
         """The weight and bias of outputs first .. last, as a view."""
         bias, planes = self.bias, self.planes
+        if isinstance(planes, Tensor):
+            planes = planes[:, first:last]
+        elif planes is not None:
+            planes = [None if delta is None else delta[first:last] for delta in planes]
         return RowsWeight(
-            self.layer, self.base[first:last], None if planes is None else planes[:, first:last], self.group,
+            self.layer, self.base[first:last], planes, self.group,
             None if bias is None else lambda: bias()[:, first:last], self.mix,
         )  # fmt: skip
 
     def dense(self) -> Tensor:
         """There is no one weight: NaN, of the weight's shape and dtype."""
-        return hole(self.base)
+        return placeholder(self.base)
 
 
 class RowEmbedding(nn.Module):
@@ -188,7 +220,7 @@ class RowEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """There is no one weight: NaN, of the weight's shape and dtype."""
-        return hole(self.mixed.base)
+        return placeholder(self.mixed.base)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, ...] -> [B, ..., D]."""
@@ -218,7 +250,7 @@ class RowConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """There is no one weight: NaN, of the weight's shape and dtype."""
-        return hole(self.mixed.base)
+        return placeholder(self.mixed.base)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, I, ...] -> [B, O, ...]."""

@@ -2,7 +2,7 @@
 
     y[b] = x[b] (W0 + sum_e L[b, g, e] D_e)^T + bias[b]          kernels.routed_rows
 
-Products and look-ups mix their results (`rows.py`). All else with routed tensors of its own (norms, class tokens,
+Products and look-ups mix their results (`layers.py`). All else with routed tensors of its own (norms, class tokens,
 anything unknown) runs under `torch.vmap` on its own tensors, mixed for each row (`PerRow`). Both are exact; weights of
 layers that are not known here are held once for each row, whatever their size.
 
@@ -11,12 +11,13 @@ Where a tensor was, the module holds NaN: code that reads a weight past its laye
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -28,7 +29,7 @@ from paretofuse.engine.modules.batched.layers import (
     RowMix,
     RowsWeight,
     RowTensor,
-    hole,
+    placeholder,
 )
 from paretofuse.engine.modules.routed.layers import (
     bias_names,
@@ -39,6 +40,7 @@ from paretofuse.engine.modules.routed.layers import (
     routed_layer,
 )
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
+from paretofuse.engine.stacking.stack import lasting
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -82,7 +84,7 @@ class PerRow(nn.Module):
         # As in a merged model, statistics carry no gradient.
         own = {name: t.detach() if name in self.inner._buffers else t for name, t in own.items()}
         if self.mix.count == 1:
-            return functional_call(self.inner, {name: t[0] for name, t in own.items()}, args, kwargs)
+            return _with(self.inner, {name: t[0] for name, t in own.items()})(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         split = [self._is_split(leaf) for leaf in leaves]
         self._check_told_apart([x for x, s in zip(leaves, split, strict=True) if s][1:])
@@ -93,7 +95,7 @@ class PerRow(nn.Module):
             given = [x.unsqueeze(0) if s else x for x, s in zip(row, split, strict=True)]
             row_args, row_kwargs = tree_unflatten(given, form)
             with self.mix.only(weights):
-                found, found_form = tree_flatten(functional_call(self.inner, own, row_args, row_kwargs))
+                found, found_form = tree_flatten(_with(self.inner, own)(*row_args, **row_kwargs))
             plain[:] = [(isinstance(x, Tensor), None if isinstance(x, Tensor) else x) for x in found]
             result_form[:] = [found_form]
             self._check_plain([x for is_tensor, x in plain if not is_tensor], "gave")
@@ -139,12 +141,25 @@ class PerRow(nn.Module):
         return rows.squeeze(1) if rows.dim() > 1 else rows
 
 
+def _with(module: nn.Module, own: Mapping[str, Tensor]) -> nn.Module:
+    """The module with other tensors of its own, for one call: a copy that shares all else.
+
+    `torch.func.functional_call` would put them into the module itself for a while, where other threads find them.
+    """
+    if not own:
+        return module
+    clone = copy.copy(module)
+    clone._parameters = {n: own.get(n, t) for n, t in module._parameters.items()}  # type: ignore[misc]
+    clone._buffers = {n: own.get(n, t) for n, t in module._buffers.items()}
+    return clone
+
+
 class _Builder:
-    """Puts the layers of `rows.py` and `PerRow` in the place of a module's own.
+    """Puts the layers of `layers.py` and `PerRow` in the place of a module's own.
 
     Args:
         bound: base, deltas and static tensors.
-        module: a module of our own with holes for routed tensors.
+        module: a module of our own with placeholders for routed tensors.
         mix: the weights.
     """
 
@@ -154,7 +169,7 @@ class _Builder:
         self._names = {
             id(tensor): specs[name].name
             for name, tensor in stored_tensors(module).items()
-            if specs[name].role == "routed"
+            if name in specs and specs[name].role == "routed"
         }
         self._tensors: dict[str, RowTensor] = {}
 
@@ -191,7 +206,7 @@ class _Builder:
         if name is None:
             return RowTensor("", tensor, None, 0, self._mix)
         if name not in self._tensors:
-            base, planes = self._bound.stack.base[name], self._bound.deltas[name]
+            base, planes = self._bound.stack.base[name], self._bound.deltas.where_they_lie(name)
             self._tensors[name] = RowTensor(name, base, planes, self._bound.rows[name], self._mix)
         return self._tensors[name]
 
@@ -233,12 +248,34 @@ class _Builder:
         mixed = self._tensor(weight)
         base, planes = mixed.base, mixed.planes
         if is_conv1d(layer):
-            base, planes = base.T, None if planes is None else planes.mT
+            base = base.T
+            if isinstance(planes, Tensor):
+                planes = planes.mT
+            elif planes is not None:
+                planes = [None if delta is None else delta.T for delta in planes]
         own = None if bias is None else self._tensor(bias)
         return RowsWeight(path, base, planes, mixed.group, own, self._mix)
 
 
-def batched_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, isolate: bool) -> nn.Module:
+@lasting()
+def _placed(bound: BoundStack, skeleton: nn.Module, head: Mapping[str, Tensor]) -> nn.Module:
+    """A module with all tensors that are not routed, and placeholders for those that are."""
+    state = dict(bound.static())
+    for spec in bound.layout.tensors:
+        base = bound.stack.base[spec.name]
+        if spec.role == "routed":
+            state[spec.name] = placeholder(base)
+        elif spec.role == "constant" and spec.name not in head:
+            state[spec.name] = base.clone()
+    state.update({name: tensor.clone() for name, tensor in head.items()})
+    constants = {spec.name for spec in bound.layout.with_role("constant")}
+    module = materialize(skeleton, state, "the stacked tensors", any_shape=head, constants=constants)
+    return module.requires_grad_(False)
+
+
+def batched_module(
+    bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, isolate: bool, head: Mapping[str, Tensor]
+) -> nn.Module:
     """A module whose row b is the model of the routing weights weights[b].
 
     Args:
@@ -246,6 +283,7 @@ def batched_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, i
         skeleton: the module's structure.
         weights: [B, G, E] float32.
         isolate: run the whole model under `torch.vmap`, so that each row is a batch of its own.
+        head: an objective's own tensors, which take the place of the base's.
 
     Returns:
         a module of the skeleton's own class, unless that class itself has routed tensors or `isolate` is set.
@@ -253,13 +291,4 @@ def batched_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, i
     Raises:
         ValueError: a layer cannot be done exactly; the message names it.
     """
-    state = dict(bound.static())
-    for spec in bound.layout.tensors:
-        base = bound.stack.base[spec.name]
-        if spec.role == "routed":
-            state[spec.name] = hole(base)
-        elif spec.role == "constant":
-            state[spec.name] = base.clone()
-    constants = {spec.name for spec in bound.layout.with_role("constant")}
-    module = materialize(skeleton, state, "the stacked tensors", constants=constants).requires_grad_(False)
-    return _Builder(bound, module, RowMix(weights)).build(isolate)
+    return _Builder(bound, _placed(bound, skeleton, head), RowMix(weights)).build(isolate)

@@ -1,0 +1,107 @@
+"""Where a module holds the tensors that mergers write, so that one which was replaced is noticed.
+
+Mergers write to fixed memory. `module.half()`, `load_state_dict(assign=True)`, `parameter.data = ...`, a
+parametrization, `share_memory()` and the like give a parameter other memory, or another parameter to the module: a
+switch would then write where nobody reads, or to memory that is freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from paretofuse.engine.stacking.sharding import shard
+
+Link = tuple[dict[str, Any], str, object]
+"""A module's table of parameters, buffers or children, a key of it, and what it held when it was bound."""
+
+
+class Bindings:
+    """The places of a module's tensors, and the memory of each.
+
+    Args:
+        module: the module.
+        tensors: those to watch, by name, as the very objects that the module holds.
+        layers: layers of the module to watch that may hold none of them.
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], layers: Collection[nn.Module] = ()
+    ) -> None:
+        self._module = module
+        self._layers = layers
+        unique = {id(tensor): (tensor, name) for name, tensor in reversed(list(tensors.items()))}
+        names = {key: name for key, (_, name) in unique.items()}
+        self._tensors = [tensor for tensor, _ in unique.values()]
+        self._names = list(names.values())
+        self._memory = _memory(self._tensors)
+        self._slots: list[tuple[nn.Module, Link, str]] = [  # of tied tensors several
+            (owner, (table, key, tensor), names[id(tensor)])
+            for owner in module.modules()
+            for table in (owner._parameters, owner._buffers)
+            for key, tensor in table.items()
+            if id(tensor) in names
+        ]
+        self._links = self._find_links()
+
+    def check(self) -> None:
+        """Compare with what was bound; less than a microsecond for each tensor.
+
+        Raises:
+            ValueError: a tensor was replaced, moved or taken out of the module.
+        """
+        if any(table.get(key) is not held for table, key, held in self._links):
+            self._check_places()
+        memory = _memory(self._tensors)
+        if memory != self._memory:
+            moved = [was != now for was, now in zip(_each(self._memory), _each(memory), strict=True)]
+            name = self._names[moved.index(True)]
+            raise ValueError(_moved(name, "has other memory, another dtype or another shape now"))
+
+    def _check_places(self) -> None:
+        """Something was replaced: an error, unless all tensors still are where they were, as inside a new wrapper."""
+        reached = set(self._module.modules())
+        for owner, (table, key, held), name in self._slots:
+            if table.get(key) is not held:
+                raise ValueError(_moved(name, "was replaced"))
+            if owner not in reached:
+                raise ValueError(_moved(name, "belongs to a layer that was taken out of the module"))
+        if not reached.issuperset(self._layers):
+            raise ValueError(_moved("weight", "belongs to a layer that was taken out of the module"))
+        self._links = self._find_links()
+
+    def _find_links(self) -> list[Link]:
+        """All that `check` compares: the slots, and how the module reaches their owners."""
+        children: list[Link] = [
+            (parent._modules, key, child)
+            for parent in self._module.modules()
+            for key, child in parent._modules.items()
+        ]
+        return [*(link for _, link, _ in self._slots), *children]
+
+
+def _memory(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """What a write by address relies on: all addresses, all dtypes, all shapes, all strides."""
+    here = [shard(tensor) for tensor in tensors]
+    return (
+        [tensor.data_ptr() for tensor in here],
+        [tensor.dtype for tensor in here],
+        [tensor.shape for tensor in here],
+        [tensor.stride() for tensor in here],
+    )
+
+
+def _each(memory: tuple[list[Any], ...]) -> list[tuple[Any, ...]]:
+    """What `_memory` says of each tensor."""
+    return list(zip(*memory, strict=True))
+
+
+def _moved(name: str, what: str) -> str:
+    return (
+        f"got a live module whose tensor {name!r} {what} (module.half(), .to(), .cuda(), load_state_dict(assign=True), "
+        "a parametrization, ...), expected it as it was made: it is rewritten in place. Move a model of your own, "
+        "engine.merge(preference); choose device= and dtype= where the engine is made; engine.unload(preference) lets "
+        "go of this one, so that the next use makes it anew"
+    )
