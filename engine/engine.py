@@ -19,8 +19,9 @@ from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import Merge, ReplicaPool
 from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
-from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
+from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.weights import is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.skeleton import materialize
 from paretofuse.engine.stacking.sources import Blueprint
@@ -140,7 +141,7 @@ class Engine:
         Raises:
             ValueError: the preference or the weights are not valid.
         """
-        routing = self._routing(preference, weights)
+        routing = routing_of(self.routers, preference, weights)
         self._only_one(routing)
         self._live_module().switch(routing)
         self._note(preference)
@@ -231,22 +232,9 @@ class Engine:
         Tied names share one tensor. Every tensor is new, and has its own storage. Of a base sharded over processes,
         DTensors sharded alike, made without communication: `model.load_state_dict` writes them into such a model.
         """
-        routing = self._routing(preference, weights)
-        own = self._head_tensors(head)
-        constants = {spec.name: self._stack.base[spec.name] for spec in self.layout.with_role("constant")}
-        states = []
-        for merged in self._bound.merge(routing):
-            state: dict[str, Tensor] = {}
-            whole = self._bound.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
-            for spec in self.layout.tensors:
-                tensor = whole[spec.name]
-                state.update(dict.fromkeys((spec.name, *spec.aliases), tensor))
-            for name, tensor in own.items():
-                shared = self.layout.by_name.get(name)
-                names = (name, *shared.aliases) if shared is not None else (name,)
-                state.update(dict.fromkeys(names, tensor.clone()))
-            states.append(state)
-        return states if self._many(preference, weights) else states[0]
+        routing = routing_of(self.routers, preference, weights)
+        states = self._bound.states(routing, self._head_tensors(head))
+        return states if is_several(preference, weights) else states[0]
 
     def train_at(self, preference: Preference, *, materialize: bool = True) -> Tensor:
         """Merge the live module at a preference and let gradients flow from it into the routers.
@@ -317,18 +305,7 @@ class Engine:
             ValueError: invalid input, no known module class, or a layer that cannot be done exactly, by name.
         """
         self._only_whole("batches")
-        if weights is None and preferences is not None:
-            rows = [torch.from_numpy(as_preference(row, self.objectives)) for row in preferences]
-            if not rows:
-                raise ValueError("got no preferences, expected one for each row of the batch")
-            weights = self.routers(torch.stack(rows))
-        elif weights is None or preferences is not None:
-            got = "neither" if weights is None else "both"
-            raise ValueError(f"expected either preferences or weights=, got {got}")
-        self._routing(None, weights)
-        if weights.dim() != 3:
-            raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
-        routing = weights.to(self.device, torch.float32)
+        routing = rows_of(self.routers, preferences, weights)
         own, skeleton = self._head_tensors(head), self._blueprint(head).make()
         return batched_module(self._bound, skeleton, routing, isolate=isolate, head=own)
 
@@ -345,16 +322,7 @@ class Engine:
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
         """
-        rows = list(losses)
-        for index, loss in enumerate(rows):
-            if loss.dim() != 0 or not loss.requires_grad:
-                raise ValueError(
-                    f"loss {index} has shape {list(loss.shape)} and requires_grad={loss.requires_grad}; expected a "
-                    "scalar computed by engine.module after engine.train_at(preference)"
-                )
-        if not rows:
-            raise ValueError("got no losses, expected at least one scalar")
-        return (self._trained or self._live_module()).collector.jacobian(rows)
+        return (self._trained or self._live_module()).collector.jacobian(list(losses))
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write everything to a store: a directory of safetensors files and a manifest, atomically.
@@ -435,30 +403,6 @@ class Engine:
         heads = self._stack.heads
         bind_heads(live.module, Heads(heads, {head: self._blueprint(head).make for head in heads}))
         return live
-
-    def _routing(self, preference: Preference | None, weights: Tensor | None) -> Tensor:
-        """Validated routing weights, float32 [K, G, E], contiguous."""
-        if (preference is None) == (weights is None):
-            raise ValueError(
-                "expected either a preference or weights=, got " + ("neither" if weights is None else "both")
-            )
-        if weights is None:
-            with torch.no_grad():
-                routing: Tensor = self.routers(preference)
-        else:
-            routing = torch.as_tensor(weights).detach().to(device=self.device, dtype=torch.float32)
-            expected = [len(self.groups), len(self.objectives)]
-            if list(routing.shape[-2:]) != expected or routing.dim() not in (2, 3):
-                raise ValueError(
-                    f"got weights of shape {list(routing.shape)}, expected [G, E] = {expected} or [K, G, E]"
-                )
-            if not torch.isfinite(routing).all():
-                raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
-        return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
-
-    def _many(self, preference: Preference | None, weights: Tensor | None) -> bool:
-        """Whether K preferences were asked for, rather than one."""
-        return is_grid(preference) if weights is None else torch.as_tensor(weights).dim() == 3
 
     def _only_whole(self, what: str) -> None:
         if self._bound.shardings:

@@ -87,6 +87,22 @@ class BoundStack:
             return out
         return [{name: view.clone() for name, view in views.items()} for views in out]
 
+    def states(self, weights: Tensor, head: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """K new state dicts at weights [K, G, E], with an objective's own tensors; tied names share one tensor."""
+        constants = {spec.name: self.stack.base[spec.name] for spec in self.layout.with_role("constant")}
+        states = []
+        for merged in self.merge(weights):
+            state: dict[str, Tensor] = {}
+            whole = self.whole({**merged, **{n: t.clone() for n, t in constants.items()}})
+            for spec in self.layout.tensors:
+                state.update(dict.fromkeys((spec.name, *spec.aliases), whole[spec.name]))
+            for name, tensor in head.items():
+                shared = self.layout.by_name.get(name)
+                names = (name, *shared.aliases) if shared is not None else (name,)
+                state.update(dict.fromkeys(names, tensor.clone()))
+            states.append(state)
+        return states
+
     def routed_merger(
         self, specs: Sequence[TensorSpec], flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]
     ) -> Merger:

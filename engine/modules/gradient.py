@@ -82,8 +82,16 @@ class GradientCollector:
         """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are.
 
         Raises:
-            ValueError: a loss depends on no routed weight at all, or `check` says so.
+            ValueError: there are no losses, one is no scalar or depends on no routed weight, or `check` says so.
         """
+        if not losses:
+            raise ValueError("got no losses, expected at least one scalar")
+        for index, loss in enumerate(losses):
+            if loss.dim() != 0 or not loss.requires_grad:
+                raise ValueError(
+                    f"loss {index} has shape {list(loss.shape)} and requires_grad={loss.requires_grad}; expected a "
+                    "scalar computed by engine.module after engine.train_at(preference)"
+                )
         self._check()
         weights, self._routing_weights = self._routing_weights, None
         rows = []

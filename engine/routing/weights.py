@@ -1,0 +1,76 @@
+"""Routing weights from what users give: a preference or several, or the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
+from paretofuse.engine.routing.routers import Routers
+
+
+def is_several(preference: Preference | None, weights: Any) -> bool:
+    """Whether K preferences or sets of weights were given, rather than one."""
+    return is_grid(preference) if weights is None else torch.as_tensor(weights).dim() == 3
+
+
+def routing_of(routers: Routers, preference: Preference | None, weights: Any) -> Tensor:
+    """Routing weights of a preference [E] or of several [K, E], or given ones [G, E] or [K, G, E], without a graph.
+
+    Returns:
+        float32 [K, G, E], contiguous, where the routers are.
+
+    Raises:
+        ValueError: neither or both are given, or they are not valid.
+    """
+    _only_one_given(preference, weights)
+    if weights is None:
+        with torch.no_grad():
+            routing: Tensor = routers(preference)
+    else:
+        routing = _checked(routers, torch.as_tensor(weights).detach())
+    return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
+
+
+def rows_of(
+    routers: Routers, preferences: Tensor | Sequence[Preference] | None, weights: Tensor | None
+) -> Tensor:
+    """Routing weights for the rows of a batch, from a preference for each, or given; gradients flow into both.
+
+    Returns:
+        float32 [B, G, E], where the routers are.
+
+    Raises:
+        ValueError: as `routing_of`, or no rows.
+    """
+    _only_one_given(preferences, weights)
+    if weights is None:
+        given = () if preferences is None else preferences  # `_only_one_given` has seen to it
+        rows = [torch.from_numpy(as_preference(row, routers.objectives)) for row in given]
+        if not rows:
+            raise ValueError("got no preferences, expected one for each row of the batch")
+        weights = routers(torch.stack(rows))
+    if weights.dim() != 3:
+        raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
+    return _checked(routers, weights)
+
+
+def _only_one_given(preference: Any, weights: Any) -> None:
+    if (preference is None) == (weights is None):
+        got = "neither" if weights is None else "both"
+        raise ValueError(f"expected either a preference or weights=, got {got}")
+
+
+def _checked(routers: Routers, weights: Tensor) -> Tensor:
+    device, expected = routers.output.bias.device, [len(routers.groups), len(routers.objectives)]
+    routing = weights.to(device=device, dtype=torch.float32)
+    if list(routing.shape[-2:]) != expected or routing.dim() not in (2, 3):
+        raise ValueError(
+            f"got weights of shape {list(routing.shape)}, expected [G, E] = {expected} or [K, G, E]"
+        )
+    if not torch.isfinite(routing).all():
+        raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
+    return routing
