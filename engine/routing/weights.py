@@ -26,7 +26,7 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     Raises:
         ValueError: neither or both are given, or they are not valid.
     """
-    _only_one_given(preference, weights)
+    _only_one_given("a preference", preference, weights)
     if weights is None:
         with torch.no_grad():
             routing: Tensor = routers(preference)
@@ -46,7 +46,7 @@ def rows_of(
     Raises:
         ValueError: as `routing_of`, or no rows.
     """
-    _only_one_given(preferences, weights)
+    _only_one_given("preferences", preferences, weights)
     if weights is None:
         given = () if preferences is None else preferences  # `_only_one_given` has seen to it
         rows = [torch.from_numpy(as_preference(row, routers.objectives)) for row in given]
@@ -58,10 +58,10 @@ def rows_of(
     return _checked(routers, weights)
 
 
-def _only_one_given(preference: Any, weights: Any) -> None:
+def _only_one_given(what: str, preference: Any, weights: Any) -> None:
     if (preference is None) == (weights is None):
         got = "neither" if weights is None else "both"
-        raise ValueError(f"expected either a preference or weights=, got {got}")
+        raise ValueError(f"expected either {what} or weights=, got {got}")
 
 
 def _checked(routers: Routers, weights: Tensor) -> Tensor:
