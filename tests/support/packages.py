@@ -35,5 +35,6 @@ def distributions() -> tuple[Path, Path]:
             copy = copy_checkout(folder / "checkout")
             run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "unfinished", copy)
             (folder / "unfinished").rename(built)
+            shutil.rmtree(copy)
         (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
     return sdist, wheel
