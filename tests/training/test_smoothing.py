@@ -81,5 +81,9 @@ def test_it_resumes_exactly_from_its_json() -> None:
     for i in range(20, 40):
         other.add(draws[i], losses[i])
     np.testing.assert_array_equal(other.value(), whole.value())
-    with pytest.raises(ValueError, match="got sums of shapes"):
-        LossAtEqualPreference(2).restore(cut.state())
+    for objectives in (2, 4):
+        with pytest.raises(ValueError, match="got sums of shapes"):
+            LossAtEqualPreference(objectives).restore(cut.state())
+    for name in cut.state():
+        with pytest.raises(ValueError, match="got sums of shapes"):
+            LossAtEqualPreference(3).restore({**cut.state(), name: [[1.0]]})
