@@ -424,6 +424,6 @@ class Engine:
         if head is None:
             return {}
         if head not in self._stack.heads:
-            known = list(self._stack.heads) or "none; declare them by pf.stack(..., heads=[...])"
+            known = list(self._stack.heads) or "none; declare them when stacking, heads=[...]"
             raise ValueError(f"got head={head!r}, expected an objective that has a head: {known}")
         return self._stack.heads[head]

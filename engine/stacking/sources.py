@@ -77,14 +77,11 @@ class Blueprint:
         if self.shardings:
             reason = f"a {self.model_class} under fully_shard cannot be copied"
         elif self.model_class is not None:
-            reason = (
-                f"nothing here tells how to build a {self.model_class}; pass module= to pf.load (--module on the "
-                "command line)"
-            )
+            reason = f"nothing here tells how to build a {self.model_class}; pass module= to pf.load"
         else:
             reason = (
                 "this engine was stacked from bare tensors and knows no module class; stack an nn.Module or a Hugging "
-                "Face directory, or pass module= to pf.load (--module on the command line)"
+                "Face directory, or pass module= to pf.load"
             )
         raise ValueError(f"{reason}; merge_state_dict gives the merged tensors")
 

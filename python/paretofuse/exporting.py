@@ -108,7 +108,7 @@ def _text_inputs(engine: Engine, module: nn.Module) -> dict[str, Any]:
     if hf.CONFIG not in engine.blueprint.files or "input_ids" not in inspect.signature(forward).parameters:
         raise ValueError(
             f"got no inputs for {type(module).__name__}, which is no Hugging Face model that reads tokens; pass "
-            "example inputs (inputs=, on the command line --inputs MODULE:FUNCTION)"
+            "example inputs, inputs="
         )
     known = inspect.signature(forward).parameters
     fixed = {name: False for name in ("use_cache", "return_dict") if name in known}
