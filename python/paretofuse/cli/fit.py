@@ -11,7 +11,6 @@ from paretofuse.cli.options import (
     add_entry,
     add_module,
     add_output,
-    add_quiet,
     add_store,
     add_threads,
     count,
@@ -65,7 +64,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_module(parser)
     parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     add_threads(parser)
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> Result:

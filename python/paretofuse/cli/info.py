@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from paretofuse.cli.options import add_quiet, add_store
+from paretofuse.cli.options import add_store
 from paretofuse.cli.running import Result, bytes_bar, size
 
 SUMMARY = "say what a store holds"
@@ -16,7 +16,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from paretofuse.cli.options import add_output, add_preference, add_quiet, add_store, add_threads
+from paretofuse.cli.options import add_output, add_preference, add_store, add_threads
 from paretofuse.cli.running import Result, bytes_bar, size
 
 SUMMARY = "merge a store into a dense model for one preference"
@@ -25,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--isa", metavar="NAME", help="force an instruction set; `paretofuse doctor` lists them"
     )
     add_threads(parser)
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -69,13 +69,6 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """Whether to show progress."""
-    parser.add_argument(
-        "--quiet", action="store_true", help="no progress bar (there is none without a terminal)"
-    )
-
-
 def add_preference(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
     """The objectives' shares, and whose head."""
     parser.add_argument(

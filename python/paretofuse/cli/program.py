@@ -89,6 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--json", action="store_true", help="print one JSON document on stdout, errors too"
         )
+        added.add_argument(
+            "--quiet", action="store_true", help="no progress bar (there is none without a terminal)"
+        )
         added.add_argument("--traceback", action="store_true", help="on an error, show where it was")
     return parser
 

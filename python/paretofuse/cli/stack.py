@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from paretofuse.cli.info import describe
-from paretofuse.cli.options import add_output, add_quiet, add_threads
+from paretofuse.cli.options import add_output, add_threads
 from paretofuse.cli.running import Result, bar, use_threads
 
 SUMMARY = "stack a base model and its experts into a store"
@@ -53,7 +53,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="replace a store even if it is a trained one, whose training is lost",
     )
     add_threads(parser)
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> Result:

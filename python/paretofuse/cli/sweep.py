@@ -13,7 +13,6 @@ from paretofuse.cli.options import (
     add_entry,
     add_module,
     add_output,
-    add_quiet,
     add_store,
     add_threads,
     count,
@@ -48,7 +47,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where to merge and evaluate (default: cpu)")
     add_threads(parser)
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
