@@ -15,15 +15,26 @@ TO_TORCH: dict[str, torch.dtype] = {
 TO_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in TO_TORCH.items()}
 
 
-def merged_dtype_name(dtype: torch.dtype | None, argument: str) -> str | None:
+_WORDS = {
+    "f32": "F32", "fp32": "F32", "float32": "F32", "float": "F32",
+    "bf16": "BF16", "bfloat16": "BF16",
+    "f16": "F16", "fp16": "F16", "float16": "F16", "half": "F16",
+}  # fmt: skip
+
+
+def merged_dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
     """The safetensors name of a dtype that can be merged; None stays None.
+
+    Args:
+        dtype: torch.bfloat16, or any usual name of it: "bfloat16", "bf16", "torch.bfloat16", "BF16".
+        argument: what the caller calls it, for messages.
 
     Raises:
         ValueError: the dtype is not float32, bfloat16 or float16.
     """
     if dtype is None:
         return None
-    name = TO_NAME.get(dtype)
-    if name not in ("F32", "BF16", "F16"):
+    name = _WORDS.get(str(dtype).lower().removeprefix("torch."))
+    if name is None or not isinstance(dtype, (torch.dtype, str)):
         raise ValueError(f"got {argument}={dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
     return name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ WEIGHTS_FILES = {"open_clip_config.json": "open_clip_model.safetensors"}
 
 HUGGING_FACE_WEIGHTS = "model.safetensors"
 """Their name in all other directories, as Hugging Face's from_pretrained expects it."""
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""Their name in the directories of diffusers' models."""
 
 METADATA = {"format": "pt", "written_by": "paretofuse merge"}
 """In the header of every merge: the first for transformers, the second so that only merges are replaced by merges."""
@@ -126,9 +129,7 @@ def merge_store(
             numbers = as_preference(preference, store.layout.objectives).tolist()
             shares = dict(zip(store.layout.objectives, numbers, strict=True))
         files = with_card(files, store, shares, table[0, :-1], head)
-    weights_file = next(
-        (WEIGHTS_FILES[name] for name in files if name in WEIGHTS_FILES), HUGGING_FACE_WEIGHTS
-    )
+    weights_file = _weights_name(files)
     if not is_file:
         _check_directory(target, {weights_file, *files})
     elif target.is_dir():
@@ -154,6 +155,15 @@ def merge_store(
         else:
             new.unlink(missing_ok=True)
     return Merged(target, len(sources), sum(source.view.nbytes for source in sources), ran)
+
+
+def _weights_name(files: Mapping[str, bytes]) -> str:
+    """What the library that a model's files belong to calls its weights."""
+    for name, weights in WEIGHTS_FILES.items():
+        if name in files:
+            return weights
+    # Only diffusers writes the class under this name.
+    return DIFFUSERS_WEIGHTS if b'"_class_name"' in files.get("config.json", b"") else HUGGING_FACE_WEIGHTS
 
 
 def _weight_rows(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:

@@ -55,7 +55,7 @@ def assign_groups(names: Iterable[str], route: str | Route) -> dict[str, str | N
     names = list(names)
     if callable(route):
         chosen = route
-    elif route in _ROUTES:
+    elif isinstance(route, str) and route in _ROUTES:
         chosen = _ROUTES[route]
     else:
         raise ValueError(

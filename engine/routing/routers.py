@@ -26,8 +26,8 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(groups, outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(groups, outputs))
+        self.weight = nn.Parameter(torch.zeros(groups, outputs, inputs, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(groups, outputs, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., G or 1, in] -> [..., G, out], computed in the dtype of x."""
@@ -72,13 +72,15 @@ class Routers(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         if self.init == "constant":
             for layer in (self.hidden, self.output):
-                layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=generator))
+                draw = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32)
+                layer.weight.copy_(0.01 * draw)
             self.hidden.bias.zero_()
             self.output.bias.fill_(self.constant)
             return
         bound = 1 / math.sqrt(len(self.objectives))
         for tensor in (self.hidden.weight, self.hidden.bias):
-            tensor.copy_((2 * torch.rand(tensor.shape, generator=generator) - 1) * bound)
+            draw = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
+            tensor.copy_((2 * draw - 1) * bound)
         self.output.weight.zero_()
         self.output.bias.zero_()
 

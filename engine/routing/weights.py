@@ -14,7 +14,7 @@ from paretofuse.engine.routing.routers import Routers
 
 def is_several(preference: Preference | None, weights: Any) -> bool:
     """Whether K preferences or sets of weights were given, rather than one."""
-    return is_grid(preference) if weights is None else torch.as_tensor(weights).dim() == 3
+    return is_grid(preference) if weights is None else _tensor(weights).dim() == 3
 
 
 def routing_of(routers: Routers, preference: Preference | None, weights: Any) -> Tensor:
@@ -31,7 +31,7 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
         with torch.no_grad():
             routing: Tensor = routers(preference)
     else:
-        routing = _checked(routers, torch.as_tensor(weights).detach())
+        routing = _checked(routers, _tensor(weights).detach())
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
@@ -74,3 +74,13 @@ def _checked(routers: Routers, weights: Tensor) -> Tensor:
     if not torch.isfinite(routing).all():
         raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
     return routing
+
+
+def _tensor(weights: object) -> Tensor:
+    """Routing weights as a tensor; TypeError where they are none."""
+    try:
+        return torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"got weights={type(weights).__name__}, expected a tensor of routing weights [G, E]"
+        ) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    dtype = TO_TORCH[spec.dtype]
-    for block in plan.base.blocks(spec.name):
+    dtype, blocks = TO_TORCH[spec.dtype], plan.base.blocks(spec.name)
+    for block in blocks if spec.role == "constant" else plan.norms.base(spec.name, blocks):
         if block.is_floating_point():
             _check_finite(block, plan.base.label, spec.name)
         yield _converted(block, dtype, plan.base.label, spec.name)
@@ -47,13 +48,15 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
     name = expert.aliases.get(spec.name, spec.name)
     if expert.is_delta and name not in expert.infos:
         return None
-    if all(not difference.any() for difference in _differences(plan, expert, spec, name)):
-        return None
-    dtype = TO_TORCH[spec.delta_dtype]
-    return (
-        _rounded(difference, dtype, plan, expert, spec)
-        for difference in _differences(plan, expert, spec, name)
-    )
+    differences = _differences(plan, expert, spec, name)
+    equal: list[int] = []  # sizes of the blocks before the first that differs, which need not be kept
+    for first in differences:
+        if first.any():
+            dtype, zeros = TO_TORCH[spec.delta_dtype], (torch.zeros(size) for size in equal)
+            blocks = plan.norms.delta(expert.label, spec.name, chain(zeros, [first], differences))
+            return (_rounded(block, dtype, plan, expert, spec) for block in blocks)
+        equal.append(first.numel())
+    return None
 
 
 def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plane | None:
@@ -75,6 +78,7 @@ def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plan
             left, right = torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0)
             for factor in (left, right):
                 _check_finite(factor, expert.label, name)
+            plan.norms.factors(expert.label, spec.name, left, right)
             plane = LowRank.of_factors(left.to(base.device), right.to(base.device), spec.shape)
             return plane if plane.a.any() and plane.b.any() else None
     blocks = delta_blocks(plan, expert, spec)
@@ -83,7 +87,7 @@ def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plan
     dtype = TO_TORCH[spec.delta_dtype]
     if plan.planes.kind == "dense" or not may_be_small(spec.shape):
         return Dense(gather(blocks, spec.shape, dtype, base.device))
-    differences = _differences(plan, expert, spec, name)
+    differences = plan.norms.delta(expert.label, spec.name, _differences(plan, expert, spec, name))
     delta = gather(differences, spec.shape, torch.float32, base.device)
     if not _is_finite(delta):
         gather(blocks, spec.shape, dtype, base.device)  # raises, and says why

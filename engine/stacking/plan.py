@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.planes.choose import Wanted
 from paretofuse.engine.routing.groups import Route, assign_groups
+from paretofuse.engine.stacking.misfit import Norms
 from paretofuse.engine.stacking.sharding import check_alike
 from paretofuse.engine.stacking.sources import Source, TensorInfo, dtype_name
 
@@ -26,6 +27,7 @@ class Plan:
         dtype: safetensors dtype that everything is converted to, or None.
         planes: the format that was asked for.
         notes: what a user should know (mixed dtypes and the like), a sentence each.
+        norms: filled while the tensors are read; says then which experts may not belong to the base.
     """
 
     layout: Layout
@@ -35,6 +37,7 @@ class Plan:
     dtype: str | None
     planes: Wanted
     notes: tuple[str, ...]
+    norms: Norms = field(default_factory=Norms)
 
 
 def make_plan(
@@ -66,6 +69,9 @@ def make_plan(
     """
     if not experts:
         raise ValueError("got no experts, expected at least one, as {objective: model}")
+    if isinstance(heads, str) or not all(isinstance(pattern, str) for pattern in heads or ()):
+        raise TypeError(f"got heads={heads!r}, expected a list of names such as ['classifier']")
+    heads = tuple(heads or ())
     if any(not name or "\n" in name for name in experts):
         raise ValueError(f"got objective names {list(experts)}, expected non-empty single lines")
     if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from paretofuse.adapters import hf, openclip
+from paretofuse.adapters.hf_config import check_configurations
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
@@ -35,14 +37,15 @@ def stack(
     route: str | Route = "module",
     init: str = "identity",
     static_weight: float = 0.3,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
-    delta_dtype: torch.dtype | None = None,
+    delta_dtype: torch.dtype | str | None = None,
     planes: str = "dense",
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
     replicas: int = 2,
+    allow_misfit: bool = False,
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
@@ -51,7 +54,7 @@ def stack(
 
     Args:
         base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
-            directory, a .safetensors file).
+            directory, a .safetensors file; or a Hub id that the local Hugging Face cache holds).
         experts: each objective's expert, by name; like base, or a LoRA of PEFT (a directory, or a live PeftModel).
         route: which tensors share a router: "mlp" (one for each MLP block, nothing else routed), "module", "tensor",
             or a callable from a tensor's name to its group's name or None.
@@ -70,19 +73,23 @@ def stack(
             that a base split over devices gives models split alike, its routers on the first tensor's device.
         backend: "reference", "native" or "triton"; chosen by device by default.
         replicas: how many merged modules `engine.replica` may keep, each as large as the model.
+        allow_misfit: stack experts whose configuration makes another model of the same tensors (another rope_theta,
+            eps or number of heads), and say so in `engine.notes`.
 
     Raises:
-        CheckpointError: base and experts do not fit together; the message names the tensor and both sides.
+        CheckpointError: base and experts do not fit together; the message names the tensor or the setting, and both
+            sides.
         ValueError: an argument is out of range.
         TypeError: a model is of no known kind.
     """
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads)
-    place = None if device is None else torch.device(device)
+    place = None if device is None else _device(device)
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
-    built = build(plan, place)
+    with _threads_for(plan):
+        built = build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
     return Engine(
-        built, routers, _blueprint(plan), device=main, backend=backend, replicas=replicas, notes=plan.notes
+        built, routers, _blueprint(plan), device=main, backend=backend, replicas=replicas, notes=_notes(plan)
     )
 
 
@@ -94,10 +101,11 @@ def stack_to_store(
     route: str | Route = "module",
     init: str = "identity",
     static_weight: float = 0.3,
-    dtype: torch.dtype | None = None,
-    delta_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    delta_dtype: torch.dtype | str | None = None,
     planes: str = "dense",
     heads: Sequence[str] = (),
+    allow_misfit: bool = False,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
@@ -114,11 +122,12 @@ def stack_to_store(
     Raises:
         as `stack`, and OSError when writing fails.
     """
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads)
+    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     parts = persist.streamed(plan, progress)
-    persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)
-    return plan.notes
+    with _threads_for(plan):
+        persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)
+    return _notes(plan)
 
 
 def load(
@@ -147,7 +156,11 @@ def load(
         StoreError: not a store, or a damaged, incomplete or too new one.
         ValueError: the module does not have the store's tensors.
     """
-    place = torch.device(device)
+    place = _device(device)
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(
+            f"got module={type(module).__name__}, expected an nn.Module of the stored model's class"
+        )
     store = Store.open(path)
     if verify:
         store.verify()
@@ -191,15 +204,14 @@ def _plan(
     route: str | Route,
     init: str,
     static_weight: float,
-    dtype: torch.dtype | None,
-    delta_dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
+    delta_dtype: torch.dtype | str | None,
     planes: str,
     heads: Sequence[str],
+    allow_misfit: bool,
 ) -> Plan:
     if not isinstance(experts, Mapping):
         raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{objective: model}}")
-    if isinstance(heads, str):
-        raise TypeError(f"got heads={heads!r}, expected a list of names such as [{heads!r}]")
     check_init(init)
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
     wanted = parse(planes)
@@ -209,7 +221,10 @@ def _plan(
     if len({str(name) for name in experts}) < len(experts):
         raise ValueError(f"got experts named {list(experts)}, expected names that differ as text")
     sources = {str(name): resolve(model, f"expert {name!r}", source) for name, model in experts.items()}
-    return make_plan(
+    misfits = [
+        note for expert in sources.values() for note in check_configurations(source, expert, allow_misfit)
+    ]
+    plan = make_plan(
         source,
         sources,
         route=route,
@@ -219,6 +234,41 @@ def _plan(
         heads=heads,
         planes=wanted,
     )
+    return replace(plan, notes=(*misfits, *plan.notes))
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    """What a user should know, once every tensor was read."""
+    return (*plan.notes, *plan.norms.notes(expert.label for expert in plan.experts.values()))
+
+
+@contextmanager
+def _threads_for(plan: Plan) -> Iterator[None]:
+    """Let torch make dense planes with one thread: that waits for memory, and more threads only wait for each other.
+
+    Beside another busy process, two took ten times as long as one. Other planes are computed, by all threads.
+    """
+    threads = torch.get_num_threads()
+    if plan.planes.kind == "dense":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError, TypeError: it names none.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"got device={device!r}, expected a torch.device or a name such as 'cuda:0'")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"got device={device!r}, expected a name such as 'cpu' or 'cuda:0'") from error
 
 
 def _blueprint(plan: Plan) -> Blueprint:

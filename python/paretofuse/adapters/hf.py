@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paretofuse.adapters.files import companion_files, json_object
+from paretofuse.adapters.files import companion_files, holds_weights, json_object
 from paretofuse.adapters.hf_class import find_class, in_class, make_model
 from paretofuse.adapters.quantized import check_source
-from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""What transformers and diffusers call their weights; their indexes carry `.index.json` in addition."""
+
+PIPELINE = "model_index.json"
 
 
 def from_directory(path: Path, label: str) -> Source:
@@ -29,10 +32,33 @@ def from_directory(path: Path, label: str) -> Source:
             the configuration is damaged, or of another model, or the model is quantized.
         ImportError: transformers is missing or too old.
     """
+    if (path / PIPELINE).is_file():
+        parts = [folder.name for folder in sorted(path.iterdir()) if (folder / CONFIG).is_file()]
+        raise CheckpointError(
+            f"{label}: this is a pipeline of diffusers, not one model; stack one of its parts: {some(parts)}"
+        )
+    files, promised = _weight_files(path, label)
+    source = from_safetensors(files, label)
+    absent = [name for name in promised if name not in source.infos]
+    if absent:
+        raise CheckpointError(
+            f"{label}: the index promises {some(absent)}, which no shard holds; copy the directory again, or save the "
+            "model again"
+        )
+    folders = [folder.name for folder in sorted(path.iterdir()) if _is_module_with_weights(folder)]
+    notes = [
+        f"{label}: the folder {name!r} holds weights of its own, which are not stacked; copy it beside a merged model"
+        for name in folders
+    ]
     blueprint = blueprint_from_files(companion_files(path), label)
-    source = replace(from_safetensors(_weight_files(path, label), label), blueprint=blueprint)
+    source = replace(source, blueprint=blueprint, notes=tuple(notes))
     check_source(source)  # before its tensors are fitted to the class, which packed ones never do
     return in_class_of(source)
+
+
+def _is_module_with_weights(folder: Path) -> bool:
+    """Whether this is a folder of a sentence-transformers module with weights, such as 2_Dense."""
+    return folder.is_dir() and re.match(r"\d+_", folder.name) is not None and holds_weights(folder)
 
 
 def in_class_of(source: Source, base: Source | None = None) -> Source:
@@ -80,38 +106,46 @@ def class_name(config: Mapping[str, Any]) -> str | None:
     return f"transformers.{architectures[0]}"
 
 
-def _weight_files(path: Path, label: str) -> list[Path]:
-    """The directory's safetensors files; where both the file and an index are there, the file, as transformers does."""
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    index = path / INDEX
-    if index.is_file():
-        shards = _shards(index, label)
-        missing = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
-        if missing:
-            raise CheckpointError(f"{label}: {INDEX} names {missing[0]!r}, which is not in the directory")
-        return [path / shard for shard in shards]
+def _weight_files(path: Path, label: str) -> tuple[list[Path], list[str]]:
+    """The directory's safetensors files, and the tensors that an index promises.
+
+    Where both the file and an index are there, the file, as transformers does.
+    """
+    for weights in WEIGHTS:
+        if (path / weights).is_file():
+            return [path / weights], []
+        index = path / f"{weights}.index.json"
+        if index.is_file():
+            shards = _shards(index, label)
+            names = sorted(set(shards.values()))
+            missing = [shard for shard in names if Path(shard).name != shard or not (path / shard).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{label}: {index.name} names {missing[0]!r}, which is not in the directory"
+                )
+            return [path / shard for shard in names], list(shards)
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return found
+        return found, []
     pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
     advice = (
         "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
         if pickles
-        else f"expected {WEIGHTS} or {INDEX}"
+        else f"expected {WEIGHTS[0]} or {WEIGHTS[0]}.index.json"
     )
     raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
 
 
-def _shards(index: Path, label: str) -> list[str]:
-    """The names of the files that an index spreads the tensors over."""
-    tensors = json_object(index.read_bytes(), INDEX, label).get("weight_map")
+def _shards(index: Path, label: str) -> dict[str, str]:
+    """The file of each tensor, as an index tells it."""
+    tensors = json_object(index.read_bytes(), index.name, label).get("weight_map")
     if (
         not isinstance(tensors, dict)
         or not tensors
         or not all(isinstance(shard, str) for shard in tensors.values())
     ):
         raise CheckpointError(
-            f"{label}: {INDEX} has no 'weight_map' from each tensor to its file; copy it again, or save the model again"
+            f"{label}: {index.name} has no 'weight_map' from each tensor to its file; copy it again, or save the model "
+            "again"
         )
-    return sorted(set(tensors.values()))
+    return tensors

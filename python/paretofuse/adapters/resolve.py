@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from paretofuse.adapters import hf, openclip, quantized
+from paretofuse.adapters import hf, hub, openclip, quantized
 from paretofuse.adapters.peft import files as peft
 from paretofuse.adapters.peft import live
+from paretofuse.engine.engine import Engine
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Source, from_module, from_safetensors, from_state_dict
 from paretofuse.engine.stacking.wrappers import unwrap, unwrapped
@@ -54,8 +55,13 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
         quantized.check_tensors(model, label)
         return from_state_dict(model, label)
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"{label}: got {type(model).__name__}, expected an nn.Module, a state dict or a path")
+        merged = "; stack what it merges: engine.merge(preference)" if isinstance(model, Engine) else ""
+        raise TypeError(
+            f"{label}: got {type(model).__name__}, expected an nn.Module, a state dict or a path{merged}"
+        )
     path = Path(model)
+    if not path.exists():
+        path = hub.cached(str(model), label)
     label = f"{label} ({path})"
     if path.is_file() and path.suffix == ".safetensors":
         return from_safetensors([path], label)
@@ -65,8 +71,6 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
         raise CheckpointError(
             f"{label}: only .safetensors files are read, never pickles; convert it with safetensors.torch.save_file"
         )
-    if not path.is_dir():
-        raise CheckpointError(f"{label}: no such file or directory")
     if (adapter := peft.adapter_folder(path, label)) is not None:
         if base is None:
             raise CheckpointError(

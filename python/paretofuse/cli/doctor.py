@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def examine(full: bool = False) -> Report:
     report.problems += [
         f"{name} is missing; pip install {name}" for name in REQUIRED if report.versions[name] is None
     ]
+    report.problems += _too_old({**report.versions, **report.optional})
     try:
         from paretofuse.engine.merging import native
 
@@ -103,6 +105,26 @@ def examine(full: bool = False) -> Report:
     if full:
         report.torch = _ask_torch()
     return report
+
+
+def _too_old(found: dict[str, str | None]) -> list[str]:
+    """A sentence for each installed package that is older than what this installation's own metadata asks for."""
+    problems = []
+    for line in requires("paretofuse") or ():
+        name, oldest = re.match(r"([\w-]+)[^>;]*(?:>=([\d.]+))?", line).groups()  # type: ignore[union-attr]
+        installed = found.get(name)
+        if installed and oldest and _numbers(installed) < _numbers(oldest):
+            problem = f"{name} {installed} is older than {oldest}; pip install -U '{name}>={oldest}'"
+            problems += [problem] if problem not in problems else []
+    return problems
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, the last zeros left out: 5.0.0.dev1 -> (5,)."""
+    numbers = [int(part) for part in re.match(r"[\d.]*", release).group().split(".") if part]  # type: ignore[union-attr]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _version(name: str) -> str | None:

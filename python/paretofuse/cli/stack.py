@@ -13,8 +13,6 @@ from paretofuse.cli.running import Result, bar, use_threads
 SUMMARY = "stack a base model and its experts into a store"
 EXAMPLE = "paretofuse stack gpt2 --expert cola=gpt2-cola --expert sst2=gpt2-sst2 -o gpt2.store"
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
@@ -37,16 +35,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="weight of every expert in tensors without a router (default: 0.3)",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="dtype of the merged model (default: that of the base)"
+        "--dtype",
+        metavar="DTYPE",
+        help="dtype of the merged model: float32, bfloat16 or float16 (default: that of the base)",
     )
     parser.add_argument(
-        "--delta-dtype", choices=_DTYPES,
+        "--delta-dtype", metavar="DTYPE",
         help="dtype of the stored differences alone (default: that of the merged model)",
     )  # fmt: skip
     parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-misfit",
+        action="store_true",
+        help="stack experts whose configuration makes another model of the same tensors, and say so in a note",
+    )
     parser.add_argument(
         "--force",
         action="store_true",
@@ -57,8 +62,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Stack, and describe what was written."""
-    import torch
-
     from paretofuse.api import stack_to_store
 
     use_threads(options)
@@ -71,10 +74,11 @@ def run(options: argparse.Namespace) -> Result:
             route=options.route,
             init=options.init,
             static_weight=options.static_weight,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
-            delta_dtype=getattr(torch, options.delta_dtype) if options.delta_dtype else None,
+            dtype=options.dtype,
+            delta_dtype=options.delta_dtype,
             heads=options.head,
             force=options.force,
+            allow_misfit=options.allow_misfit,
             progress=update,
         )
     seconds = time.perf_counter() - started
