@@ -12,7 +12,7 @@ from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking.sources import Source
 
 _DECISIVE = re.compile(
-    r"(^model_type$|rope|rotary|theta|eps|heads?$|head_dim|hidden_act|activation|_act$|window|norm|position_embedding|"
+    r"(^model_type$|rope|rotary|theta|eps|heads?$|head_dim|hidden_act|activation|_act$|window|norm|position_embedding_type|"
     r"experts_per_tok|top_k|scal|multiplier|softcap|alibi|causal|is_decoder|pool|layer_types)"
 )
 """Settings that a forward pass computes with, by words in their names; no shape shows them."""

@@ -324,7 +324,7 @@ print(merge_store("store", [1.0], "merged").tensors > 0)
 
 def test_an_old_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_gpt2().save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"got transformers 4\.57\.1, expected at least 5\.0"):
         pf.stack(tmp_path / "base", {"a": tmp_path / "base"})
 
