@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -192,9 +193,14 @@ def in_class(files: Source, name: str, config: dict[str, Any]) -> Source:
         notes.append(
             f"{files.label}: {name} has no use for {some(beside)}; merged models keep what the base has of it"
         )
-    if lacking:
+    # A class may say itself that it fills a tensor without a checkpoint (sinusoidal positions).
+    filled = [
+        re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ]
+    told = [own for own in lacking if not any(pattern.search(own) for pattern in filled)]
+    if told:
         notes.append(
-            f"{files.label}: no file holds {some(lacking)} of {name}; initial values are taken, as by from_pretrained, "
+            f"{files.label}: no file holds {some(told)} of {name}; initial values are taken, as by from_pretrained, "
             "and not merged"
         )
     return replace(
