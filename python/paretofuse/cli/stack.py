@@ -36,11 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         metavar="DTYPE",
         help="dtype of the merged model: float32, bfloat16 or float16 (default: that of the base)",
     )
     parser.add_argument(
-        "--delta-dtype", metavar="DTYPE",
+        "--delta-dtype", type=_dtype, metavar="DTYPE",
         help="dtype of the stored differences alone (default: that of the merged model)",
     )  # fmt: skip
     parser.add_argument(
@@ -85,6 +86,19 @@ def run(options: argparse.Namespace) -> Result:
     text, document = describe(options.output)
     lines = [*(f"note: {note}" for note in notes), text, f"stacked in {seconds:.1f} s"]
     return "\n".join(lines), {**document, "notes": list(notes), "seconds": seconds}, 0
+
+
+def _dtype(text: str) -> str:
+    """A dtype by any of its usual names, as `pf.stack` takes it."""
+    from paretofuse.engine.dtypes import merged_dtype_name
+
+    try:
+        merged_dtype_name(text, "dtype")
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"invalid choice {text!r}, expected float32, bfloat16 or float16"
+        ) from None
+    return text
 
 
 def _named_path(text: str) -> tuple[str, str]:

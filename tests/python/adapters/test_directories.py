@@ -162,8 +162,9 @@ def test_misfits_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "note: expert 'a'" in out
     assert "rms_norm_eps=0.001 instead of 1e-06" in out
     assert "base BF16, deltas F16" in out
-    assert main([*words, "--dtype", "int8"]) == 1
-    assert "got --dtype int8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--dtype", "int8"])
+    assert "argument --dtype: invalid choice 'int8'" in capsys.readouterr().err
 
 
 def test_what_fine_tuning_changes_is_no_misfit(tmp_path: Path) -> None:
