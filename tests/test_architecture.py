@@ -21,7 +21,12 @@ ORDER = [
     # From the ground up: a room may import itself and those of lines above its own; rooms of one line know nothing of
     # each other. A room is the longest name here that a module's name begins with.
     ["paretofuse._C", "paretofuse.kernels"],
-    ["paretofuse.engine.errors", "paretofuse.engine.layout"],
+    [
+        "paretofuse.engine.errors",
+        "paretofuse.engine.layout",
+        "paretofuse.engine.extension",
+        "paretofuse.engine.termination",
+    ],
     ["paretofuse.engine.dtypes", "paretofuse.engine.distributed"],
     ["paretofuse.engine.routing"],
     ["paretofuse.engine.planes"],
@@ -116,7 +121,13 @@ def test_every_folder_of_the_engine_is_a_room_with_a_charter() -> None:
 
 def test_only_one_file_calls_the_extension() -> None:
     callers = [p for p in FILES if any("paretofuse._C" in n for n in imports(p.read_text(encoding="utf-8")))]
-    assert callers == [ROOT / "engine" / "merging" / "native.py"]
+    assert callers == [ROOT / "engine" / "extension.py"]
+
+
+def test_the_extension_works_for_the_store_and_one_file_of_merging() -> None:
+    users = {p for p in FILES if "paretofuse.engine.extension" in imports(p.read_text(encoding="utf-8"))}
+    store = {p for p in users if p.parent == ROOT / "engine" / "store"}
+    assert users - store == {ROOT / "engine" / "merging" / name for name in ("native.py", "disk.py")}
 
 
 def test_only_the_binding_sees_pybind11_and_nothing_sees_torch_or_python() -> None:
@@ -158,11 +169,10 @@ def test_every_public_name_resolves() -> None:
     [
         "layout",
         "routing.preference",
-        "routing.evaluate",
+        "extension",
         "planes.memory",
         "store.atomic",
         "store.safetensors_file",
-        "store.manifest",
         "store.reader",
         "store.writer",
         "merging.native",

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "paretofuse/isa.h"
 #include "paretofuse/merge.h"
 
@@ -137,7 +138,8 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "ParetoFuse's C++ core. Call it through paretofuse.engine.native.";
+  m.doc() = "ParetoFuse's C++ core. Call it through the rooms' files of the name native.py.";
+  pf::bind_store(m);
   py::class_<Planes>(m, "Planes")
       .def(py::init([](Array<std::uint64_t> values, Array<std::uint64_t> factors, Array<std::int64_t> sizes,
                        Array<std::uint8_t> formats, Array<std::uint8_t> dtypes) {

@@ -132,7 +132,7 @@ class BoundStack:
         flat: FlatOutputs | None,
         out: Sequence[Mapping[str, Tensor]],
     ) -> Merger:
-        """Each device's own merger, one after the other."""
+        """Each device's own merger, one after the other; first the files that the stack is mapped from are checked."""
         parts = []
         for device, backend in self.backends.items():
             here = [spec for spec in specs if self.places[spec.name] == device]
@@ -147,6 +147,7 @@ class BoundStack:
             parts.append((device, merge))
 
         def merge_all(weights: Tensor) -> None:
+            self.stack.check()
             for device, merge in parts:
                 merge(weights.to(device))
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paretofuse.engine.store.manifest import own_version
 from paretofuse.engine.store.reader import Store, describe_training
+from paretofuse.engine.store.writer import own_version
 
 CARD = "README.md"
 BASE_CARD = "README-base.md"
@@ -61,16 +61,17 @@ def _card(
     shares = "given as routing weights"
     if preference is not None:
         shares = ", ".join(f"{name} {share:g}" for name, share in preference.items())
-    sums = {path: record.sha256[:16] for path, record in store.manifest.files.items()}
+    paths = [file.path.relative_to(store.path).as_posix() for file in store.files]
+    base, *experts = (store.checksums[path][1][:16] for path in paths)
     digest = hashlib.sha256(np.ascontiguousarray(weights, "<f4").tobytes()).hexdigest()
     rows = {
-        "Base": f"{_name(config) or store.model_class or 'not recorded'} (`{sums[store.manifest.base]}`)",
-        **{f"Expert {name}": f"`{sums[path]}`" for name, path in store.manifest.experts.items()},
+        "Base": f"{_name(config) or store.model_class or 'not recorded'} (`{base}`)",
+        **{f"Expert {name}": f"`{own}`" for name, own in zip(store.layout.objectives, experts, strict=True)},
         "Preference": shares,
         "Head": head or "the base's",
         "Routers": describe_training(store.training) if store.trained else "not trained",
         "Routing weights": f"`{digest}`",
-        "Store": store.manifest.created_by,
+        "Store": store.created_by,
         "Merged by": f"paretofuse {own_version()}, Python {platform.python_version()}, NumPy {np.__version__}",
     }
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())

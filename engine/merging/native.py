@@ -1,4 +1,4 @@
-"""The native CPU backend: the only caller of the C++ extension.
+"""The native CPU backend: the merging half of the C++ extension.
 
 Everything goes by address, so that mapped files, NumPy arrays and tensors of any framework merge alike. The
 caller keeps the memory alive, outputs apart from inputs and from each other, and the lengths right: addresses
@@ -18,15 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from paretofuse.engine.extension import _C
 from paretofuse.engine.planes.memory import Memory
-
-try:
-    from paretofuse import _C
-except ImportError as error:
-    raise ImportError(
-        f"ParetoFuse's native extension could not be loaded ({error}). Build it with `pip install .` (or "
-        "`pip install -e .` in a checkout), which needs a C++17 compiler with OpenMP"
-    ) from error
 
 _DTYPE_CODES = {"F32": 0, "BF16": 1, "F16": 2}
 _FORMAT_CODES = {"dense": 0, "int8": 1, "int4": 2, "lowrank": 3}
@@ -131,7 +124,9 @@ class MergePlan:
             )
         table = np.ascontiguousarray(out, np.uint64)
         by_row = None if row_weights is None else np.ascontiguousarray(row_weights, np.uint64)
-        return self._plan.run(weights, table, row_weights=by_row, threads=_threads(threads), isa=isa or "")
+        return self._plan.run(
+            weights, table, row_weights=by_row, threads=thread_count(threads), isa=isa or ""
+        )
 
 
 def inner(
@@ -168,14 +163,14 @@ def inner(
         columns=length if columns is None else columns,
         by_row=by_row,
         grad_dtype=_dtype_code(grad_dtype),
-        threads=_threads(threads),
+        threads=thread_count(threads),
         isa=isa or "",
     )
 
 
 def copy(dst: int, src: int, nbytes: int, *, threads: int | None = None, isa: str | None = None) -> None:
     """Copy bytes with the stores that merges use: the yardstick of their speed. No overlap, please."""
-    _C.copy(dst, src, nbytes, threads=_threads(threads), isa=isa or "")
+    _C.copy(dst, src, nbytes, threads=thread_count(threads), isa=isa or "")
 
 
 def instruction_sets() -> dict[str, bool]:
@@ -208,7 +203,8 @@ def _planes(planes: Sequence[Memory | None], shape: tuple[int, ...]) -> _C.Plane
     )
 
 
-def _threads(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
+    """The given number of threads, or as many as this process may use."""
     if threads is not None:
         return threads
     if hasattr(os, "sched_getaffinity"):

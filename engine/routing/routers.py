@@ -17,8 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.routing.evaluate import check_init
 from paretofuse.engine.routing.preference import as_preference, is_grid
+
+INITS = ("identity", "sqrt", "constant")
+"""What the MLP's output is added to: the preference r, its square root, or nothing."""
+
+
+def check_init(init: str) -> None:
+    """ValueError unless it is one of INITS."""
+    if init not in INITS:
+        raise ValueError(f"got init={init!r}, expected one of {', '.join(INITS)}")
 
 
 class GroupedLinear(nn.Module):

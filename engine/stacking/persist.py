@@ -159,6 +159,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
         tuple({n: Dense(t) for n, t in _tensors(own, device).items()} for own in store.deltas),
         {objective: _tensors(own, device) for objective, own in store.heads.items()},
         store.release if device.type == "cpu" else lambda names: None,
+        store.check_unchanged if device.type == "cpu" else lambda: None,
     )
     routers = Routers(layout.groups, layout.objectives, store.init, constant=layout.static_weight)
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})

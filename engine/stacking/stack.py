@@ -37,6 +37,8 @@ class Stack:
         heads: for each objective, its own tensors by name.
         release: lets the system drop the pages of base and planes of the named tensors where they are mapped from
             files, which are read again when touched; does nothing elsewhere.
+        check: raises StoreError if a file that base or deltas are mapped from was rewritten in place or truncated; does
+            nothing elsewhere.
     """
 
     layout: Layout
@@ -44,6 +46,7 @@ class Stack:
     planes: tuple[dict[str, Plane], ...]
     heads: dict[str, dict[str, Tensor]]
     release: Callable[[Iterable[str]], None] = field(default=lambda names: None)
+    check: Callable[[], None] = field(default=lambda: None)
 
 
 def build(plan: Plan, device: torch.device | None) -> Stack:

@@ -12,6 +12,7 @@ model/...                       config, generation config and tokenizer files, a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -22,16 +23,16 @@ from typing import Any
 import numpy as np
 
 from paretofuse.engine.errors import StoreError
-from paretofuse.engine.layout import Layout
-from paretofuse.engine.routing.evaluate import check_routers, was_trained
-from paretofuse.engine.store.manifest import FileRecord, Manifest, read_manifest
+from paretofuse.engine.extension import _C
+from paretofuse.engine.layout import Layout, TensorSpec
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 _BLOCK = 1 << 20
-_ATTEMPTS = 5  # a store may be replaced while it is opened; parts of two must not mix
+_ZERO_AT_START = {"constant": ("hidden.bias",)}
+"""Router parameters that `Routers.reset` sets to zero, by init; these for all others."""
 
 
 class Store:
@@ -39,11 +40,13 @@ class Store:
 
     Attributes:
         path: its directory.
-        manifest: what manifest.json says.
+        core: the store in C++, which reads everything.
         layout: objectives, static weight and tensor table.
         init: what the routers add to: "identity", "sqrt" or "constant".
         model_class: qualified name of the base model's class, if it had one.
         training: how the routers were trained (steps, method, data, versions); None if that is not recorded.
+        created_by: the program and version that wrote it, for people.
+        checksums: size in bytes and SHA-256 (hexadecimal) of every file but the manifest, by path in the store.
         files: the mapped files: the base first, then one for each expert in the objectives' order.
         base: every stored tensor of the base by name.
         deltas: for each objective, its deltas by tensor name; a missing one is zero.
@@ -51,68 +54,69 @@ class Store:
         routers: the routers' parameters, float32, as copies.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, core: _C.Store) -> None:
         """Use `Store.open`."""
-        self.path = root
-        self.manifest = manifest
-        self.layout: Layout = manifest.layout
-        self.init = manifest.init
-        self.model_class = manifest.model_class
-        self.training = manifest.training
-        for path, record in manifest.files.items():
-            _check_file(root, path, record)
-        names = (manifest.base, *manifest.experts.values())
-        self.files = tuple(SafetensorsFile(root / name) for name in names)
-        self.base: Mapping[str, TensorView] = self.files[0].tensors
-        self.deltas: list[Mapping[str, TensorView]] = [file.tensors for file in self.files[1:]]
+        self.path = path
+        self.core = core
+        specs = tuple(TensorSpec(*entry) for entry in core.specs)
+        self.layout = Layout(tuple(core.objectives), specs, core.static_weight)
+        self.init = core.init
+        self.model_class = core.model_class or None
+        self.training: dict[str, Any] | None = json.loads(core.training) if core.training else None
+        self.created_by = core.created_by
+        self.checksums = core.files
+        self.files: tuple[SafetensorsFile, ...] = (core.base, *core.experts)
+        self.base, *self.deltas = (file.tensors for file in self.files)
         self.heads: dict[str, Mapping[str, TensorView]] = {
-            objective: SafetensorsFile(root / name).tensors for objective, name in manifest.heads.items()
+            objective: file.tensors for objective, file in core.heads.items()
         }
-        self._check_tables()
-        self.routers = self._read_routers()
+        self.routers = core.routers
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
-        """Open a store; nothing but headers and routers is read.
+        """Open a store; nothing but manifest, headers and routers is read.
 
         Raises:
             StoreError: not a store, of a newer version, or its files are missing, truncated or contradict the
                 manifest; says which file and what to do.
         """
-        root = Path(path)
-        for _ in range(_ATTEMPTS):
-            directory = _identity(root)
-            try:
-                store = cls(root, read_manifest(root))
-            except StoreError:
-                if _identity(root) == directory:
-                    raise
-            else:
-                if _identity(root) == directory:
-                    return store
-        raise StoreError(f"{root}: is being replaced again and again; try once more when that is over")
+        return cls(Path(path), _C.Store(path))
 
     @property
     def trained(self) -> bool:
         """Whether the routers are another than those that `pf.stack` starts with, or a training is recorded."""
         return self.training is not None or was_trained(self.init, self.routers)
 
+    def routing_weights(self, preference: np.ndarray) -> np.ndarray:
+        """The routers at a preference [E], as from `as_preference`: the routing weights, float32 [G, E].
+
+        Computed in float64 and rounded once, as the routers in torch are. Raises ValueError for no preference.
+        """
+        return self.core.routing_weights([float(share) for share in preference])
+
     def model_files(self, head: str | None = None) -> dict[str, bytes]:
         """The model's own files (config.json and the like) by name, with those of a head in their place."""
-        names = {name: self.manifest.model_path(name) for name in self.manifest.model_files}
-        if head is not None:
-            names |= {
-                name: self.manifest.model_path(name, head) for name in self.manifest.head_files.get(head, ())
-            }
-        return {name: (self.path / path).read_bytes() for name, path in names.items()}
+        return self.core.model_files(head or "")
 
     def release(self, names: Iterable[str]) -> None:
         """Let the system drop the pages of these tensors in base and deltas; touching them reads them again."""
         for name in names:
-            for file in self.files:
-                view = file.tensors.get(name)
+            for file, views in zip(self.files, (self.base, *self.deltas), strict=True):
+                view = views.get(name)
                 if view is not None:
                     file.release(view.offset, view.offset + view.nbytes)
+
+    def check_unchanged(self) -> None:
+        """Check that the mapped files of base and experts are what they were when they were opened.
+
+        Their sizes and times of modification are looked at, and their content only where a time is another: a file
+        that was merely touched is fine. Flipped bits under an unchanged time are found by `verify` alone.
+
+        Raises:
+            StoreError: a file was rewritten in place or truncated; reading it on would give other numbers, or end
+                the process (SIGBUS).
+        """
+        self.core.check_unchanged()
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read every file and compare its size and checksum with the manifest.
@@ -123,7 +127,7 @@ class Store:
         Raises:
             StoreError: a file was altered, truncated or is missing; names it.
         """
-        total = sum(record.bytes for record in self.manifest.files.values())
+        total = sum(size for size, _ in self.checksums.values())
         done, lock = 0, threading.Lock()
 
         def count(size: int) -> None:
@@ -133,52 +137,30 @@ class Store:
                 if progress is not None:
                     progress(done, total)
 
-        def check(item: tuple[str, FileRecord]) -> None:
-            path, record = item
-            _check_file(self.path, path, record)
-            if sha256_of(self.path / path, count) != record.sha256:
+        def check(path: str) -> None:
+            size, digest = self.checksums[path]
+            file = self.path / path
+            try:
+                same = file.stat().st_size == size and sha256_of(file, count) == digest
+            except OSError as error:
                 raise StoreError(
-                    f"{self.path / path}: its checksum is not the manifest's, so it was altered after it "
-                    "was written; restore it or create the store again"
+                    f"{file}: cannot be read ({error.strerror}); restore it or create the store again"
+                ) from error
+            if not same:
+                raise StoreError(
+                    f"{file}: its checksum is not the manifest's, so it was altered after it was written; restore it "
+                    "or create the store again"
                 )
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(check, self.manifest.files.items()):
+            for _ in pool.map(check, self.checksums):
                 pass
 
-    def _check_tables(self) -> None:
-        by_name = {spec.name: spec for spec in self.layout.tensors}
-        for file, views in zip(self.files, (self.base, *self.deltas), strict=True):
-            is_base = views is self.base
-            for name, view in views.items():
-                spec = by_name.get(name)
-                if spec is None or (spec.role == "constant" and not is_base):
-                    raise StoreError(
-                        f"{file.path}: tensor {name!r} is not in the manifest's table of them; {_AGAIN}"
-                    )
-                dtype = spec.dtype if is_base else spec.delta_dtype
-                if (view.dtype, view.shape) != (dtype, spec.shape):
-                    raise StoreError(
-                        f"{file.path}: tensor {name!r} is {view.dtype} {list(view.shape)}, the manifest says "
-                        f"{dtype} {list(spec.shape)}; {_AGAIN}"
-                    )
-        missing = [name for name in by_name if name not in self.base]
-        if missing:
-            raise StoreError(
-                f"{self.files[0].path}: tensor {missing[0]!r} of the manifest is missing; {_AGAIN}"
-            )
 
-    def _read_routers(self) -> dict[str, np.ndarray]:
-        path = self.path / self.manifest.routers
-        views = SafetensorsFile(path).tensors
-        shapes = {name: view.shape for name, view in views.items()}
-        try:
-            check_routers(shapes, self.init, len(self.layout.groups), len(self.layout.objectives))
-        except ValueError as error:
-            raise StoreError(f"{path}: {error}; {_AGAIN}") from error
-        if any(view.dtype != "F32" for view in views.values()):
-            raise StoreError(f"{path}: router parameters should be F32; {_AGAIN}")
-        return {name: view.data.view(np.float32).reshape(view.shape).copy() for name, view in views.items()}
+def was_trained(init: str, routers: Mapping[str, np.ndarray]) -> bool:
+    """Whether router parameters that start at zero are zero no more."""
+    zero = _ZERO_AT_START.get(init, ("output.weight", "output.bias"))
+    return any(routers[name].any() for name in zero if name in routers)
 
 
 def describe_training(training: Mapping[str, Any] | None) -> str:
@@ -191,34 +173,6 @@ def describe_training(training: Mapping[str, Any] | None) -> str:
         if isinstance(value, str | int | float) and len(str(value)) <= 40
     }
     return ", ".join(f"{name} {value}" for name, value in plain.items()) or "recorded"
-
-
-_AGAIN = "create the store again"
-
-
-def _identity(root: Path) -> tuple[int, int] | None:
-    try:
-        found = root.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _check_file(root: Path, path: str, record: FileRecord) -> None:
-    full = root / path
-    try:
-        size = full.stat().st_size
-    except OSError as error:
-        raise StoreError(f"{full}: cannot be read ({error.strerror}); restore it or {_AGAIN}") from error
-    if not full.resolve().is_relative_to(root.resolve()):
-        raise StoreError(f"{full}: points outside of the store; put the file itself there")
-    if not full.is_file():
-        raise StoreError(f"{full}: not a file; {_AGAIN}")
-    if size != record.bytes:
-        state = "truncated" if size < record.bytes else "altered"
-        raise StoreError(
-            f"{full}: has {size} bytes, the manifest says {record.bytes}: it was {state}; {_AGAIN}"
-        )
 
 
 def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:

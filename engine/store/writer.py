@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import operator
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,21 +17,20 @@ from typing import Any
 import numpy as np
 
 from paretofuse.engine.errors import StoreError
+from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout
-from paretofuse.engine.routing.evaluate import was_trained
-from paretofuse.engine.store.atomic import beside, place_directory, replaceable, sync, sync_tree
-from paretofuse.engine.store.manifest import (
-    BASE,
-    MANIFEST,
-    ROUTERS,
-    FileRecord,
-    Manifest,
-    file_stems,
-    is_model_file,
-    read_manifest,
-)
-from paretofuse.engine.store.reader import Store, describe_training, sha256_of
+from paretofuse.engine.store.atomic import Fresh
+from paretofuse.engine.store.reader import Store, describe_training, sha256_of, was_trained
 from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
+from paretofuse.engine.termination import termination_raises
+
+VERSION = 1
+MANIFEST = "manifest.json"
+BASE = "base.safetensors"
+ROUTERS = "routers.safetensors"
+
+is_model_file = _C.is_model_file
+"""Whether a file of this name may stand beside a merged model's weights: a safe path, and no weights itself."""
 
 _METADATA = {"format": "pt"}
 
@@ -45,7 +46,7 @@ def is_store(path: Path) -> bool:
 def _foreign_file(path: Path) -> str | None:
     """A file in a store's directory that is not the store's, if there is one."""
     try:
-        own = {MANIFEST, *read_manifest(path).files}
+        own = {MANIFEST, *Store.open(path).checksums}
     except StoreError:  # damaged or of another version: which files are its own, only their places tell
         own = None
     for file in sorted(path.rglob("*")):
@@ -63,7 +64,8 @@ class StoreWriter:
     """Writes a store beside its place and puts it there whole when it is finished.
 
     A context manager: leaving it before `finish`, by an exception or not, removes what was written and leaves
-    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial`.
+    an older store at `path` as it was. A killed process leaves the directory `.<name>.<random>.partial`, which the next
+    writer of that store sweeps away.
     """
 
     def __init__(
@@ -79,24 +81,26 @@ class StoreWriter:
         Raises:
             ValueError: something stands there that is no store.
         """
-        self.path = replaceable(Path(path))
+        self.path = Path(path)
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
         self._force = force
         self._check_target()
-        self._stems = file_stems(self.objectives)
+        self._stems = _C.file_stems(self.objectives)
         self._experts: dict[str, str] = {}
         self._heads: dict[str, str] = {}
         self._model_files: list[str] = []
         self._head_files: dict[str, list[str]] = {}
         self._init: str | None = None
         self._training: dict[str, Any] | None = None
-        self._records: dict[str, Future[FileRecord]] = {}
+        self._records: dict[str, Future[dict[str, Any]]] = {}
         # One thread checksums and syncs a finished file while the next one is written.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="paretofuse-store")
-        self._root: Path | None = beside(self.path)
-        self._root.mkdir()
+        self._fresh = Fresh(self.path, directory=True)
+        self.path = self._fresh.target
+        self._root: Path | None = self._fresh.path
+        self._signals = ExitStack()
 
     def write_base(self, tensors: Iterable[TensorData]) -> None:
         """Write the base: (name, dtype, shape, bytes in pieces) each; larger elements should come first."""
@@ -167,24 +171,27 @@ class StoreWriter:
             parts += ["routers"] if self._init is None else []
             parts += ["base"] if BASE not in self._records else []
             raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
-        manifest = Manifest(
-            layout=layout,
-            init=self._init,
-            base=BASE,
-            routers=ROUTERS,
-            experts=self._experts,
-            heads=self._heads,
-            model_class=model_class,
-            model_files=tuple(self._model_files),
-            head_files={name: tuple(names) for name, names in self._head_files.items()},
-            files={path: record.result() for path, record in self._records.items()},
-            training=self._training,
-        )
-        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        document = {
+            "format": "paretofuse",
+            "version": VERSION,
+            "created_by": f"paretofuse {own_version()}",
+            "objectives": self.objectives,
+            "static_weight": layout.static_weight,
+            "routers": {"init": self._init, "file": ROUTERS},
+            "base": BASE,
+            "experts": self._experts,
+            "heads": self._heads,
+            "model": {"class": model_class, "files": self._model_files, "heads": self._head_files},
+            "tensors": [asdict(spec) for spec in layout.tensors],
+            "files": {path: record.result() for path, record in self._records.items()},
+        }
+        if self._training is not None:
+            document["training"] = self._training
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        (root / MANIFEST).write_text(text, encoding="utf-8")
         Store.open(root)  # what could not be opened again must not replace an older store
-        sync_tree(root)
         self._check_target()
-        place_directory(root, self.path)
+        self._fresh.place()
         self._root = None
         self._pool.shutdown()
 
@@ -252,15 +259,16 @@ class StoreWriter:
         self._records[path] = self._pool.submit(_seal, full)
 
     def __enter__(self) -> StoreWriter:
+        self._signals.enter_context(termination_raises())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
-            self._root = None
+        self._fresh.discard()
+        self._root = None
+        self._signals.__exit__(kind, error, trace)
 
 
 def _plain(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -276,6 +284,15 @@ def _plain(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return plain
 
 
-def _seal(path: Path) -> FileRecord:
-    sync(path)
-    return FileRecord(path.stat().st_size, sha256_of(path))
+def _seal(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def own_version() -> str:
+    """This installation's version; "unknown" where it was never installed."""
+    try:
+        return version("paretofuse")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

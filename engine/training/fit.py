@@ -23,11 +23,11 @@ from paretofuse.engine.evaluation.objective import Objective, Objectives, as_obj
 from paretofuse.engine.evaluation.progress import progress_bar
 from paretofuse.engine.routing.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
+from paretofuse.engine.termination import termination_raises
 from paretofuse.engine.training import random_state
 from paretofuse.engine.training.log import open_log
 from paretofuse.engine.training.run import Record, Run
 from paretofuse.engine.training.settings import Settings, check_number
-from paretofuse.engine.training.termination import termination_raises
 from paretofuse.engine.training.validation import Validation
 
 

@@ -1,7 +1,9 @@
 // Runs a package of `paretofuse export` and switches its weights in place. Needs libtorch.
 //
-//     aoti STORE MODEL.pt2 INPUT ROWS COLUMNS      INPUT: ROWS x COLUMNS numbers, float32, as they lie in
-//     memory
+//     aoti STORE MODEL.pt2 INPUT ROWS COLUMNS
+//
+// INPUT: ROWS x COLUMNS numbers as they lie in memory, float32 or, for models that read tokens, int64; its
+// size tells.
 //
 // The package's constants are pointed at the engine's memory once; from then on a switch of the engine is all
 // it takes. Prints the model's first output at three preferences.
@@ -54,10 +56,9 @@ void run(char** arguments) {
   std::ifstream file(arguments[3], std::ios::binary);
   std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   const std::vector<std::int64_t> shape{std::atoll(arguments[4]), std::atoll(arguments[5])};
-  if (static_cast<std::int64_t>(bytes.size()) != shape[0] * shape[1] * 4) {
-    throw std::invalid_argument("the input has another size");
-  }
-  const at::Tensor input = at::from_blob(bytes.data(), shape, at::kFloat);
+  const auto size = static_cast<std::int64_t>(bytes.size()), count = shape[0] * shape[1];
+  if (size != count * 4 && size != count * 8) throw std::invalid_argument("the input has another size");
+  const at::Tensor input = at::from_blob(bytes.data(), shape, size == count * 4 ? at::kFloat : at::kLong);
   for (const double share : {1.0, 0.25, 0.0}) {
     engine.switch_to({share, 1 - share});
     const at::Tensor output = model.run({input}).at(0).to(at::kFloat).contiguous();

@@ -20,9 +20,8 @@ from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.planes.choose import parse
-from paretofuse.engine.routing.evaluate import check_init
 from paretofuse.engine.routing.groups import Route
-from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.routers import Routers, check_init
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize

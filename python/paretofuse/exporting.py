@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.export.graph_signature import InputKind
 from paretofuse.adapters import hf
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.routing.preference import Preference, as_preference
+from paretofuse.engine.store.atomic import fresh_named
 
 _INLINED = 8  # AOTInductor writes vectors of up to so many numbers into the code
 
@@ -61,14 +61,11 @@ def export(
     if target.suffix != ".pt2":
         raise ValueError(f"got path {str(path)!r}, expected a name that ends in .pt2")
     program = _program(engine, inputs, dynamic, preference, head)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".paretofuse-") as folder:
-        package = Path(folder) / target.name
+    with fresh_named(target) as package:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(package), inductor_configs=dict(_COMPILER)
         )
         _check_constants(program, engine, package)
-        package.replace(target)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import torch
 
 import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
-from paretofuse.engine.routing.evaluate import routing_weights
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tests.support import cpplib
@@ -122,18 +122,20 @@ def test_a_gpt2_store(library: Library, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", ["identity", "sqrt", "constant"])
 @pytest.mark.parametrize("experts", [1, 2, 3, 4, 7, 8, 9, 20, 70])
-def test_routers_give_the_bits_of_numpy(library: Library, tmp_path: Path, init: str, experts: int) -> None:
-    # 70 experts have 140 hidden units, which NumPy sums in halves.
+def test_routers_give_pythons_numbers(library: Library, tmp_path: Path, init: str, experts: int) -> None:
     base = {f"w{i}": torch.randn(3) for i in range(5)}
     models = {f"e{e}": {name: t + 1 for name, t in base.items()} for e in range(experts)}
-    trained(pf.stack(base, models, route="tensor", init=init), experts).save(tmp_path / "store")
+    python = trained(pf.stack(base, models, route="tensor", init=init), experts)
+    python.save(tmp_path / "store")
     opened = Store.open(tmp_path / "store")
     engine = library.open(tmp_path / "store")
     random = np.random.default_rng(experts)
     for _ in range(50):
         preference = random_preference(random, experts)
-        truth = routing_weights(opened.routers, init, np.array(preference))
-        assert engine.routing_weights(preference).tobytes() == truth.tobytes()
+        truth = python.routers(preference).detach().numpy()
+        ours = opened.routing_weights(np.array(preference))
+        np.testing.assert_array_max_ulp(ours, truth, maxulp=1)
+        assert engine.routing_weights(preference).tobytes() == ours.tobytes()
 
 
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(library: Library, store: Path) -> None:
@@ -200,13 +202,20 @@ def test_written_files_hold_what_python_writes(
     engine.switch([1.0, 0.0])
     engine.write(out, head)  # replaces the file in one step
     assert [path.name for path in out.parent.iterdir()] == ["model.safetensors"]
-    with pytest.raises(LibraryError, match='got head "c"'):
+    with pytest.raises(LibraryError, match="got head 'c', expected one that the store has: 'a', 'b'"):
         engine.write(out, "c")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(LibraryError, match="which exists"):
+    with pytest.raises(LibraryError, match=r"holds another file \(notes.txt\)"):
         engine.write(tmp_path / "full")
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "mine.safetensors")
+    with pytest.raises(LibraryError, match="was not written by a merge"):
+        engine.write(tmp_path / "mine.safetensors")
+    assert set(safetensors.torch.load_file(tmp_path / "mine.safetensors")) == {"w"}
+    with pytest.raises(LibraryError, match="expected the name of a file or directory") as error:
+        engine.write("")
+    assert error.value.status == Library.INVALID
     with pytest.raises(LibraryError) as error:
         engine.write(tmp_path / "full" / "notes.txt" / "model.safetensors")  # below a file
     assert error.value.status == Library.SYSTEM
@@ -314,6 +323,10 @@ def test_null_arguments_are_refused(library: Library, store: Path) -> None:
         with pytest.raises(LibraryError, match="got null") as error:
             library.call(name, *arguments)
         assert error.value.status == Library.INVALID
+    for count in (2**61, 2**64 - 1):
+        with pytest.raises(LibraryError, match="out of range") as error:
+            library.call("switch", engine.handle, cpplib.doubles([1, 0, 0])[0], ctypes.c_uint64(count))
+        assert error.value.status == Library.INVALID
     library.c.paretofuse_close(None)
     library.c.paretofuse_release(None)
     assert library.c.paretofuse_tensor_count(None) == 0
@@ -335,13 +348,33 @@ def test_a_file_that_changes_after_it_was_mapped_is_noticed(
         shutil.rmtree(path)
 
 
+def test_a_file_that_was_merely_touched_is_as_good_as_before(
+    library: Library, store: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(store, path)
+    engine = library.open(path)
+    engine.switch([1.0, 0.0, 0.0])
+    before = engine.tensors()
+    victim = path / "experts" / "b.safetensors"
+    os.utime(victim, (1, 1))
+    engine.switch([1.0, 0.0, 0.0])
+    assert_same_bits(engine.tensors(), {name: torch.from_numpy(a) for name, a in before.items()})
+    with open(victim, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    os.utime(victim, (2, 2))
+    with pytest.raises(LibraryError, match="was changed after it was opened"):
+        engine.switch([1.0, 0.0, 0.0])
+
+
 def test_a_store_that_is_replaced_goes_on_as_it_was(library: Library, tmp_path: Path) -> None:
     path = net_store(tmp_path / "store")
     engine = library.open(path)
     truth = pf.load(path).merge_state_dict([0.2, 0.3, 0.5])
     truth = {name: tensor.clone() for name, tensor in truth.items()}
     base, experts = net_and_experts(seed=9)
-    pf.stack(base, experts).save(path)
+    pf.stack(base, experts).save(path, force=True)
     engine.switch([0.2, 0.3, 0.5])
     assert_same_bits(engine.tensors(), truth)
     assert library.open(path).routing_weights([0.2, 0.3, 0.5])[0] == pytest.approx([0.2, 0.3, 0.5])

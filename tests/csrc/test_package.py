@@ -116,6 +116,21 @@ def test_a_consumer_by_pkg_config(prefix: Path, two_experts: Path, tmp_path: Pat
     assert float(printed.split()[0]) == truth(two_experts)
 
 
+def test_a_static_consumer_by_pkg_config(prefix: Path, two_experts: Path, tmp_path: Path) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("needs pkg-config")
+    (folder,) = {path.parent for path in prefix.rglob("paretofuse.pc")}
+    environment = {"PKG_CONFIG_PATH": str(folder)}
+    private = run("pkg-config", "--static", "--libs", "paretofuse", **environment).split()
+    (archive,) = folder.parent.glob("libparetofuse.a")
+    flags = [str(archive) if flag == "-lparetofuse" else flag for flag in private]
+    (tmp_path / "program.c").write_text(C_PROGRAM)
+    include = run("pkg-config", "--cflags", "paretofuse", **environment).split()
+    # The C compiler adds neither the C++ library nor OpenMP's by itself.
+    run("cc", tmp_path / "program.c", "-o", tmp_path / "program", *include, *flags)
+    assert float(run(tmp_path / "program", two_experts).split()[0]) == truth(two_experts)
+
+
 @pytest.mark.slow
 def test_a_consumer_by_add_subdirectory_of_what_the_wheel_carries(two_experts: Path, tmp_path: Path) -> None:
     _, wheel = distributions()
@@ -158,10 +173,10 @@ def test_size_soname_and_symbols(prefix: Path, tmp_path: Path) -> None:
 
 
 def test_python_and_cmake_build_the_same_core() -> None:
-    """The extension's sources are those of the core library; the library proper adds its own folder."""
+    """The extension's sources are those of the core library and the store; the library proper adds its own folder."""
     setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "csrc" / "CMakeLists.txt").read_text()
     assert 'Path("csrc/src", room).glob("*.cpp")' in setup
-    assert all(f"/src/{room}/*.cpp" in cmake for room in ("core", "simd"))
+    assert all(f"/src/{room}/*.cpp" in cmake for room in ("core", "simd", "store"))
     for flag in ("-O3", "-ffp-contract=off", "-Wall", "-Wextra"):
         assert flag in setup
         assert flag in cmake

@@ -164,6 +164,25 @@ def test_an_exported_package_switches_in_cpp(prefix: Path, small_store: Path, tm
         torch.testing.assert_close(torch.tensor(numbers[1:]).view(3, 4), truth)
 
 
+@pytest.mark.slow
+def test_the_guides_first_export_runs_in_cpp(prefix: Path, tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    store, package = tmp_path / "gpt2.store", tmp_path / "gpt2.pt2"
+    pf.stack(base, {"a": perturbed(base, 1, 0.02), "b": perturbed(base, 2, 0.02)}).save(store)
+    guide = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    assert re.search(r"^    paretofuse export gpt2.store -o gpt2.pt2 ", guide, re.M)
+    assert main(["export", str(store), "-o", str(package), "--quiet"]) == 0
+    tokens = torch.randint(0, 101, (2, 7), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "input").write_bytes(tokens.numpy().tobytes())
+    lines = run(build(prefix, "aoti"), store, package, tmp_path / "input", "2", "7").splitlines()
+    engine = pf.load(store)
+    for share, line in zip((1.0, 0.25, 0.0), lines, strict=True):
+        numbers = torch.tensor([float(word) for word in line.split()[1:]])
+        with torch.no_grad():
+            truth = engine.merge([share, 1 - share])(tokens).logits
+        torch.testing.assert_close(numbers.view(truth.shape), truth, rtol=1e-4, atol=1e-5)
+
+
 def test_text_models_need_no_example_inputs() -> None:
     base = tiny_gpt2()
     engine = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)})

@@ -14,7 +14,6 @@ import torch
 
 import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
-from paretofuse.engine.routing.evaluate import routing_weights
 from paretofuse.engine.store.reader import Store
 from tests.support.models import perturbed, tiny_gpt2
 
@@ -65,7 +64,7 @@ def test_it_says_what_the_model_was_made_of(store: Path, tmp_path: Path) -> None
     assert told["Preference"] == "news 0.7, poems 0.3"
     assert told["Routers"] == "method ls, steps 7"
     opened = Store.open(store)
-    weights = np.asarray(routing_weights(opened.routers, opened.init, np.array([0.7, 0.3])), "<f4")
+    weights = np.asarray(opened.routing_weights(np.array([0.7, 0.3])), "<f4")
     assert told["Routing weights"] == f"`{hashlib.sha256(weights.tobytes()).hexdigest()}`"
     assert told["Merged by"].startswith(f"paretofuse {pf.__version__}, Python 3.")
 

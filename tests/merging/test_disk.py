@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout, TensorSpec
 from paretofuse.engine.merging import disk, native
 from paretofuse.engine.merging.disk import merge_store
-from paretofuse.engine.routing.evaluate import routing_weights
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.writer import StoreWriter
@@ -111,18 +111,6 @@ def parts() -> Parts:
     return Parts(seed=5)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = disk._aligned
-
-    def poisoned(nbytes: int) -> np.ndarray:
-        buffer = plain(nbytes)
-        buffer[...] = 0xFF  # NaN in every dtype
-        return buffer
-
-    monkeypatch.setattr(disk, "_aligned", poisoned)
-
-
 @pytest.mark.parametrize("batch", [8, 24, 64, 1 << 20])
 @pytest.mark.parametrize("order", [1, -1])
 def test_against_float64(
@@ -164,35 +152,32 @@ def test_weights_instead_of_a_preference(tmp_path: Path, parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("init", ["identity", "sqrt", "constant"])
-def test_routers_without_torch_agree_with_torch(init: str) -> None:
-    generator = torch.Generator().manual_seed(11)
-    routers = Routers(("a", "b", "c"), ("x", "y"), init, seed=3)
+@pytest.mark.parametrize("experts", [1, 2, 7, 40])
+def test_routers_without_torch_agree_with_torch(tmp_path: Path, init: str, experts: int) -> None:
+    objectives = tuple(f"e{e}" for e in range(experts))
+    specs = tuple(TensorSpec(f"w{g}", (1,), "F32", "routed", f"g{g}", "F32") for g in range(3))
+    layout = Layout(objectives, specs, 0.3)
+    generator = torch.Generator().manual_seed(experts)
+    routers = Routers(layout.groups, objectives, init, seed=3)
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    arrays = {name: tensor.numpy() for name, tensor in routers.state_dict().items()}
-    for share in (0.0, 0.123456789, 0.5, 1.0):
-        preference = np.array([share, 1 - share])
+    with StoreWriter(tmp_path / "store", objectives=objectives) as writer:
+        writer.write_routers(init, {name: tensor.numpy() for name, tensor in routers.state_dict().items()})
+        writer.write_base([(s.name, s.dtype, s.shape, [bytes(4)]) for s in specs])
+        for objective in objectives:
+            writer.write_expert(objective, [])
+        writer.finish(layout)
+    store = Store.open(tmp_path / "store")
+    for seed in range(20):
+        preference = np.random.default_rng(seed).dirichlet(np.ones(experts))
         with torch.no_grad():
             expected = routers(preference).numpy()
-        got = routing_weights(arrays, init, preference)
-        assert got.dtype == np.float32
-        np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda p: p.pop("hidden.bias"), "router parameters"),
-        (lambda p: p.update(more=p["hidden.bias"]), "router parameters"),
-        (lambda p: p.update({"output.weight": p["hidden.weight"]}), "output.weight"),
-    ],
-)
-def test_routers_that_do_not_fit(change: Any, words: str) -> None:
-    arrays = {n: t.numpy() for n, t in Routers(("a", "b", "c"), ("x", "y")).state_dict().items()}
-    change(arrays)
-    with pytest.raises(ValueError, match=words):
-        routing_weights(arrays, "identity", np.array([0.5, 0.5]))
+        got = store.routing_weights(preference)
+        assert (got.dtype, got.shape) == (np.float32, (3, experts))
+        np.testing.assert_array_max_ulp(got, expected, maxulp=1)
+    with pytest.raises(ValueError, match="sum"):
+        store.routing_weights(np.full(experts, 2.0))
 
 
 def test_heads(tmp_path: Path, parts: Parts) -> None:
@@ -246,22 +231,40 @@ def test_models_that_no_merge_wrote_are_not_replaced(tmp_path: Path, parts: Part
 
 
 @pytest.mark.parametrize("target", ["out", "out.safetensors"])
-def test_a_failure_leaves_the_earlier_merge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Parts, target: str
-) -> None:
+def test_a_failure_leaves_the_earlier_merge(tmp_path: Path, parts: Parts, target: str) -> None:
     store = parts.write(tmp_path / "store")
     out = merge_store(store, {"x": 1}, tmp_path / target).path
     weights = out / "model.safetensors" if out.is_dir() else out
     before = weights.read_bytes()
 
-    def fails(writer: object, batch: object, buffer: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fails(done: int, total: int) -> None:
+        raise RuntimeError("enough")
 
-    monkeypatch.setattr(disk, "_write_batch", fails)
-    with pytest.raises(OSError, match="No space left"):
-        merge_store(store, {"y": 1}, out)
+    with pytest.raises(RuntimeError, match="enough"):
+        merge_store(store, {"y": 1}, out, progress=fails)
     assert weights.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([target, "store"])
+
+
+@pytest.mark.parametrize("limit", [100, 3000])
+def test_a_disk_without_space_is_told_with_the_file(tmp_path: Path, parts: Parts, limit: int) -> None:
+    # A limit on the size of files is what a full disk looks like to a process, up to the error's number.
+    store = parts.write(tmp_path / "store")
+    script = f"""
+import resource, signal
+from paretofuse.engine.merging.disk import merge_store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    merge_store({str(store)!r}, {{"x": 1}}, {str(tmp_path / "out.safetensors")!r})
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    number, name = done.stdout.split(maxsplit=1)
+    assert int(number) == errno.EFBIG
+    assert name.startswith(str(tmp_path / ".out.safetensors."))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ class Engine:
             "merge_into", self.handle, *doubles(preference), table, ctypes.c_uint64(len(targets))
         )
 
-    def write(self, path: Path, head: str | None = None) -> None:
+    def write(self, path: Path | str, head: str | None = None) -> None:
         """Write a model."""
         self.library.call("write", self.handle, str(path).encode(), head.encode() if head else None)
 

@@ -14,10 +14,12 @@
 // engine's own weights (tensor, write). For one preference in each request use acquire.
 //
 // Files: a store is mapped, not copied. Replacing a store by `paretofuse stack`, pf.Engine.save or a rename
-// is safe while it is open: the engine keeps the old files. Every merge first checks that no mapped file has
-// changed in size or time of modification, and throws StoreError if one has: open the store again. A file
-// that is truncated in the very moment of a merge kills the process (SIGBUS), as it does with every mapped
-// file: write stores by renaming, or open a copy.
+// is safe while it is open: the engine keeps the old files. Every merge first checks that no mapped file was
+// rewritten in place or truncated, and throws StoreError if one was: open the store again. It looks at sizes
+// and times of modification, and at the content (SHA-256) where only the time is another, so that a file may
+// be touched. Bits that flip under an unchanged time are found by Options::verify alone. A file that is
+// truncated in the very moment of a merge kills the process (SIGBUS), as it does with every mapped file:
+// write stores by renaming, or open a copy.
 #pragma once
 
 #include <cstddef>
@@ -70,9 +72,10 @@ struct Target {
 };
 
 struct Options {
-  int threads = 0;   // of one merge; 0: as many as the model is worth and the machine has
-  int replicas = 2;  // how many sets of merged weights `acquire` may keep
-  std::string isa;   // forces an instruction set, see isa.h
+  int threads = 0;      // of one merge; 0: as many as the model is worth and the machine has
+  int replicas = 2;     // how many sets of merged weights `acquire` may keep
+  std::string isa;      // forces an instruction set, see isa.h
+  bool verify = false;  // read every file first and compare its checksum with the manifest
 };
 
 class Replica;

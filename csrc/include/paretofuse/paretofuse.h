@@ -45,6 +45,7 @@ typedef struct {
   int32_t threads;  /* of one merge; 0: as many as the model is worth and the machine has */
   int32_t replicas; /* sets of merged weights for paretofuse_acquire; 0: two */
   const char* isa;  /* forces an instruction set; null: the best of this machine */
+  int32_t verify;   /* not 0: read every file first and compare its checksum with the manifest */
 } paretofuse_options;
 
 /* A tensor's memory, dense, row-major, aligned to the element size. Everything in it lives as long as the

@@ -43,6 +43,7 @@ paretofuse_status paretofuse_open(const char* path, const paretofuse_options* op
       chosen.threads = options->threads;
       if (options->replicas != 0) chosen.replicas = options->replicas;
       if (options->isa != nullptr) chosen.isa = options->isa;
+      chosen.verify = options->verify != 0;
     }
     result = new paretofuse_engine{pf::Engine::open(&required(path, "path"), chosen)};
   });

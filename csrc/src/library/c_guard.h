@@ -67,6 +67,10 @@ T& required(T* pointer, const char* name) {
 template <class T>
 std::vector<T> numbers(const T* from, std::uint64_t count, const char* name) {
   if (count > 0) required(from, name);
+  if (count > PTRDIFF_MAX / sizeof(T)) {  // more than there are addresses
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(count) +
+                                " entries, which is out of range");
+  }
   return std::vector<T>(from, from + count);
 }
 

@@ -1,13 +1,14 @@
 #include "paretofuse/engine.h"
 
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
-#include "library/buffer.h"
+#include "core/buffer.h"
 #include "library/cuda/weights.h"
 #include "library/model.h"
 #include "library/replica_pool.h"
-#include "library/writer.h"
+#include "store/writer.h"
 
 namespace paretofuse {
 
@@ -22,7 +23,7 @@ struct Engine::State {
   Buffer weights;
   std::vector<TensorView> views;
   std::shared_ptr<ReplicaPool> pool;
-  bool switched = false;
+  std::optional<Weights> switched;  // what the weights are merged at
 };
 
 Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -34,7 +35,9 @@ Engine Engine::open(const std::string& path, const Options& options) {
   if (options.replicas < 1 || options.replicas > 4096) {
     throw std::invalid_argument("replicas: got " + std::to_string(options.replicas) + ", expected 1 to 4096");
   }
-  auto model = std::make_shared<const Model>(Store::open(path), options);
+  Store store = Store::open(path);
+  if (options.verify) store.verify();
+  auto model = std::make_shared<const Model>(std::move(store), options);
   return Engine(std::make_unique<State>(std::move(model), options.replicas));
 }
 
@@ -75,7 +78,7 @@ void Engine::switch_to(const Preference& preference) { switch_to(routing_weights
 
 void Engine::switch_to(const Weights& weights) {
   state_->model->merge(weights, state_->weights.data());
-  state_->switched = true;
+  state_->switched = weights;
 }
 
 const TensorView& Engine::tensor(std::string_view name) const {
@@ -94,7 +97,10 @@ void Engine::write(const std::string& path, const std::string& head) const {
   if (!state_->switched) {
     throw std::invalid_argument("got write before a switch; call switch_to first to say which model");
   }
-  write_model(state_->model->store(), state_->views, path, head);
+  const Model& model = *state_->model;
+  const Store& store = model.store();
+  write_model(store, model.table(*state_->switched), path,
+              {head, store.model_files(head), model.threads(), model.isa(), {}});
 }
 
 Replica Engine::acquire(const Preference& preference, double timeout) const {

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-#include "library/buffer.h"
-#include "library/store.h"
+#include "core/buffer.h"
+#include "store/store.h"
 #include "paretofuse/engine.h"
 #include "paretofuse/merge.h"
 
@@ -26,6 +26,8 @@ class Model {
 
   const Store& store() const { return store_; }
   const std::vector<std::string>& names() const { return names_; }
+  int threads() const { return threads_; }
+  const std::string& isa() const { return isa_; }
 
   // Position of a tensor in the manifest, by its name or a tied one. Throws std::invalid_argument.
   std::size_t index(std::string_view name) const;

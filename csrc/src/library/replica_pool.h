@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "library/buffer.h"
+#include "core/buffer.h"
 #include "library/model.h"
 #include "library/slots.h"
 #include "paretofuse/replicas.h"

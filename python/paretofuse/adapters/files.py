@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.store.manifest import is_model_file
+from paretofuse.engine.store.writer import is_model_file
 
 _SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no configuration
 _LEFT_BEHIND = (".h5", ".msgpack", ".onnx", ".gguf", ".index.json")

@@ -6,7 +6,15 @@ import argparse
 import time
 
 import paretofuse
-from paretofuse.cli.options import add_entry, add_module, add_output, add_preference, add_store, add_threads
+from paretofuse.cli.options import (
+    add_entry,
+    add_module,
+    add_output,
+    add_preference,
+    add_store,
+    add_threads,
+    add_verify,
+)
 from paretofuse.cli.running import Result, entry_point, size, use_threads
 
 SUMMARY = "compile the dense model for programs without Python (an AOTInductor package)"
@@ -16,6 +24,7 @@ EXAMPLE = "paretofuse export vit.store --module models:make_vit --inputs models:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
+    add_verify(parser)
     add_output(parser, "PT2", "package to write, *.pt2")
     add_module(parser)
     add_entry(
@@ -37,7 +46,7 @@ def run(options: argparse.Namespace) -> Result:
     inputs = entry_point("--inputs", options.inputs)() if options.inputs else None
     module = entry_point("--module", options.module)() if options.module else None
     use_threads(options)
-    engine = paretofuse.load(options.store, device=options.device, module=module)
+    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
     started = time.perf_counter()
     path = paretofuse.export(
         engine,

@@ -13,6 +13,7 @@ from paretofuse.cli.options import (
     add_output,
     add_store,
     add_threads,
+    add_verify,
     count,
 )
 from paretofuse.cli.running import Result, entry_point, shows_progress, use_threads
@@ -24,6 +25,7 @@ EXAMPLE = "paretofuse fit gpt2.store --objectives tasks:objectives --steps 100 -
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
+    add_verify(parser)
     add_entry(
         parser,
         "--objectives",
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> Result:
     module = entry_point("--module", options.module)() if options.module else None
     validation = entry_point("--validation", options.validation)() if options.validation else None
     use_threads(options)
-    engine = paretofuse.load(options.store, device=options.device, module=module)
+    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
     output = options.output or options.store
     prepare_store(output, engine.objectives)
     started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from paretofuse.cli.options import add_store
+from paretofuse.cli.options import add_store, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
 
 SUMMARY = "say what a store holds"
@@ -15,7 +15,7 @@ EXAMPLE = "paretofuse info gpt2.store --verify"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    add_verify(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -57,9 +57,9 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "model_class": store.model_class,
         "trained": store.trained,
         "training": store.training,
-        "model_files": list(store.manifest.model_files),
-        "bytes": sum(record.bytes for record in store.manifest.files.values()),
-        "created_by": store.manifest.created_by,
+        "model_files": sorted(store.model_files()),
+        "bytes": sum(size for size, _ in store.checksums.values()),
+        "created_by": store.created_by,
     }
     counts = ", ".join(f"{count:,} {role}" for role, count in parameters.items() if count)
     heads = ", ".join(f"{objective} ({len(own)} tensors)" for objective, own in store.heads.items())
@@ -73,6 +73,6 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "training": describe_training(store.training) if store.trained else "none",
         "static weight": f"{layout.static_weight:g}",
         "heads": heads or "none",
-        "model files": ", ".join(store.manifest.model_files) or "none",
+        "model files": ", ".join(document["model_files"]) or "none",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items()), document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from paretofuse.cli.options import add_output, add_preference, add_store, add_threads
+from paretofuse.cli.options import add_output, add_preference, add_store, add_threads, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
 
 SUMMARY = "merge a store into a dense model for one preference"
@@ -15,6 +15,7 @@ EXAMPLE = "paretofuse merge gpt2.store --preference cola=0.7,sst2=0.3 -o merged"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
+    add_verify(parser)
     add_preference(
         parser, "the objectives' shares, which sum to 1; those of 0 may be left out", required=True
     )
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> Result:
             head=options.head,
             threads=options.threads,
             isa=options.isa,
+            verify=options.verify,
             progress=progress,
         )
     seconds = time.perf_counter() - started

@@ -47,6 +47,13 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store's directory, from `paretofuse stack`")
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Whether to trust the disk."""
+    parser.add_argument(
+        "--verify", action="store_true", help="first read every file of the store and compare its checksum"
+    )
+
+
 def add_output(parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = True) -> None:
     """Where the result goes."""
     parser.add_argument("-o", "--output", required=required, metavar=metavar, help=text)

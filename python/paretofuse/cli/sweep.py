@@ -15,6 +15,7 @@ from paretofuse.cli.options import (
     add_output,
     add_store,
     add_threads,
+    add_verify,
     count,
     named_numbers,
 )
@@ -27,6 +28,7 @@ EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
+    add_verify(parser)
     add_entry(
         parser,
         "--evaluate",
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> Result:
     logging.getLogger("paretofuse").addHandler(
         logging.NullHandler()
     )  # what it would log is printed as a note below
-    engine = paretofuse.load(options.store, device=options.device, module=module)
+    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
 
     def check(metrics: tuple[str, ...]) -> None:
         if options.reference is not None:

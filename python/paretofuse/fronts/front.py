@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moocore
@@ -19,6 +19,7 @@ from paretofuse.engine.evaluation.arguments import (
     reference_point,
 )
 from paretofuse.engine.evaluation.wrong_directions import against_preferences
+from paretofuse.engine.store.atomic import write_file
 from paretofuse.fronts import choosing, table
 from paretofuse.fronts.choosing import Choice
 
@@ -219,18 +220,12 @@ class Front:
 
         Columns: "preference:NAME" for each objective, "maximize:NAME" or "minimize:NAME" for each metric.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(beside, "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(table.header(self))
-                for row in np.hstack([self.preferences, self.values]).tolist():
-                    writer.writerow([repr(number) for number in row])
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(table.header(self))
+        for row in np.hstack([self.preferences, self.values]).tolist():
+            writer.writerow([repr(number) for number in row])
+        write_file(path, text.getvalue().encode())
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each preference, with the columns of `to_csv`.

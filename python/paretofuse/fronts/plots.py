@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from paretofuse.engine.store.atomic import fresh_named
 from paretofuse.fronts import curve, parallel, ternary
 from paretofuse.fronts.style import INK, legend_below, new_figure, wrapped
 
@@ -84,8 +85,8 @@ def plot_front(
         else:
             ax.set_title(title, loc="left", fontsize=11, color=INK)
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+        with fresh_named(path) as picture:
+            figure.savefig(picture, dpi=160, bbox_inches="tight", facecolor="white")
     return figure
 
 

@@ -4,15 +4,15 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "library/manifest.h"
+#include "store/manifest.h"
 #include "paretofuse/engine.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {
     const paretofuse::Manifest manifest =
         paretofuse::parse_manifest("input", {reinterpret_cast<const char*>(data), size});
-    for (const auto& [path, bytes] : manifest.files) {
-      if (path.front() == '/' || ("/" + path + "/").find("/../") != std::string::npos || bytes < 0)
+    for (const auto& [path, record] : manifest.files) {
+      if (path.front() == '/' || ("/" + path + "/").find("/../") != std::string::npos || record.bytes < 0)
         std::abort();
     }
   } catch (const paretofuse::StoreError&) {

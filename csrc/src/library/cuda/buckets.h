@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "library/manifest.h"
+#include "store/manifest.h"
 #include "paretofuse/dtype.h"
 
 namespace paretofuse {

@@ -4,7 +4,7 @@
 #include <iterator>
 #include <stdexcept>
 
-#include "library/json.h"
+#include "store/json.h"
 #include "paretofuse/cuda.h"
 
 namespace paretofuse {

@@ -1,4 +1,4 @@
-"""Being told to end (SIGTERM, SIGHUP), as an exception that lets unsaved work be saved."""
+"""Being told to end (SIGTERM, SIGHUP), as an exception: unsaved work can be saved, half-written files removed."""
 
 from __future__ import annotations
 

@@ -1,38 +1,24 @@
-#include "library/safetensors.h"
+#include "store/safetensors.h"
 
 #include <algorithm>
-#include <array>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
-#include "library/json.h"
 #include "paretofuse/engine.h"
+#include "store/json.h"
 
 namespace paretofuse {
 namespace {
 
-constexpr std::uint64_t kHeaderLimit = 100'000'000;  // the format's own
-constexpr std::size_t kDataAlignment = 64;
+// Those that a model of ours may hold, as engine/layout.py has them.
+constexpr std::pair<std::string_view, std::int64_t> kDTypeSizes[] = {
+    {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
+    {"BF16", 2}, {"I32", 4}, {"U32", 4}, {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}, {"C64", 8}};
 
-constexpr std::array<std::pair<std::string_view, std::int64_t>, 16> kDTypeSizes = {{
-    {"BOOL", 1},
-    {"U8", 1},
-    {"I8", 1},
-    {"F8_E4M3", 1},
-    {"F8_E5M2", 1},
-    {"I16", 2},
-    {"U16", 2},
-    {"F16", 2},
-    {"BF16", 2},
-    {"I32", 4},
-    {"U32", 4},
-    {"F32", 4},
-    {"I64", 8},
-    {"U64", 8},
-    {"F64", 8},
-    {"C64", 8},
-}};
+// Further ones of the format: files that hold them are no damaged ones.
+constexpr std::string_view kOtherDTypes[] = {"F4",      "F6_E2M3",     "F6_E3M2",
+                                             "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"};
 
 [[noreturn]] void malformed(const std::string& path, const std::string& reason) {
   throw StoreError(path + ": not a valid safetensors file: " + reason + "; copy or create it again");
@@ -47,25 +33,23 @@ bool as_sizes(const Json& value, std::vector<std::int64_t>* sizes) {
   return true;
 }
 
-// Bytes of a tensor; false if they exceed what a file can hold.
-bool tensor_bytes(const std::vector<std::int64_t>& shape, std::int64_t item, std::int64_t* bytes) {
-  *bytes = item;
-  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return *bytes = 0, true;
-  return std::all_of(shape.begin(), shape.end(),
-                     [&](std::int64_t size) { return !__builtin_mul_overflow(*bytes, size, bytes); });
-}
-
 Entry parse_entry(const std::string& path, const std::string& name, const Json& json, std::int64_t start) {
   const std::string tensor = "tensor " + shown(name);
   if (!json.is_object() || json.size() != 3 || !json.contains("dtype") || !json.contains("shape") ||
       !json.contains("data_offsets")) {
-    malformed(path, tensor + " should have dtype, shape and data_offsets");
+    malformed(path, tensor + " should have 'data_offsets', 'dtype' and 'shape'");
   }
   Entry entry;
   entry.name = name;
   const Json& dtype = json["dtype"];
-  const std::int64_t item = dtype.is_string() ? dtype_size(dtype.get_ref<const std::string&>()) : 0;
-  if (item == 0) malformed(path, tensor + " has the unknown dtype " + shown(dtype));
+  const std::string_view known = dtype.is_string() ? dtype.get_ref<const std::string&>() : std::string_view();
+  if (std::find(std::begin(kOtherDTypes), std::end(kOtherDTypes), known) != std::end(kOtherDTypes)) {
+    throw StoreError(
+        path + ": " + tensor + " is " + std::string(known) +
+        ", a dtype of the safetensors format that is not read here; convert it to a wider one first, "
+        "such as bfloat16");
+  }
+  if (dtype_size(known) == 0) malformed(path, tensor + " has the unknown dtype " + shown(dtype));
   entry.dtype = dtype.get<std::string>();
   if (!as_sizes(json["shape"], &entry.shape)) {
     malformed(path, tensor + " has a shape that is no list of integers >= 0");
@@ -74,19 +58,22 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   if (!as_sizes(json["data_offsets"], &offsets) || offsets.size() != 2) {
     malformed(path, tensor + " has data offsets that are not two integers >= 0");
   }
-  const bool fits = tensor_bytes(entry.shape, item, &entry.nbytes);
+  const bool fits = tensor_bytes(entry.dtype, entry.shape, &entry.nbytes);
   if (!fits || offsets[1] - offsets[0] != entry.nbytes) {
     malformed(path, tensor + " has bytes " + std::to_string(offsets[0]) + " to " +
-                        std::to_string(offsets[1]) + ", which its dtype and shape do not take");
+                        std::to_string(offsets[1]) + ", but " + entry.dtype + " of shape " +
+                        shown(entry.shape) + " takes " +
+                        (fits ? std::to_string(entry.nbytes) : "more than a file can hold"));
   }
   if (__builtin_add_overflow(start, offsets[0], &entry.offset)) malformed(path, tensor + " lies beyond");
   return entry;
 }
 
-void check_metadata(const std::string& path, const Json& metadata) {
+std::map<std::string, std::string> parse_metadata(const std::string& path, const Json& metadata) {
   const bool good = metadata.is_object() && std::all_of(metadata.begin(), metadata.end(),
                                                         [](const Json& value) { return value.is_string(); });
   if (!good) malformed(path, "its metadata should map names to strings");
+  return metadata.get<std::map<std::string, std::string>>();
 }
 
 }  // namespace
@@ -98,8 +85,16 @@ std::int64_t dtype_size(std::string_view dtype) {
   return 0;
 }
 
-std::vector<Entry> parse_safetensors(const std::string& path, const std::byte* data, std::size_t size) {
-  if (size < 8) malformed(path, std::to_string(size) + " bytes are too few; it is truncated");
+bool tensor_bytes(std::string_view dtype, const std::vector<std::int64_t>& shape, std::int64_t* bytes) {
+  *bytes = dtype_size(dtype);
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return *bytes = 0, true;
+  return std::all_of(shape.begin(), shape.end(),
+                     [&](std::int64_t size) { return !__builtin_mul_overflow(*bytes, size, bytes); });
+}
+
+Header parse_safetensors(const std::string& path, const std::byte* data, std::size_t size) {
+  if (size < 8)
+    malformed(path, std::to_string(size) + " bytes are too few; it is truncated or another kind of file");
   std::uint64_t length = 0;
   for (int byte = 7; byte >= 0; --byte) length = length << 8 | std::to_integer<std::uint64_t>(data[byte]);
   if (length > kHeaderLimit || length > size - 8) {
@@ -108,19 +103,20 @@ std::vector<Entry> parse_safetensors(const std::string& path, const std::byte* d
   }
   const std::string_view text(reinterpret_cast<const char*>(data) + 8, length);
   if (text.substr(0, 1) != "{") malformed(path, "its header does not begin with '{'");
-  Json header;
+  Json json;
   try {
-    header = parse_json(text);
+    json = parse_json(text);
   } catch (const std::invalid_argument& error) {
     malformed(path, std::string("its header is damaged (") + error.what() + ")");
   }
   const auto start = static_cast<std::int64_t>(8 + length);
-  std::vector<Entry> entries;
-  for (const auto& [name, json] : header.items()) {
-    if (name == "__metadata__") {
-      check_metadata(path, json);
+  Header header;
+  std::vector<Entry>& entries = header.entries;
+  for (const auto& [name, value] : json.items()) {
+    if (name == kMetadata) {
+      header.metadata = parse_metadata(path, value);
     } else {
-      entries.push_back(parse_entry(path, name, json, start));
+      entries.push_back(parse_entry(path, name, value, start));
     }
   }
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
@@ -141,26 +137,7 @@ std::vector<Entry> parse_safetensors(const std::string& path, const std::byte* d
     malformed(path, end > actual ? "it is truncated: " + std::to_string(end - actual) + " bytes are missing"
                                  : std::to_string(actual - end) + " bytes too many");
   }
-  return entries;
-}
-
-std::string format_header(const std::vector<Entry>& entries) {
-  std::string text = R"({"__metadata__":{"format":"pt"})";
-  for (const Entry& entry : entries) {
-    text += "," + Json(entry.name).dump() + ":{\"dtype\":\"" + entry.dtype + "\",\"shape\":[";
-    for (std::size_t d = 0; d < entry.shape.size(); ++d)
-      text += (d ? "," : "") + std::to_string(entry.shape[d]);
-    text += "],\"data_offsets\":[" + std::to_string(entry.offset) + "," +
-            std::to_string(entry.offset + entry.nbytes) + "]}";
-  }
-  text += "}";
-  const std::size_t start = (8 + text.size() + kDataAlignment - 1) / kDataAlignment * kDataAlignment;
-  text.resize(start - 8, ' ');
-  std::string length(8, '\0');
-  for (std::size_t byte = 0; byte < 8; ++byte) {
-    length[byte] = static_cast<char>(text.size() >> (8 * byte) & 0xff);
-  }
-  return length + text;
+  return header;
 }
 
 }  // namespace paretofuse

@@ -6,6 +6,8 @@
 #include <string>
 #include <string_view>
 
+#include "store/shown.h"
+
 namespace paretofuse {
 
 using Json = nlohmann::json;

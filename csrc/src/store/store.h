@@ -9,23 +9,24 @@
 #include <utility>
 #include <vector>
 
-#include "library/manifest.h"
-#include "library/mapped_file.h"
-#include "library/routing.h"
-#include "library/safetensors.h"
+#include "store/manifest.h"
+#include "store/mapped_file.h"
+#include "store/routing.h"
+#include "store/safetensors.h"
 
 namespace paretofuse {
 
 // A mapped safetensors file and its tensors.
 struct TensorFile {
-  TensorFile(const Directory& directory, const std::string& name);
+  explicit TensorFile(MappedFile mapped);  // throws StoreError
 
   // Null if there is no such tensor.
   const Entry* find(const std::string& name) const;
   const std::byte* data(const Entry& entry) const { return file.data() + entry.offset; }
 
   MappedFile file;
-  std::vector<Entry> entries;
+  std::map<std::string, std::string> metadata;
+  std::vector<Entry> entries;  // in the order of their data
   std::map<std::string, std::size_t> by_name;
 };
 
@@ -35,8 +36,12 @@ struct Store {
 
   Store(std::shared_ptr<const Directory> opened, Manifest read);
 
-  // Throws StoreError if a mapped file was altered.
+  // Throws StoreError if a mapped file of base or experts is no more what it was when it was mapped.
   void check_unchanged() const;
+  // Throws StoreError if any file's checksum is not the manifest's. Reads everything.
+  void verify() const;
+  // A model's own files by their names, with those of a head (or "") in their place. Throws StoreError.
+  std::map<std::string, std::string> model_files(const std::string& head) const;
 
   std::shared_ptr<const Directory> directory;
   Manifest manifest;

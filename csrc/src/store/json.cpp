@@ -1,4 +1,4 @@
-#include "library/json.h"
+#include "store/json.h"
 
 #include <limits>
 #include <set>
@@ -88,8 +88,21 @@ Json parse_json(std::string_view text) {
 std::string shown(const Json& value) {
   constexpr std::size_t limit = 80;
   if (value.is_structured()) return value.is_array() ? "a list" : "an object";
-  const std::string text = value.dump(-1, ' ', true);
-  return text.size() <= limit ? text : text.substr(0, limit) + "...";
+  std::string text = value.dump(-1, ' ', true);
+  if (text.size() > limit) text = text.substr(0, limit) + "...";
+  if (!value.is_string()) return text;
+  const std::size_t end = text.back() == '"' ? text.size() - 1 : text.size();
+  return "'" + text.substr(1, end - 1) + "'";
+}
+
+std::string shown(const std::string& text) { return shown(Json(text)); }
+
+std::string quoted(const std::string& text) { return Json(text).dump(); }
+
+std::string shown(const std::vector<std::int64_t>& sizes) {
+  std::string text = "[";
+  for (std::size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
+  return text + "]";
 }
 
 const Json& member(const Json& object, const std::string& key) {

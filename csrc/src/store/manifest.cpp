@@ -1,4 +1,4 @@
-#include "library/manifest.h"
+#include "store/manifest.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,9 +7,9 @@
 #include <stdexcept>
 #include <utility>
 
-#include "library/json.h"
-#include "library/safetensors.h"
 #include "paretofuse/engine.h"
+#include "store/json.h"
+#include "store/safetensors.h"
 
 namespace paretofuse {
 namespace {
@@ -21,7 +21,7 @@ constexpr std::int64_t kVersion = 1;
 
 const Json& typed(const Json& object, const std::string& key, Json::value_t type, const char* expected) {
   const Json& value = member(object, key);
-  if (value.type() != type) fail("got " + shown(value) + " for \"" + key + "\", expected " + expected);
+  if (value.type() != type) fail("got " + shown(value) + " for '" + key + "', expected " + expected);
   return value;
 }
 
@@ -40,7 +40,7 @@ std::string text_at(const Json& object, const std::string& key) {
 std::vector<std::string> texts_at(const Json& object, const std::string& key) {
   std::vector<std::string> texts;
   for (const Json& item : list_at(object, key)) {
-    if (!item.is_string()) fail("got " + shown(item) + " in \"" + key + "\", expected strings");
+    if (!item.is_string()) fail("got " + shown(item) + " in '" + key + "', expected strings");
     texts.push_back(item.get<std::string>());
   }
   return texts;
@@ -49,7 +49,7 @@ std::vector<std::string> texts_at(const Json& object, const std::string& key) {
 std::map<std::string, std::string> text_map_at(const Json& object, const std::string& key) {
   std::map<std::string, std::string> texts;
   for (const auto& [name, item] : object_at(object, key).items()) {
-    if (!item.is_string()) fail("got " + shown(item) + " in \"" + key + "\", expected strings by name");
+    if (!item.is_string()) fail("got " + shown(item) + " in '" + key + "', expected strings by name");
     texts[name] = item.get<std::string>();
   }
   return texts;
@@ -75,42 +75,35 @@ TensorSpec parse_spec(const Json& json) {
   const Json& group = member(json, "group");
   const bool grouped = group.is_string() && !group.get_ref<const std::string&>().empty();
   if (spec.role == Role::routed ? !grouped : !group.is_null()) {
-    fail(tensor + " has role " + role + " and group " + shown(group) + "; only routed tensors have a group");
+    fail(tensor + " has role '" + role + "' and group " + shown(group) +
+         "; only routed tensors have a group");
   }
   if (grouped) spec.group = group.get<std::string>();
   spec.dtype = text_at(json, "dtype");
   spec.delta_dtype = text_at(json, "delta_dtype");
   for (const std::string& dtype : {spec.dtype, spec.delta_dtype}) {
     if (spec.role == Role::constant ? dtype_size(dtype) == 0 : !can_be_merged(dtype)) {
-      fail(tensor + " has dtype " + shown(dtype) + ", which a " + role + " tensor cannot have");
+      fail(tensor + " has dtypes " + spec.dtype + " and " + spec.delta_dtype + ", which a " + role +
+           " tensor cannot have");
     }
   }
   spec.aliases = texts_at(json, "aliases");
   return spec;
 }
 
-std::int64_t parse_record(const std::string& path, const Json& json) {
-  std::int64_t bytes = 0;
-  if (!json.is_object() || !as_size(member(json, "bytes"), &bytes)) {
+FileRecord parse_record(const std::string& path, const Json& json) {
+  FileRecord record;
+  if (!json.is_object() || !as_size(member(json, "bytes"), &record.bytes)) {
     fail("file " + shown(path) + " has no size in bytes");
   }
-  const std::string digest = text_at(json, "sha256");
-  const bool hexadecimal = digest.find_first_not_of("0123456789abcdef") == std::string::npos;
-  if (digest.size() != 64 || !hexadecimal) fail("file " + shown(path) + " has no SHA-256");
-  return bytes;
+  record.sha256 = text_at(json, "sha256");
+  const bool hexadecimal = record.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (record.sha256.size() != 64 || !hexadecimal) fail("file " + shown(path) + " has no SHA-256");
+  return record;
 }
 
 bool ends_with(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
-
-// Whether a file may stand beside a merged model's weights: a safe path, and no weights itself.
-bool is_model_file(const std::string& name) {
-  for (const char* end : {".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
-                          ".ckpt", ".pkl"}) {
-    if (ends_with(name, end)) return false;
-  }
-  return is_safe_path(name);
 }
 
 // Whether a name can be a file name's stem: [A-Za-z0-9_][A-Za-z0-9._-]{0,99}, and not like a safetensors
@@ -123,25 +116,6 @@ bool is_safe_stem(const std::string& name) {
       !name.empty() && name.size() <= 100 && plain(name[0]) &&
       std::all_of(name.begin(), name.end(), [&](char c) { return plain(c) || c == '.' || c == '-'; });
   return safe && name.back() != '.' && !ends_with(name, ".safetensors");
-}
-
-// The folder of each objective's own files: its name if all names are safe and distinct, or its index.
-std::map<std::string, std::string> file_stems(const std::vector<std::string>& objectives) {
-  std::set<std::string> folded;
-  bool safe = true;
-  for (const std::string& name : objectives) {
-    safe = safe && is_safe_stem(name);
-    std::string lower = name;
-    for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-    folded.insert(lower);
-  }
-  std::map<std::string, std::string> stems;
-  for (std::size_t e = 0; e < objectives.size(); ++e) {
-    char number[24];
-    std::snprintf(number, sizeof number, "%03zu", e);
-    stems[objectives[e]] = safe && folded.size() == objectives.size() ? objectives[e] : number;
-  }
-  return stems;
 }
 
 void parse_tensors(const Json& document, Manifest* manifest) {
@@ -163,12 +137,13 @@ void parse_model(const Json& model, Manifest* manifest) {
   if (!model_class.is_null() && !model_class.is_string()) {
     fail("got model class " + shown(model_class) + ", expected a name or null");
   }
+  if (model_class.is_string()) manifest->model_class = model_class.get<std::string>();
   const std::map<std::string, std::string> stems = file_stems(manifest->objectives);
   for (const std::string& name : texts_at(model, "files")) manifest->model_files[name] = "model/" + name;
   const Json& heads = object_at(model, "heads");
   for (const auto& [objective, names] : heads.items()) {
     const auto stem = stems.find(objective);
-    if (stem == stems.end()) fail("got a head for " + shown(objective) + ", expected only objectives");
+    if (stem == stems.end()) fail("got heads for " + shown(objective) + ", expected only objectives");
     for (const std::string& name : texts_at(heads, objective)) {
       manifest->head_files[objective][name] = "heads/" + stem->second + "/" + name;
     }
@@ -189,7 +164,7 @@ void check_paths(const Manifest& manifest) {
       named.push_back(path);
     }
   }
-  for (const auto& [path, bytes] : manifest.files) named.push_back(path);
+  for (const auto& [path, record] : manifest.files) named.push_back(path);
   for (const std::string& path : named) {
     if (!is_safe_path(path)) fail("file name " + shown(path) + " would escape the store");
     if (manifest.files.count(path) == 0) fail("no size and checksum for file " + shown(path));
@@ -219,13 +194,15 @@ Manifest parse(const Json& document) {
   const auto known = [&](const auto& entry) { return objectives.count(entry.first) != 0; };
   if (manifest.experts.size() != objectives.size() ||
       !std::all_of(manifest.experts.begin(), manifest.experts.end(), known)) {
-    fail("got experts that are not the objectives");
+    fail("got experts of others than the objectives, expected one for each");
   }
   if (!std::all_of(manifest.heads.begin(), manifest.heads.end(), known)) {
-    fail("got heads of something that is no objective");
+    fail("got heads of others than the objectives");
   }
   parse_model(object_at(document, "model"), &manifest);
-  if (!member(document, "training").is_null()) object_at(document, "training");
+  const Json& created_by = member(document, "created_by");
+  if (created_by.is_string()) manifest.created_by = created_by.get<std::string>();
+  if (!member(document, "training").is_null()) manifest.training = object_at(document, "training").dump();
   for (const auto& [path, record] : object_at(document, "files").items()) {
     manifest.files[path] = parse_record(path, record);
   }
@@ -234,6 +211,32 @@ Manifest parse(const Json& document) {
 }
 
 }  // namespace
+
+std::map<std::string, std::string> file_stems(const std::vector<std::string>& objectives) {
+  std::set<std::string> folded;
+  bool safe = true;
+  for (const std::string& name : objectives) {
+    safe = safe && is_safe_stem(name);
+    std::string lower = name;
+    for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+    folded.insert(lower);
+  }
+  std::map<std::string, std::string> stems;
+  for (std::size_t e = 0; e < objectives.size(); ++e) {
+    char number[24];
+    std::snprintf(number, sizeof number, "%03zu", e);
+    stems[objectives[e]] = safe && folded.size() == objectives.size() ? objectives[e] : number;
+  }
+  return stems;
+}
+
+bool is_model_file(const std::string& name) {
+  for (const char* end : {".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
+                          ".ckpt", ".pkl"}) {
+    if (ends_with(name, end)) return false;
+  }
+  return is_safe_path(name);
+}
 
 bool is_safe_path(std::string_view path) {
   if (path.empty() || path.find_first_of(std::string_view("\\:\0", 3)) != std::string_view::npos)
@@ -251,16 +254,17 @@ Manifest parse_manifest(const std::string& path, std::string_view text) {
   try {
     const Json document = parse_json(text);
     if (!document.is_object() || member(document, "format") != "paretofuse") {
-      fail("its format is not \"paretofuse\", so this is not a store");
+      fail("its format is not 'paretofuse', so this is not a store");
     }
     std::int64_t version = 0;
     if (!as_size(member(document, "version"), &version) || version < 1) {
-      fail("got version " + shown(member(document, "version")) + ", expected 1");
+      fail("got version " + shown(member(document, "version")) + ", expected an integer from 1 to " +
+           std::to_string(kVersion));
     }
     if (version > kVersion) {
       throw StoreError(path + ": made by a newer paretofuse (" + shown(member(document, "created_by")) +
                        ", store version " + std::to_string(version) + ", this one reads up to " +
-                       std::to_string(kVersion) + "); use a newer libparetofuse");
+                       std::to_string(kVersion) + "); upgrade with `pip install -U paretofuse`");
     }
     return parse(document);
   } catch (const std::invalid_argument& error) {

@@ -1,4 +1,5 @@
-// The routers: from a preference to routing weights, the same bits as engine/routing/evaluate.py.
+// The routers: from a preference to routing weights, in the precision of engine/routing/routers.py, which
+// trains them.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +27,8 @@ class Routers {
 
   // The routing weights [G, E] of a valid preference [E].
   Weights evaluate(const Preference& preference) const;
+
+  const std::map<std::string, RouterParameter>& parameters() const { return parameters_; }
 
  private:
   enum class Init { identity, sqrt, constant };

@@ -26,6 +26,12 @@ struct TensorSpec {
   std::vector<std::string> aliases;  // further names of the same tensor
 };
 
+// Size in bytes and SHA-256 (hexadecimal) of one file of the store.
+struct FileRecord {
+  std::int64_t bytes;
+  std::string sha256;
+};
+
 struct Manifest {
   std::vector<std::string> objectives;
   std::vector<std::string> groups;  // in the order of their first tensor
@@ -37,11 +43,15 @@ struct Manifest {
   std::string routers;
   std::map<std::string, std::string> experts;  // by objective
   std::map<std::string, std::string> heads;
-  std::map<std::string, std::int64_t> files;  // bytes of every file but the manifest
+  std::map<std::string, FileRecord> files;  // of every file but the manifest
   // The model's own files, and those that replace them under an objective's head: names in a merged model,
   // and where the store keeps them.
   std::map<std::string, std::string> model_files;
   std::map<std::string, std::map<std::string, std::string>> head_files;
+  // For people and other programs; empty if not recorded.
+  std::string model_class;
+  std::string created_by;
+  std::string training;  // JSON
 };
 
 // Throws StoreError, naming `path`.
@@ -49,6 +59,12 @@ Manifest parse_manifest(const std::string& path, std::string_view text);
 
 // The element type of a tensor that can be merged.
 DType merged_dtype(const std::string& dtype);
+
+// A file name stem for each objective: its name if all names are safe and distinct, or its index.
+std::map<std::string, std::string> file_stems(const std::vector<std::string>& objectives);
+
+// Whether a file may stand beside a merged model's weights: a safe path, and no weights itself.
+bool is_model_file(const std::string& name);
 
 // Whether a relative path with forward slashes stays below where it starts.
 bool is_safe_path(std::string_view path);

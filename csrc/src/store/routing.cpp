@@ -1,4 +1,4 @@
-#include "library/routing.h"
+#include "store/routing.h"
 
 #include <algorithm>
 #include <cmath>
@@ -23,34 +23,11 @@ std::string shown(const Preference& preference) {
   return text + "]";
 }
 
-// The sum in NumPy's order, which decides about the last bit: eight running sums from eight numbers on,
-// halves above 128.
-double sum_like_numpy(const double* values, std::size_t count) {
-  if (count < 8) {
-    double sum = 0.0;
-    for (std::size_t i = 0; i < count; ++i) sum += values[i];
-    return sum;
-  }
-  if (count <= 128) {
-    double part[8];
-    std::copy(values, values + 8, part);
-    std::size_t i = 8;
-    for (; i < count - count % 8; i += 8) {
-      for (std::size_t j = 0; j < 8; ++j) part[j] += values[i + j];
-    }
-    double sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
-    for (; i < count; ++i) sum += values[i];
-    return sum;
-  }
-  const std::size_t half = count / 2 - count / 2 % 8;
-  return sum_like_numpy(values, half) + sum_like_numpy(values + half, count - half);
-}
-
-// sum over i of weights[i] * x[i].
-double dot(const float* weights, const std::vector<double>& x, std::vector<double>& products) {
-  products.resize(x.size());
-  for (std::size_t i = 0; i < x.size(); ++i) products[i] = static_cast<double>(weights[i]) * x[i];
-  return sum_like_numpy(products.data(), products.size());
+// bias + sum over i of weights[i] * x[i].
+double affine(const float* weights, const std::vector<double>& x, float bias) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(weights[i]) * x[i];
+  return sum + static_cast<double>(bias);
 }
 
 }  // namespace
@@ -59,7 +36,7 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t expert
                  std::map<std::string, RouterParameter> parameters)
     : groups_(groups), experts_(experts), parameters_(std::move(parameters)) {
   if (init != "identity" && init != "sqrt" && init != "constant") {
-    throw std::invalid_argument("got routers with another init than identity, sqrt or constant");
+    throw std::invalid_argument("got routers with init '" + init + "', expected identity, sqrt or constant");
   }
   init_ = init == "identity" ? Init::identity : init == "sqrt" ? Init::sqrt : Init::constant;
   const auto g = static_cast<std::int64_t>(groups), e = static_cast<std::int64_t>(experts);
@@ -74,9 +51,9 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t expert
   for (const auto& [name, shape] : expected) {
     const auto found = parameters_.find(name);
     if (found == parameters_.end() || found->second.shape != shape) {
-      throw std::invalid_argument("router parameter " + name +
-                                  " is missing or has a shape that does not fit " + std::to_string(groups) +
-                                  " groups and " + std::to_string(experts) + " experts");
+      throw std::invalid_argument("the router parameters lack '" + name + "' of a shape that fits " +
+                                  std::to_string(groups) + " groups and " + std::to_string(experts) +
+                                  " experts");
     }
   }
   if (parameters_.size() != expected.size()) throw std::invalid_argument("unknown router parameters");
@@ -90,16 +67,16 @@ Weights Routers::evaluate(const Preference& preference) const {
   Weights weights;
   if (groups_ == 0) return weights;
   weights.values.reserve(groups_ * experts_);
-  std::vector<double> hidden(hidden_), products;
+  std::vector<double> hidden(hidden_);
   for (std::size_t g = 0; g < groups_; ++g) {
     for (std::size_t h = 0; h < hidden_; ++h) {
       const std::size_t row = g * hidden_ + h;
-      const double sum = dot(w1 + row * experts_, preference, products) + static_cast<double>(b1[row]);
+      const double sum = affine(w1 + row * experts_, preference, b1[row]);
       hidden[h] = sum > 0.0 || std::isnan(sum) ? sum : 0.0;
     }
     for (std::size_t e = 0; e < experts_; ++e) {
       const std::size_t row = g * experts_ + e;
-      double mixed = dot(w2 + row * hidden_, hidden, products) + static_cast<double>(b2[row]);
+      double mixed = affine(w2 + row * hidden_, hidden, b2[row]);
       if (init_ == Init::identity) mixed = preference[e] + mixed;
       if (init_ == Init::sqrt) mixed = std::sqrt(preference[e]) + mixed;
       weights.values.push_back(static_cast<float>(mixed));

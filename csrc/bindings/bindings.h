@@ -1,0 +1,10 @@
+// What each file of the binding adds to the extension.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace paretofuse {
+
+void bind_store(pybind11::module_& m);
+
+}  // namespace paretofuse

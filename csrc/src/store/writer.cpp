@@ -1,0 +1,295 @@
+#include "store/writer.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <future>
+#include <map>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "core/buffer.h"
+#include "core/parallel.h"
+#include "paretofuse/isa.h"
+#include "paretofuse/merge.h"
+#include "store/atomic.h"
+#include "store/safetensors_writer.h"
+#include "store/shown.h"
+
+namespace paretofuse {
+namespace {
+
+namespace fs = std::filesystem;
+
+using Files = std::map<std::string, std::string>;
+
+// What the library that a model's files belong to calls its weights.
+const char* weights_name(const Files& files) {
+  if (files.count("open_clip_config.json") != 0) return "open_clip_model.safetensors";
+  const auto config = files.find("config.json");
+  // Only diffusers writes the class under this name.
+  const bool diffusers = config != files.end() && config->second.find("\"_class_name\"") != std::string::npos;
+  return diffusers ? "diffusion_pytorch_model.safetensors" : "model.safetensors";
+}
+
+// In the header of every merge: the first for transformers, the second so that only merges are replaced by
+// merges.
+const Files kMetadataOfMerges = {{"format", "pt"}, {"written_by", "paretofuse merge"}};
+
+// One tensor of the output: merged if it has a spec, else copied.
+struct Output {
+  const TensorFile* file;
+  const Entry* entry;
+  const TensorSpec* spec;
+};
+
+// Elements begin to end of one tensor, and the byte of the batch's buffer where they go.
+struct Piece {
+  const Output* output;
+  std::int64_t begin;
+  std::int64_t end;
+  std::int64_t position;
+};
+
+// Bytes per element.
+std::int64_t item(const Output& output) { return dtype_size(output.entry->dtype); }
+
+std::int64_t nbytes(const Piece& piece) { return (piece.end - piece.begin) * item(*piece.output); }
+
+// The tensors of the output in file order: larger elements first, so that every tensor is aligned.
+std::vector<Output> outputs_of(const Store& store, const std::string& head) {
+  const auto found = store.heads.find(head);
+  if (!head.empty() && found == store.heads.end()) {
+    std::string known;
+    for (const auto& [objective, file] : store.heads) known += (known.empty() ? "" : ", ") + shown(objective);
+    throw std::invalid_argument("got head " + shown(head) +
+                                ", expected one that the store has: " + (known.empty() ? "none" : known));
+  }
+  const TensorFile* own = head.empty() ? nullptr : &found->second;
+  std::vector<Output> outputs;
+  for (const TensorSpec& spec : store.manifest.tensors) {
+    if (own != nullptr && own->find(spec.name) != nullptr) continue;
+    outputs.push_back(
+        {&store.base, store.base.find(spec.name), spec.role == Role::constant ? nullptr : &spec});
+  }
+  if (own != nullptr) {
+    for (const Entry& entry : own->entries) outputs.push_back({own, &entry, nullptr});
+  }
+  std::stable_sort(outputs.begin(), outputs.end(),
+                   [](const Output& a, const Output& b) { return item(a) > item(b); });
+  return outputs;
+}
+
+// Cuts the output into batches, the pieces of each one after the other.
+std::vector<std::vector<Piece>> batches_of(const std::vector<Output>& outputs, std::int64_t batch_bytes) {
+  std::vector<std::vector<Piece>> batches(1);
+  std::int64_t position = 0;
+  for (const Output& output : outputs) {
+    const std::int64_t count = output.entry->nbytes / item(output);
+    std::int64_t begin = 0;
+    do {
+      const std::int64_t room = (batch_bytes - position) / item(output);
+      if (room == 0) {
+        batches.emplace_back();
+        position = 0;
+        continue;
+      }
+      const std::int64_t end = std::min(count, begin + room);
+      batches.back().push_back({&output, begin, end, position});
+      position += (end - begin) * item(output);
+      begin = end;
+    } while (begin < count);
+  }
+  return batches;
+}
+
+// Merges and copies batches of one store at given weights.
+class Merge {
+ public:
+  Merge(const Store& store, const std::vector<float>& weights, const WriteOptions& options)
+      : store_(store), weights_(weights), options_(options) {
+    for (const std::string& group : store.manifest.groups) {
+      rows_.emplace(group, static_cast<std::int64_t>(rows_.size()));
+    }
+  }
+
+  void fill(const std::vector<Piece>& batch, std::byte* buffer) {
+    std::vector<Segment> segments;
+    std::vector<Plane> planes;
+    std::vector<void*> out;
+    for (const Piece& piece : batch) {
+      const Output& output = *piece.output;
+      if (output.spec == nullptr) {
+        if (piece.end > piece.begin) {
+          std::memcpy(buffer + piece.position, address(*output.file, *output.entry, piece),
+                      static_cast<std::size_t>(nbytes(piece)));
+        }
+        continue;
+      }
+      const TensorSpec& spec = *output.spec;
+      const auto static_row = static_cast<std::int64_t>(rows_.size());
+      const std::int64_t length = piece.end - piece.begin;
+      segments.push_back({address(*output.file, *output.entry, piece), length,
+                          spec.role == Role::routed ? rows_.at(spec.group) : static_row, length,
+                          merged_dtype(spec.dtype), merged_dtype(spec.dtype)});
+      for (const TensorFile& expert : store_.experts) {
+        const Entry* delta = expert.find(spec.name);
+        planes.push_back({delta == nullptr ? nullptr : address(expert, *delta, piece), nullptr, 0,
+                          Format::Dense, merged_dtype(spec.delta_dtype)});
+      }
+      out.push_back(buffer + piece.position);
+    }
+    if (!segments.empty()) {
+      const auto experts = static_cast<std::int64_t>(store_.experts.size());
+      const MergePlan plan(std::move(segments), std::move(planes), experts,
+                           static_cast<std::int64_t>(rows_.size()) + 1);
+      isa_ = plan.run(weights_.data(), 1, out.data(), options_.threads, options_.isa);
+    }
+    for (const Piece& piece : batch) release(piece);
+  }
+
+  const std::string& isa() const { return isa_; }
+
+ private:
+  static const std::byte* address(const TensorFile& file, const Entry& entry, const Piece& piece) {
+    return file.data(entry) + piece.begin * dtype_size(entry.dtype);
+  }
+
+  static void release(const TensorFile& file, const Entry& entry, const Piece& piece) {
+    const std::int64_t size = dtype_size(entry.dtype);
+    file.file.release(entry.offset + piece.begin * size, entry.offset + piece.end * size);
+  }
+
+  void release(const Piece& piece) const {
+    const Output& output = *piece.output;
+    release(*output.file, *output.entry, piece);
+    if (output.spec == nullptr) return;
+    for (const TensorFile& expert : store_.experts) {
+      const Entry* delta = expert.find(output.spec->name);
+      if (delta != nullptr) release(expert, *delta, piece);
+    }
+  }
+
+  const Store& store_;
+  const std::vector<float>& weights_;
+  const WriteOptions& options_;
+  std::map<std::string, std::int64_t> rows_;  // of the groups
+  std::string isa_;
+};
+
+void write_batch(SafetensorsWriter& writer, const std::vector<Piece>& batch, const std::byte* buffer) {
+  for (const Piece& piece : batch) {
+    const Entry& entry = *piece.output->entry;
+    if (piece.begin == 0) writer.begin(entry.name, entry.dtype, entry.shape);
+    writer.write(buffer + piece.position, static_cast<std::size_t>(nbytes(piece)));
+    if (piece.end * item(*piece.output) == entry.nbytes) writer.end();
+  }
+}
+
+// While a batch is merged, one thread writes the one before, and another pushes what is written to the disk,
+// so that little is left for the sync at the end. Returns the instruction set that merged.
+std::string write_weights(const Store& store, const std::vector<float>& weights,
+                          const std::vector<Output>& outputs, const std::string& path,
+                          const WriteOptions& options, std::int64_t batch_bytes) {
+  std::int64_t total = 0, done = 0;
+  for (const Output& output : outputs) total += output.entry->nbytes;
+  const Buffer buffers[] = {Buffer(static_cast<std::size_t>(batch_bytes)),
+                            Buffer(static_cast<std::size_t>(batch_bytes))};
+  SafetensorsWriter writer(path, kMetadataOfMerges, 1024 + 256 * outputs.size());
+  Merge merge(store, weights, options);
+  const std::vector<std::vector<Piece>> batches = batches_of(outputs, batch_bytes);
+  std::future<void> syncing, writing;  // which wait for their threads where an exception leaves this function
+  for (std::size_t number = 0; number < batches.size(); ++number) {
+    const std::vector<Piece>& batch = batches[number];
+    std::byte* buffer = buffers[number % 2].data();
+    merge.fill(batch, buffer);
+    if (writing.valid()) writing.get();
+    writing =
+        std::async(std::launch::async, [&writer, &batch, buffer] { write_batch(writer, batch, buffer); });
+    if (!syncing.valid() || syncing.wait_for(std::chrono::seconds(0)) == std::future_status::ready) {
+      if (syncing.valid()) syncing.get();  // an error of the disk is told only once
+      syncing = std::async(std::launch::async, [&writer] { writer.sync(); });
+    }
+    for (const Piece& piece : batch) done += nbytes(piece);
+    if (options.progress) options.progress(done, total);
+  }
+  if (writing.valid()) writing.get();
+  if (syncing.valid()) syncing.get();
+  writer.finish();
+  return merge.isa();
+}
+
+void write_file(const std::string& path, const std::string& content) {
+  const Descriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (file.number() < 0) throw FileError(path);
+  write_all(file.number(), path, content.data(), content.size());
+}
+
+// std::invalid_argument where a weights file stands that no merge has written: it may be somebody's original.
+void check_ours(const fs::path& weights) {
+  if (!fs::exists(weights)) return;
+  try {
+    if (TensorFile(MappedFile(weights.string())).metadata == kMetadataOfMerges) return;
+  } catch (const StoreError&) {  // nothing that a merge has written
+  }
+  throw std::invalid_argument(
+      "got " + weights.string() +
+      ", which exists and was not written by a merge; choose another place or remove it");
+}
+
+void check_directory(const fs::path& target, const Files& files, const std::string& weights) {
+  if (!fs::exists(fs::symlink_status(target))) return;
+  if (!fs::is_directory(target)) {
+    throw std::invalid_argument("got " + target.string() +
+                                ", which is a file, expected a directory or a name ending in .safetensors");
+  }
+  for (const fs::directory_entry& entry : fs::recursive_directory_iterator(target)) {
+    const std::string name = entry.path().lexically_relative(target).generic_string();
+    if (entry.is_directory() || name == weights || files.count(name) != 0) continue;
+    throw std::invalid_argument("got " + target.string() + ", which holds another file (" + name +
+                                "); choose another place or remove it");
+  }
+}
+
+}  // namespace
+
+Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
+                   const WriteOptions& options, std::int64_t batch_bytes) {
+  const std::vector<Output> outputs = outputs_of(store, options.head);
+  check_threads(options.threads);
+  chosen_isa(options.isa);  // refuses before anything is written
+  if (path.empty()) throw std::invalid_argument("got path '', expected the name of a file or directory");
+  const bool is_file = fs::path(path).extension() == ".safetensors";
+  const Files& files = options.files;
+  for (const auto& [own, content] : files) {
+    if (!is_model_file(own))
+      throw std::invalid_argument("got file " + shown(own) +
+                                  ", expected no path out of the model and no weights");
+  }
+  const char* name = weights_name(files);
+  if (!is_file) {
+    check_directory(path, files, name);
+  } else if (fs::is_directory(path)) {
+    throw std::invalid_argument("got " + path +
+                                ", which is a directory, expected a file; choose another name");
+  }
+  check_ours(is_file ? fs::path(path) : fs::path(path) / name);
+  store.check_unchanged();
+  Fresh fresh(path, is_file ? Fresh::Kind::file : Fresh::Kind::directory);
+  const std::string to = is_file ? fresh.path() : fresh.path() + "/" + name;
+  Merged merged{fresh.target(), outputs.size(), 0, {}};
+  for (const Output& output : outputs) merged.nbytes += output.entry->nbytes;
+  merged.isa = write_weights(store, weights, outputs, to, options, batch_bytes);
+  for (const auto& [own, content] : is_file ? Files() : files) {
+    const fs::path place = fs::path(fresh.path()) / own;
+    fs::create_directories(place.parent_path());
+    write_file(place.string(), content);
+  }
+  fresh.place();
+  return merged;
+}
+
+}  // namespace paretofuse

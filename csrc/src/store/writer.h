@@ -1,0 +1,46 @@
+// Writing a merged model, from disk to disk: memory stays at two output buffers and the mapped pages of one
+// batch, whatever the size of the model.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "paretofuse/engine.h"
+#include "store/store.h"
+
+namespace paretofuse {
+
+struct WriteOptions {
+  std::string head;  // the objective whose head to use; empty for the base's
+  std::map<std::string, std::string>
+      files;  // what stands beside the weights of a directory: contents by name
+  int threads = 1;
+  std::string isa;
+  std::function<void(std::int64_t, std::int64_t)> progress;  // bytes written and in all; may throw
+};
+
+// What was written.
+struct Merged {
+  std::string path;
+  std::size_t tensors;
+  std::int64_t nbytes;
+  std::string isa;  // that merged; empty if nothing but constants was there
+};
+
+// Output bytes merged at once, unless told.
+inline constexpr std::int64_t kBatchBytes = 8 << 20;
+
+// Merges a store into a complete model directory, or into one file if the path ends in .safetensors. The
+// result appears whole or not at all. Tied tensors are written once, under the name they are stored by. An
+// earlier merge there is replaced, and nothing else is.
+//
+// weights: routing weights and, below them, the row of the static tensors: [groups + 1, objectives]. Throws
+// std::invalid_argument for a bad head, instruction set or path, and where the path holds other files;
+// StoreError where a mapped file has changed; FileError.
+Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
+                   const WriteOptions& options, std::int64_t batch_bytes = kBatchBytes);
+
+}  // namespace paretofuse
