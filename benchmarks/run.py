@@ -27,6 +27,7 @@ NAMES = (
     "disk_merge",
     "startup",
     "cpp_replicas",
+    "plane_merge",
 )
 
 

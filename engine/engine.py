@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -23,6 +24,7 @@ from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.weights import is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
+from paretofuse.engine.stacking.adapter import write_adapter
 from paretofuse.engine.stacking.skeleton import materialize
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
@@ -337,6 +339,37 @@ class Engine:
         """
         self._only_whole("saving")
         persist.save(path, self._stack, self.routers, self.blueprint, training=self.training, force=force)
+
+    def export_adapter(
+        self, preference: Preference, path: str | os.PathLike[str], *, rank: int | None = None
+    ) -> float:
+        """Write a preference as a LoRA adapter that PEFT, vLLM and others load onto the base.
+
+        Args:
+            preference: by objective name, or in the order of `objectives`.
+            path: the directory to write; an adapter there is replaced, and nothing else is.
+            rank: cut every module's update to this rank by SVD; None keeps it exact: the experts' factors side by side.
+
+        Returns:
+            The relative error of the update, 0 where nothing was cut.
+
+        Raises:
+            ValueError: invalid input, or an update that a LoRA cannot hold (dense planes without `rank`, biases and
+                norms, layers that are neither linear nor embeddings).
+            OSError: writing failed; what was there before is untouched.
+        """
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(
+                f"got rank={rank!r}, expected a whole number of at least 1, or None for all of them"
+            )
+        self._only_whole("an adapter")
+        full = self._full_weights(preference, None)
+        self._only_one(full)
+        rows = self.layout.group_index
+        weights = {name: full[0, row].cpu() for name, row in rows.items()}
+        config = json.loads(self.blueprint.files.get("config.json", b"{}"))
+        name = str(config.get("_name_or_path") or "")
+        return write_adapter(path, self._stack, weights, self.blueprint.make(), name, rank)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """The dense model for a preference, like `merge`, letting go of all modules of the engine's own first.

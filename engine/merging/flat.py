@@ -75,7 +75,16 @@ def flatten(
 
     Returns:
         the same stack with these tensors as views of the buffers, so that nothing is held twice, and the buffers.
+
+    Raises:
+        ValueError: a plane that is not dense, which the Triton kernels do not read.
     """
+    small = {p.format for own in stack.planes for n, p in own.items() if n in places} - {"dense"}
+    if small:
+        raise ValueError(
+            f"got planes of the formats {sorted(small)}, which the Triton kernels do not read yet; stack with "
+            "planes='dense', or pass backend='reference' (on the CPU backend='native')"
+        )
     base = dict(stack.base)
     planes = [dict(own) for own in stack.planes]
     inputs = []

@@ -191,6 +191,14 @@ def test_an_adapter_of_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in factors} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("word", ["int8", "int4", "lowrank:5"])
+def test_the_triton_backend_refuses_what_it_does_not_read(word: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"which the Triton kernels do not read yet; stack with planes='dense'"
+    ):
+        two_experts(word, backend="triton")
+
+
 def test_words_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"got planes='bf16' and delta_dtype=torch.float16, expected only one"

@@ -210,9 +210,11 @@ void MergePlan::merge_low_rank(const Piece& piece, const Target& target, std::in
         *own++ = weight;
         continue;
       }
-      for (std::int64_t r = 0; r < planes[p].size; ++r) {
-        *left++ = weight * float_at(planes[p].factors, planes[p].dtype, (first + row) * planes[p].size + r);
-      }
+      const std::int64_t size = planes[p].size;
+      const auto* factors = static_cast<const std::byte*>(planes[p].factors);
+      const int dtype = static_cast<int>(planes[p].dtype);
+      target.kernels.widen[dtype](factors + (first + row) * size * item_size(planes[p].dtype), size, left);
+      for (std::int64_t r = 0; r < size; ++r) *left++ *= weight;
     }
   }
   const MergeTileFn merge =
@@ -224,10 +226,9 @@ void MergePlan::merge_low_rank(const Piece& piece, const Target& target, std::in
     for (std::int64_t p = 0; p < plane_count_; ++p) {
       if (!is_active(p) || planes[p].format != Format::LowRank) continue;
       for (std::int64_t r = 0; r < planes[p].size; ++r, right += width) {
-        const std::int64_t from = r * columns + column;
-        for (std::int64_t c = 0; c < width; ++c) {
-          right[c] = float_at(planes[p].values, planes[p].dtype, from + c);
-        }
+        const auto* from = static_cast<const std::byte*>(planes[p].values) +
+                           (r * columns + column) * item_size(planes[p].dtype);
+        target.kernels.widen[static_cast<int>(planes[p].dtype)](from, width, right);
       }
     }
     merge(static_cast<const std::byte*>(segment.base), scratch.terms.data(), scratch.weights.data(), count,

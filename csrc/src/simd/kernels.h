@@ -54,6 +54,9 @@ using MergeTileFn = void (*)(const std::byte* base, const Term* terms, const flo
 // The sum of a[i] * b[i] for begin <= i < begin + count: kStep running sums in float32, added up in float64.
 using DotFn = double (*)(const std::byte* a, const Term& b, std::int64_t begin, std::int64_t count);
 
+// to[i] = from[i] for i < count.
+using WidenFn = void (*)(const std::byte* from, std::int64_t count, float* to);
+
 using CopyFn = void (*)(std::byte* dst, const std::byte* src, std::int64_t nbytes);
 
 struct Kernels {
@@ -61,6 +64,7 @@ struct Kernels {
   MergeFn merge[kDTypes][kKinds + 1][kDTypes];  // [base][kind of all terms][out]
   MergeTileFn merge_tile[kDTypes][kDTypes];     // [base][out]
   DotFn dot[kDTypes][kKinds];
+  WidenFn widen[kDTypes];
   CopyFn copy;
 };
 

@@ -300,6 +300,15 @@ double dot(const std::byte* a, const Term& b, std::int64_t begin, std::int64_t c
   return total;
 }
 
+template <DType D>
+void widen(const std::byte* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + Arch::kWidth <= count; i += Arch::kWidth) {
+    Arch::to_floats(to + i, Arch::template load<D>(from + i * item_size(D)));
+  }
+  for (; i < count; ++i) to[i] = load_one<D>(from + i * item_size(D));
+}
+
 void copy(std::byte* dst, const std::byte* src, std::int64_t nbytes) {
   std::int64_t i = elements_to_line(dst, 1);
   if (i > nbytes) i = nbytes;
@@ -331,6 +340,7 @@ constexpr void fill_base(Kernels& kernels) {
   row[0] = merge_tile<Base, DType::F32>;
   row[1] = merge_tile<Base, DType::BF16>;
   row[2] = merge_tile<Base, DType::F16>;
+  kernels.widen[static_cast<std::size_t>(Base)] = widen<Base>;
 }
 
 constexpr Kernels make_kernels(const char* name) {

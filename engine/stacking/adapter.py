@@ -1,0 +1,186 @@
+"""A preference as a LoRA adapter in PEFT's format: the low-rank planes side by side, or cut to a rank by SVD.
+
+    sum_j c_j B_j A_j = [c_1 B_1, ..., c_P B_P] [A_1; ...; A_P]        exact, the rank is the sum of the ranks
+
+The file format is PEFT's adapter_config.json and adapter_model.safetensors (Hu et al., LoRA, arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from paretofuse.engine.dtypes import TO_NAME
+from paretofuse.engine.errors import some
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.plane import Plane, columns_of, rows_of
+from paretofuse.engine.stacking.stack import Stack
+from paretofuse.engine.store.safetensors_file import SafetensorsWriter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_TRANSPOSED = ("Conv1D", "Embedding")
+"""Modules whose weight is [I, O], so that PEFT's B A is its transpose."""
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    stack: Stack,
+    weights: Mapping[str, Tensor],
+    skeleton: nn.Module,
+    base_name: str,
+    rank: int | None,
+) -> float:
+    """Write the update that a merge would make as an adapter.
+
+    Args:
+        path: the directory; replaced where it holds an adapter, and only then.
+        stack: its planes.
+        weights: the coefficients [P] of each merged tensor.
+        skeleton: the model's structure, which tells how modules hold their weights.
+        base_name: what the adapter calls its base.
+        rank: cut every module's factors to this rank; None keeps their sum.
+
+    Returns:
+        The relative error of the update, ||written - exact|| / ||exact|| over all tensors: 0 where nothing was cut.
+
+    Raises:
+        ValueError: a tensor's update is no product of two factors that a module's LoRA can hold, or `path` holds
+            something else.
+    """
+    _check_place(Path(path))
+    modules = dict(skeleton.named_modules())
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    refused: list[str] = []
+    wrong = size = 0.0
+    for name, row in weights.items():
+        planes = [own.get(name) for own in stack.planes]
+        if not any(planes):
+            continue
+        factors = None if rank is None and not _all_low_rank(planes) else _factors(planes, row, rank)
+        module, _, attribute = name.rpartition(".")
+        kind = type(modules.get(module)).__name__
+        if factors is None or attribute != "weight" or kind not in ("Linear", *_TRANSPOSED):
+            refused.append(name)
+            continue
+        b, a, lost, whole = factors
+        wrong, size = wrong + lost, size + whole
+        if not a.numel():
+            continue
+        found[module] = (a.T, b.T) if kind in _TRANSPOSED else (b, a)
+    if refused:
+        raise ValueError(
+            f"got experts that change {some(refused)}, which no LoRA holds exactly; "
+            + ("pass rank= to cut dense updates of matrices by SVD, or " if rank is None else "")
+            + "stack LoRA experts of linear and embedding layers (planes='auto'), or merge a whole model"
+        )
+    if not found:
+        raise ValueError(
+            "got a preference at which nothing differs from the base, expected an update to write"
+        )
+    _write(Path(path), found, modules, base_name)
+    return float((wrong / size) ** 0.5) if size else 0.0
+
+
+def _write(
+    path: Path, found: Mapping[str, tuple[Tensor, Tensor]], modules: Mapping[str, nn.Module], base_name: str
+) -> None:
+    """Write both files beside their place first, so that a failed write leaves nothing and loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.parent / f".{path.name}.{secrets.token_hex(6)}.partial"
+    new.mkdir()
+    try:
+        (new / CONFIG).write_text(json.dumps(_config(found, modules, base_name), indent=2) + "\n")
+        with SafetensorsWriter(new / WEIGHTS, metadata={"format": "pt"}) as writer:
+            for module, (b, a) in found.items():
+                embedding = type(modules[module]).__name__ == "Embedding"
+                for letter, factor in (("A", a), ("B", b)):
+                    end = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
+                    data = factor.contiguous().cpu()
+                    chunks = [data.view(torch.uint8).numpy()]
+                    writer.add(f"{_PREFIX}{module}.{end}", TO_NAME[data.dtype], tuple(data.shape), chunks)
+        path.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(new / name, path / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _all_low_rank(planes: Sequence[Plane | None]) -> bool:
+    return all(plane is None or isinstance(plane, LowRank) for plane in planes)
+
+
+def _factors(
+    planes: Sequence[Plane | None], weights: Tensor, rank: int | None
+) -> tuple[Tensor, Tensor, float, float] | None:
+    """B and A of the weighted sum, and the squares of what a cut loses and of the whole; None for vectors."""
+    active = [(w, p) for w, p in zip(weights.tolist(), planes, strict=True) if p is not None and w != 0]
+    shape = next(plane.shape for plane in planes if plane is not None)
+    if len(shape) != 2:
+        return None
+    low = [(w, p) for w, p in active if isinstance(p, LowRank)]
+    b = torch.cat([torch.zeros(rows_of(shape), 0), *(w * p.b.float().cpu() for w, p in low)], 1)
+    a = torch.cat([torch.zeros(0, columns_of(shape)), *(p.a.float().cpu() for _, p in low)], 0)
+    dense = [(w, p) for w, p in active if not isinstance(p, LowRank)]
+    if rank is None or (not dense and b.shape[1] <= rank):
+        return b, a, 0.0, 1.0 if b.numel() else 0.0
+    if dense:
+        whole = b @ a
+        for weight, plane in dense:
+            whole += weight * plane.decode().cpu()
+        u, sizes, v = torch.linalg.svd(whole, full_matrices=False)
+    else:  # of the small matrix between two orthogonal ones
+        left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
+        u, sizes, v = torch.linalg.svd(left.R @ right.R.T)
+        u, v = left.Q @ u, v @ right.Q.T
+    root = sizes[:rank].sqrt()
+    squares = sizes.double().square()
+    return u[:, :rank] * root, root[:, None] * v[:rank], float(squares[rank:].sum()), float(squares.sum())
+
+
+def _config(
+    found: Mapping[str, tuple[Tensor, Tensor]], modules: Mapping[str, nn.Module], base_name: str
+) -> dict[str, object]:
+    """adapter_config.json: every module by its full name, alpha equal to its rank, so that B A counts as it is."""
+    ranks = {module: a.shape[0] for module, (_, a) in found.items()}
+    usual = max(ranks.values())
+    own = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": own,
+        "alpha_pattern": own,
+        "target_modules": list(ranks),
+        "fan_in_fan_out": any(type(modules[module]).__name__ == "Conv1D" for module in ranks),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _check_place(path: Path) -> None:
+    """ValueError where something stands that is no adapter."""
+    if not os.path.lexists(path):
+        return
+    others = [] if not path.is_dir() else [p.name for p in path.iterdir() if p.name not in (CONFIG, WEIGHTS)]
+    if not path.is_dir() or others:
+        held = f"holds {some(sorted(others))}" if others else "is a file"
+        raise ValueError(
+            f"got {path}, which {held}, expected an adapter's directory or a new one; choose another"
+        )
