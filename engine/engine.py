@@ -363,10 +363,11 @@ class Engine:
                 f"got rank={rank!r}, expected a whole number of at least 1, or None for all of them"
             )
         self._only_whole("an adapter")
-        full = self._full_weights(preference, None)
-        self._only_one(full)
-        rows = self.layout.group_index
-        weights = {name: full[0, row].cpu() for name, row in rows.items()}
+        routing = routing_of(self.routers, preference, None).cpu()
+        self._only_one(routing)
+        static = torch.full((1, len(self.objectives)), self.layout.static_weight)
+        full = torch.cat([routing[0], static])  # [G + 1, E]
+        weights = {name: full[row] for name, row in self.layout.group_index.items()}
         config = json.loads(self.blueprint.files.get("config.json", b"{}"))
         name = str(config.get("_name_or_path") or "")
         return write_adapter(path, self._stack, weights, self.blueprint.make(), name, rank)
