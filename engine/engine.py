@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -358,19 +357,10 @@ class Engine:
                 norms, layers that are neither linear nor embeddings).
             OSError: writing failed; what was there before is untouched.
         """
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(
-                f"got rank={rank!r}, expected a whole number of at least 1, or None for all of them"
-            )
         self._only_whole("an adapter")
         routing = routing_of(self.routers, preference, None).cpu()
         self._only_one(routing)
-        static = torch.full((1, len(self.objectives)), self.layout.static_weight)
-        full = torch.cat([routing[0], static])  # [G + 1, E]
-        weights = {name: full[row] for name, row in self.layout.group_index.items()}
-        config = json.loads(self.blueprint.files.get("config.json", b"{}"))
-        name = str(config.get("_name_or_path") or "")
-        return write_adapter(path, self._stack, weights, self.blueprint.make(), name, rank)
+        return write_adapter(path, self._stack, routing[0], self.blueprint, rank)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """The dense model for a preference, like `merge`, letting go of all modules of the engine's own first.

@@ -21,6 +21,7 @@ from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.errors import some
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane, columns_of, rows_of
+from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.safetensors_file import SafetensorsWriter
 
@@ -35,9 +36,8 @@ _TRANSPOSED = ("Conv1D", "Embedding")
 def write_adapter(
     path: str | os.PathLike[str],
     stack: Stack,
-    weights: Mapping[str, Tensor],
-    skeleton: nn.Module,
-    base_name: str,
+    routing: Tensor,
+    blueprint: Blueprint,
     rank: int | None,
 ) -> float:
     """Write the update that a merge would make as an adapter.
@@ -45,20 +45,25 @@ def write_adapter(
     Args:
         path: the directory; replaced where it holds an adapter, and only then.
         stack: its planes.
-        weights: the coefficients [P] of each merged tensor.
-        skeleton: the model's structure, which tells how modules hold their weights.
-        base_name: what the adapter calls its base.
+        routing: the routing weights [G, P].
+        blueprint: the model's structure, which tells how modules hold their weights, and its name.
         rank: cut every module's factors to this rank; None keeps their sum.
 
     Returns:
         The relative error of the update, ||written - exact|| / ||exact|| over all tensors: 0 where nothing was cut.
 
     Raises:
-        ValueError: a tensor's update is no product of two factors that a module's LoRA can hold, or `path` holds
+        ValueError: a rank that is none, a tensor's update is no product of two factors that a module's LoRA can hold, or `path` holds
             something else.
     """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"got rank={rank!r}, expected a whole number of at least 1, or None for all of them")
     _check_place(Path(path))
-    modules = dict(skeleton.named_modules())
+    modules = dict(blueprint.make().named_modules())
+    config = json.loads(blueprint.files.get("config.json", b"{}"))
+    base_name = str(config.get("_name_or_path") or "")
+    full = torch.cat([routing, torch.full_like(routing[:1], stack.layout.static_weight)])  # [G + 1, P]
+    weights = {name: full[row] for name, row in stack.layout.group_index.items()}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     refused: list[str] = []
     wrong = size = 0.0
