@@ -88,9 +88,7 @@ class Engine:
     def planes(self) -> dict[str, dict[str, PlaneInfo]]:
         """Each expert's planes by tensor: their format, bytes and error. An absent one leaves the tensor unchanged."""
         return {
-            objective: {
-                name: PlaneInfo(plane.format, nbytes(plane), plane.error) for name, plane in own.items()
-            }
+            objective: {name: PlaneInfo(p.format, nbytes(p), p.error) for name, p in own.items()}
             for objective, own in zip(self.objectives, self._stack.planes, strict=True)
         }
 
@@ -347,14 +345,13 @@ class Engine:
         Args:
             preference: by objective name, or in the order of `objectives`.
             path: the directory to write; an adapter there is replaced, and nothing else is.
-            rank: cut every module's update to this rank by SVD; None keeps it exact: the experts' factors side by side.
+            rank: cut every module's update to this rank by SVD; None keeps the experts' factors side by side.
 
         Returns:
             The relative error of the update, 0 where nothing was cut.
 
         Raises:
-            ValueError: invalid input, or an update that a LoRA cannot hold (dense planes without `rank`, biases and
-                norms, layers that are neither linear nor embeddings).
+            ValueError: invalid input, or an update that no LoRA holds: vectors, dense planes without `rank`.
             OSError: writing failed; what was there before is untouched.
         """
         self._only_whole("an adapter")

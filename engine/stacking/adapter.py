@@ -53,8 +53,8 @@ def write_adapter(
         The relative error of the update, ||written - exact|| / ||exact|| over all tensors: 0 where nothing was cut.
 
     Raises:
-        ValueError: a rank that is none, a tensor's update is no product of two factors that a module's LoRA can hold, or `path` holds
-            something else.
+        ValueError: a rank below 1, a tensor's update that is no product of two factors that a module's LoRA can hold,
+            or `path` holds something else.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"got rank={rank!r}, expected a whole number of at least 1, or None for all of them")
