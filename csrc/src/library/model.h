@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "core/buffer.h"
-#include "store/store.h"
 #include "paretofuse/engine.h"
 #include "paretofuse/merge.h"
+#include "store/store.h"
 
 namespace paretofuse {
 

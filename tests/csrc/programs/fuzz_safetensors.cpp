@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <memory>
 
-#include "store/safetensors.h"
 #include "paretofuse/engine.h"
+#include "store/safetensors.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "store/manifest.h"
 #include "paretofuse/dtype.h"
+#include "store/manifest.h"
 
 namespace paretofuse {
 

@@ -4,8 +4,8 @@
 #include <iterator>
 #include <stdexcept>
 
-#include "store/json.h"
 #include "paretofuse/cuda.h"
+#include "store/json.h"
 
 namespace paretofuse {
 namespace {
