@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.store.test_store import ATTACKS, MANIFEST_ATTACKS, edit_manifest, write_store
+from tests.store.test_store import ATTACKS, MANIFEST_ATTACKS, edit_manifest, in_cache, write_store
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.process import run
@@ -95,6 +95,15 @@ def test_a_linked_folder_is_refused(library: Library, store: Path, tmp_path: Pat
     (store / "experts").rename(tmp_path / "experts")
     (store / "experts").symlink_to(tmp_path / "experts")
     assert "experts" in refused(library, store)
+
+
+def test_a_hugging_face_cache_opens(library: Library, store: Path, tmp_path: Path) -> None:
+    root = in_cache(store, tmp_path / "cache", "")
+    assert library.open(root).names("objective")
+    (tmp_path / "cache" / "secret").write_bytes((root / "model" / "config.json").read_bytes())
+    (root / "model" / "config.json").unlink()
+    (root / "model" / "config.json").symlink_to(tmp_path / "cache" / "secret")
+    assert "points outside of the store" in refused(library, root)
 
 
 def test_what_is_no_store(library: Library, tmp_path: Path) -> None:

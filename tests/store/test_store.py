@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -293,6 +294,10 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "partial overlap": (with_header({"t": entry(), "u": entry(offsets=(2, 6))}, FOUR * 2), "overlaps"),
     "hole": (with_header({"t": entry(), "u": entry(offsets=(8, 12))}, FOUR * 3), "hole"),
     "bytes behind": (with_header({"t": entry()}, FOUR + b"5"), "too many"),
+    "twice among many": (
+        with_header(b"{" + b",".join(b'"%d":0' % (i % 300_000) for i in range(300_001)) + b"}"),
+        "'0' appears twice",
+    ),
     "metadata no object": (with_header({"__metadata__": 5}), "metadata"),
     "metadata no strings": (with_header({"__metadata__": {"a": 1}}), "metadata"),
 }
@@ -482,6 +487,53 @@ def test_links_out_of_the_store_are_refused(store: Path, tmp_path: Path, what: s
         Store.open(store)
 
 
+@pytest.mark.parametrize("below", ["", "stores/one"])
+def test_a_hugging_face_cache_opens(store: Path, tmp_path: Path, below: str) -> None:
+    """Files are links to ../../blobs there, as deep as they lie; and merging from it works."""
+    root = in_cache(store, tmp_path / "cache", below)
+    opened = Store.open(root)
+    opened.verify()
+    assert opened.model_files("cola")["config.json"] == b'{"labels": 2}'
+    np.testing.assert_array_equal(opened.base["a.weight"].data, Store.open(store).base["a.weight"].data)
+
+
+def test_links_to_elsewhere_are_refused_in_a_cache_too(store: Path, tmp_path: Path) -> None:
+    for outside in (
+        tmp_path / "cache" / "secret",
+        tmp_path / "cache" / "blobs" / "deep" / "x",
+        tmp_path / "blobs" / "x",
+    ):
+        root = in_cache(store, tmp_path / "cache", "")
+        outside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "base.safetensors", outside)
+        (root / "base.safetensors").unlink()
+        (root / "base.safetensors").symlink_to(outside)
+        with pytest.raises(StoreError, match="outside of the store"):
+            Store.open(root)
+        shutil.rmtree(tmp_path / "cache")
+    # Nor are blobs of the neighbourhood where there are no snapshots.
+    (tmp_path / "a" / "blobs").mkdir(parents=True)
+    root = tmp_path / "a" / "revisions" / "store"
+    shutil.copytree(store, root)
+    (root / "base.safetensors").rename(tmp_path / "a" / "blobs" / "0")
+    (root / "base.safetensors").symlink_to(tmp_path / "a" / "blobs" / "0")
+    with pytest.raises(StoreError, match="outside of the store"):
+        Store.open(root)
+
+
+def in_cache(store: Path, cache: Path, below: str) -> Path:
+    """A store as huggingface_hub's snapshot_download lays it out."""
+    root = cache / "snapshots" / "0123abcd" / below
+    (cache / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in store.rglob("*") if path.is_file())):
+        blob = cache / "blobs" / f"{number:04x}"
+        shutil.copy(file, blob)
+        link = root / file.relative_to(store)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return root
+
+
 def test_links_within_the_store_and_to_it_are_fine(store: Path, tmp_path: Path) -> None:
     (store / "base.safetensors").rename(store / "elsewhere")
     (store / "base.safetensors").symlink_to("elsewhere")
@@ -499,6 +551,31 @@ def test_what_is_no_store(tmp_path: Path, make: Callable[[Path], None]) -> None:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no such directory.*paretofuse stack"):
         Store.open(tmp_path / "none")
+
+
+def test_a_store_that_changes_under_an_open_one_is_noticed(store: Path) -> None:
+    opened = Store.open(store)
+    opened.check_unchanged()
+    victim = store / "experts" / "cola.safetensors"
+    os.utime(victim, (1, 1))
+    opened.check_unchanged()  # merely touched
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    with open(victim, "r+b") as file:
+        file.write(content)
+    os.utime(victim, (2, 2))
+    with pytest.raises(
+        StoreError, match=r"cola\.safetensors: was changed after it was opened; open the store again"
+    ):
+        opened.check_unchanged()
+    content[-1] ^= 1
+    with open(victim, "r+b") as file:
+        file.write(content)
+    opened.check_unchanged()  # it is again what it was
+    with open(victim, "r+b") as file:
+        file.truncate(len(content) - 1)
+    with pytest.raises(StoreError, match="was changed"):
+        opened.check_unchanged()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""Whole or not at all, and nothing left behind: kills, signals, sweeping, links to what is replaced."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from paretofuse.engine.store.atomic import Fresh, fresh, fresh_named, write_file
+
+WRITING = """
+import signal, sys, time
+from paretofuse.engine.store.atomic import Fresh, fresh, fresh_named
+{before}
+with {how} as path:
+    print(path, flush=True)
+    time.sleep(600)
+"""
+
+
+def writing(how: str, before: str = "") -> tuple[subprocess.Popen[bytes], Path]:
+    """A process that has begun to write, and what it writes to."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITING.format(how=how, before=before)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().decode().strip())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+KINDS = ["fresh({place!r})", "fresh({place!r}, directory=True)", "fresh_named({place!r})"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_leave_nothing(tmp_path: Path, kind: str, number: signal.Signals) -> None:
+    # A test run in a background job may have been told to ignore some of them; the process shall not.
+    before = "for n in (signal.SIGTERM, signal.SIGHUP): signal.signal(n, signal.SIG_DFL)\n"
+    before += "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process, path = writing(kind.format(place=str(tmp_path / "x.txt")), before)
+    assert path.parent == tmp_path or path.parent.parent == tmp_path
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode != 0
+    assert names(tmp_path) == []
+
+
+def test_handlers_of_the_program_stay(tmp_path: Path) -> None:
+    before = "signal.signal(signal.SIGTERM, lambda *_: (print('mine', flush=True), sys.exit(7)))"
+    process, _ = writing(f"fresh({str(tmp_path / 'x')!r})", before)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (7, b"mine\n")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_process_left_is_swept_by_the_next_writer_of_the_same_place(
+    tmp_path: Path, kind: str
+) -> None:
+    process, _ = writing(kind.format(place=str(tmp_path / "x")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(names(tmp_path)) == 1
+    write_file(tmp_path / "y", b"another place")
+    write_file(tmp_path / "x.x", b"another place")
+    assert len(names(tmp_path)) == 3
+    write_file(tmp_path / "x", b"new")
+    assert names(tmp_path) == ["x", "x.x", "y"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_living_process_writes_is_not_swept(tmp_path: Path, kind: str) -> None:
+    process, path = writing(kind.format(place=str(tmp_path / "x")))
+    try:
+        write_file(tmp_path / "x", b"new")
+        with fresh(tmp_path / "x"):  # nor what this very process writes
+            write_file(tmp_path / "x", b"newer")
+        assert path.parent.exists()
+        assert len(names(tmp_path)) == 2
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_names_that_are_not_ours_are_not_swept(tmp_path: Path) -> None:
+    foreign = [".x.partial", ".x.0123456789ab.part", ".x.0123456789aG.partial", "x.0123456789ab.partial"]
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"precious")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / ".x.0123456789ab.partial").symlink_to("precious")  # a link is never followed
+    write_file(tmp_path / "x", b"new")
+    assert set(foreign) < set(names(tmp_path))
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_failure_leaves_the_old_file_and_the_error_names_it(tmp_path: Path) -> None:
+    write_file(tmp_path / "x", b"old")
+    with pytest.raises(TypeError), fresh(tmp_path / "x") as path:
+        path.write_bytes("no bytes")  # type: ignore[arg-type]
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+    with pytest.raises(OSError, match="x") as caught:
+        write_file(tmp_path / "x" / "below a file", b"")
+    assert str(caught.value.filename).startswith(str(tmp_path / "x"))
+
+
+def test_a_file_keeps_its_name_on_the_way(tmp_path: Path) -> None:
+    with fresh_named(tmp_path / "deep" / "picture.png") as path:
+        assert path.name == "picture.png"
+        path.write_bytes(b"png")
+    assert names(tmp_path / "deep") == ["picture.png"]
+
+
+def test_many_writers_of_one_place_leave_one_whole_file(tmp_path: Path) -> None:
+    script = "import sys\nfrom paretofuse.engine.store.atomic import write_file\n"
+    script += "for _ in range(50): write_file(sys.argv[1], sys.argv[2].encode() * 1000)"
+    place = tmp_path / "x"
+    writers = [subprocess.Popen([sys.executable, "-c", script, place, letter]) for letter in "abc"]
+    deadline = time.monotonic() + 300
+    for writer in writers:
+        assert writer.wait(deadline - time.monotonic()) == 0
+    assert names(tmp_path) == ["x"]
+    assert place.read_bytes() in {letter.encode() * 1000 for letter in "abc"}
+
+
+def test_places_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the current directory"):
+        Fresh(tmp_path, directory=True)
+    with pytest.raises(ValueError, match="a mount point"):
+        Fresh("/proc", directory=True)
