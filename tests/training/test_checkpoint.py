@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.store.atomic import fresh
 from paretofuse.engine.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.training.test_fit import Point, equal, problem, state
 
@@ -166,19 +169,11 @@ def test_temporary_names_cannot_be_guessed_and_links_are_not_followed(tmp_path: 
     (folder / f".c.{os.getpid()}.tmp").symlink_to(victim)
     written(folder / "c")
     assert victim.read_text() == "precious"
-    seen: list[str] = []
-    replace = os.replace
-
-    def watched(source: Any, target: Any) -> None:
-        seen.append(Path(source).name)
-        replace(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", watched)
-        for _ in range(2):
-            (folder / "c").unlink(missing_ok=True)
-            written(folder / "c")
-    assert len(set(seen)) == len(seen) > 1
+    names = []
+    for _ in range(2):
+        with fresh(folder / "c") as path:
+            names.append(path.name)
+    assert names[0] != names[1]
     (folder / "linked").symlink_to(victim)
     with pytest.raises(pf.StoreError, match="left as it is"):
         written(folder / "linked")
@@ -194,48 +189,54 @@ def test_a_link_to_a_checkpoint_stays_and_what_it_leads_to_is_replaced(tmp_path:
     assert read_checkpoint(tmp_path / "disk" / "c")[1]["step"] == 3
 
 
-def test_a_name_that_is_taken_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from paretofuse.engine.store import atomic
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+int fsync(int file) {
+  if (getenv("SHIM_FULL")) { errno = ENOSPC; return -1; }
+  if (write(2, "fsync ", 6) != 6) abort();
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
+}
+int rename(const char *from, const char *to) {
+  if (write(2, "rename ", 7) != 7) abort();
+  return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+"""
+"""Tells of two calls of the C library, and lets one of them fail."""
 
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    guessed = tmp_path / ".c.guessed.partial"
-    guessed.symlink_to(victim)
-    monkeypatch.setattr(atomic, "beside", lambda target: guessed)
-    with pytest.raises(FileExistsError):
-        atomic.write_file(tmp_path / "c", b"content")
-    assert victim.read_text() == "precious"
-    assert guessed.is_symlink()
+WRITES = """
+import os, sys, torch
+from paretofuse.engine.store.atomic import fresh
+from paretofuse.engine.training.checkpoint import write_checkpoint
+write_checkpoint(sys.argv[1], {"a": torch.ones(3)}, {"step": 1})
+os.environ["SHIM_FULL"] = "1"
+try:
+    write_checkpoint(sys.argv[1], {"a": torch.zeros(3)}, {"step": 2})
+except OSError as error:
+    print(error)
+"""
 
 
-def test_a_checkpoint_is_synced_before_it_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library as Linux does")
+def test_a_checkpoint_is_synced_before_it_takes_its_place_and_a_full_disk_costs_none(tmp_path: Path) -> None:
     """Renamed before its bytes are on the disk, it may be empty after a power cut."""
-    events: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
-    write_checkpoint(tmp_path / "c", {"a": torch.ones(3)}, {"step": 1})
-    assert events == ["fsync", "replace", "fsync"]  # the file, its place, the directory's entry
-
-
-def test_a_failed_write_keeps_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "c"
-    engine, run = written(path)
-    kept = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            pf.fit(engine, **run, steps=4, checkpoint=path)
-    assert path.read_bytes() == kept
-    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    (tmp_path / "shim.c").write_text(SHIM)
+    shim, folder = tmp_path / "shim.so", tmp_path / "run"
+    folder.mkdir()
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES, str(folder / "c")],
+        env={**os.environ, "LD_PRELOAD": str(shim)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr.split() == ["fsync", "rename", "fsync"]  # the file, its place, the directory's entry
+    assert "No space left" in done.stdout
+    tensors, inside = read_checkpoint(folder / "c")
+    assert inside["step"] == 1
+    assert torch.equal(tensors["a"], torch.ones(3))
+    assert [entry.name for entry in folder.iterdir()] == ["c"]
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
