@@ -50,7 +50,12 @@ def interpreted(kernel: Any) -> bool:
 def float8_as_bits(deltas: Tensor) -> Tensor:
     """Float8 deltas as uint8 where the GPU cannot convert them: kernels decode those by hand. Others unchanged."""
     native = (
-        deltas.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(deltas.device) >= (8, 9)
+        deltas.is_meta
+        or (  # without memory they are only described, for a compiler that is told the GPU
+            deltas.is_cuda
+            and not torch.version.hip
+            and torch.cuda.get_device_capability(deltas.device) >= (8, 9)
+        )
     )
     return deltas if deltas.dtype != torch.float8_e4m3fn or native else deltas.view(torch.uint8)
 

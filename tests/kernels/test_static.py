@@ -51,7 +51,7 @@ def test_faults_are_found():
     assert good.faults == []
     assert "8 spilled" in dataclasses.replace(good, spills=8).faults[0]
     unaligned = static.inspect(dataclasses.replace(variant, aligned=()), "sm_90")
-    assert len(unaligned.faults) == 2
+    assert len(unaligned.faults) == 3  # loads and stores that move too little, and narrow stores
     assert unaligned.other_accesses > good.other_accesses
 
 
