@@ -57,6 +57,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def rows(self) -> int:
+        """Number of rows, as `rows_of` counts them."""
+        return rows_of(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the base tensor."""
         return self.numel * ITEM_SIZE[self.dtype]
@@ -96,9 +101,33 @@ class Layout:
             if t.role != "constant"
         }
 
+    @cached_property
+    def row_spans(self) -> dict[str, slice]:
+        """Where each routed tensor's row coefficients lie on the [G + R] axis of routing weights: behind the groups."""
+        spans, end = {}, len(self.groups)
+        for spec in self.with_role("routed"):
+            spans[spec.name] = slice(end, end + spec.rows)
+            end += spec.rows
+        return spans
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all routed tensors together: R."""
+        return sum(spec.rows for spec in self.with_role("routed"))
+
     def with_role(self, *roles: Role) -> tuple[TensorSpec, ...]:
         """The tensors of the given roles, in file order."""
         return tuple(t for t in self.tensors if t.role in roles)
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    """Rows of a tensor: the size of its first dimension; one row for scalars and vectors."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Elements of a row."""
+    return math.prod(shape[1:] if len(shape) > 1 else shape)
 
 
 def place(lengths: Sequence[int], tile: int = TILE) -> tuple[list[int], int]:

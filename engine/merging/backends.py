@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
-from paretofuse.engine.layout import TILE, TensorSpec
+from paretofuse.engine.layout import TILE, TensorSpec, columns_of
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
-from paretofuse.engine.planes.plane import columns_of, memories, merged_tensor
+from paretofuse.engine.planes.plane import memories, merged_tensor
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.kernels.routed_merge import routed_merge
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import TILE, place, tile_groups
+from paretofuse.engine.layout import TILE, columns_of, place, tile_groups
 from paretofuse.engine.merging import native
-from paretofuse.engine.planes.plane import Plane, columns_of, memories
+from paretofuse.engine.planes.plane import Plane, memories
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 

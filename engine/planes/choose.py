@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from paretofuse.engine.layout import TILE
+from paretofuse.engine.layout import TILE, columns_of, rows_of
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.groups import SMALLEST
 from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.planes.plane import Plane, columns_of, merged_error, rows_of
+from paretofuse.engine.planes.plane import Plane, merged_error
 
 DENSE = {"dense": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """Words for dense planes, and the dtype each stands for; "dense" is in whatever dtype the deltas have."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paretofuse.engine.layout import columns_of
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.planes.plane import Plane, columns_of
+from paretofuse.engine.planes.plane import Plane
 
 
 def parts_of(plane: Plane) -> tuple[Tensor, Tensor, int]:

@@ -90,19 +90,6 @@ def to(plane: Plane, device: torch.device) -> Plane:
     return plane.like({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def rows_of(shape: tuple[int, ...]) -> int:
-    """Rows of a tensor: the size of its first dimension; one row for scalars and vectors."""
-    return shape[0] if len(shape) > 1 else 1
-
-
-def columns_of(shape: tuple[int, ...]) -> int:
-    """Elements of a row."""
-    count = 1
-    for size in shape[1:] if len(shape) > 1 else shape:
-        count *= size
-    return count
-
-
 def by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A weight [] or [rows] that broadcasts over a tensor of this shape."""
     return weight if weight.dim() == 0 else weight.view(-1, *[1] * (len(shape) - 1))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.errors import some
+from paretofuse.engine.layout import columns_of, rows_of
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.planes.plane import Plane, columns_of, rows_of
+from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.safetensors_file import SafetensorsWriter

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
+from paretofuse.engine.layout import columns_of, rows_of
 from paretofuse.engine.merging import native
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import Plane, by_row, columns_of, memories, rows_of
+from paretofuse.engine.planes.plane import Plane, by_row, memories
 
 USABLE = [name for name, usable in native.instruction_sets().items() if usable]
 DTYPES = ["F32", "BF16", "F16"]

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import MERGED_DTYPES
+from paretofuse.engine.layout import MERGED_DTYPES, columns_of
 from paretofuse.engine.merging import native
 from paretofuse.engine.modules.gradient import inner_products
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
-from paretofuse.engine.planes.plane import Plane, columns_of, memories, merged_tensor
+from paretofuse.engine.planes.plane import Plane, memories, merged_tensor
 
 Release = Callable[[], None]
 """Hands the pages of a layer's base and deltas back to the system, where they are mapped from a file."""
