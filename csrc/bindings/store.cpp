@@ -107,6 +107,35 @@ py::list specs_of(const Store& store) {
   return specs;
 }
 
+// For each expert by tensor (format, size, error or None, values' name, factors' name) of the planes that are
+// not dense.
+py::list planes_of(const Store& store) {
+  py::list experts;
+  for (const std::string& objective : store.manifest.objectives) {
+    py::dict own;
+    const auto found = store.manifest.planes.find(objective);
+    for (const TensorSpec& spec : store.manifest.tensors) {
+      if (found == store.manifest.planes.end() || found->second.count(spec.name) == 0) continue;
+      const PlaneSpec& plane = found->second.at(spec.name);
+      const auto parts = plane_parts(spec.name, spec.shape, plane);
+      own[py::str(spec.name)] = py::make_tuple(
+          plane_format_name(plane.format), plane.size,
+          plane.error < 0 ? py::object(py::none()) : py::float_(plane.error), parts[0].name, parts[1].name);
+    }
+    experts.append(own);
+  }
+  return experts;
+}
+
+py::list plane_parts_of(const std::string& name, const std::vector<std::int64_t>& shape,
+                        const std::string& format, std::int64_t size) {
+  py::list parts;
+  for (const PlanePart& part : plane_parts(name, shape, {plane_format(format), size, -1.0})) {
+    parts.append(py::make_tuple(part.name, part.dtype, py::tuple(py::cast(part.shape))));
+  }
+  return parts;
+}
+
 py::dict routers_of(const Store& store) {
   py::dict arrays;
   for (const auto& [name, parameter] : store.routers.parameters()) {
@@ -151,6 +180,8 @@ Merged merge(const Store& store, const Array<float>& rows, const Path& path, con
 void bind_store(py::module_& m) {
   py::register_exception_translator(&translate);
   m.def("file_stems", &file_stems, py::arg("objectives"));
+  m.def("plane_parts", &plane_parts_of, py::arg("name"), py::arg("shape"), py::arg("format"),
+        py::arg("size"));
   m.def("is_model_file", &is_model_file, py::arg("name"));
   m.def("is_safe_path", &is_safe_path, py::arg("path"));
 
@@ -225,6 +256,7 @@ void bind_store(py::module_& m) {
       .def_property_readonly("objectives", [](const Store& store) { return store.manifest.objectives; })
       .def_property_readonly("static_weight", [](const Store& store) { return store.manifest.static_weight; })
       .def_property_readonly("specs", &specs_of)
+      .def_property_readonly("planes", &planes_of)
       .def_property_readonly("init", [](const Store& store) { return store.manifest.init; })
       .def_property_readonly("model_class", [](const Store& store) { return store.manifest.model_class; })
       .def_property_readonly("created_by", [](const Store& store) { return store.manifest.created_by; })

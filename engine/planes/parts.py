@@ -23,15 +23,17 @@ def parts_of(plane: Plane) -> tuple[Tensor, Tensor, int]:
     return plane.packed, plane.scales, plane.group
 
 
-def plane_from(values: Tensor, factors: Tensor, size: int, shape: tuple[int, ...]) -> Plane:
+def plane_from(
+    values: Tensor, factors: Tensor, size: int, shape: tuple[int, ...], error: float | None = None
+) -> Plane:
     """The plane of these parts; the dtype of the values tells which format it is."""
     if size == 0:
-        return Dense(values)
+        return Dense(values, error)
     if values.dtype == torch.int8:
-        return Int8(values, factors, size, shape)
+        return Int8(values, factors, size, shape, error)
     if values.dtype == torch.uint8:
-        return Int4(values, factors, size, shape)
-    return LowRank(factors, values, shape)
+        return Int4(values, factors, size, shape, error)
+    return LowRank(factors, values, shape, error)
 
 
 def part_of(plane: Plane, first: int, last: int) -> Plane:

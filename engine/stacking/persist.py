@@ -13,16 +13,25 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.layout import ITEM_SIZE, Layout, TensorSpec
+from paretofuse.engine.planes.choose import may_be_small
 from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.parts import parts_of, plane_from
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.routers import Routers
-from paretofuse.engine.stacking.deltas import base_blocks, delta_blocks, head_blocks, head_infos
+from paretofuse.engine.stacking.deltas import (
+    base_blocks,
+    delta_blocks,
+    gather,
+    head_blocks,
+    head_infos,
+    plane_of,
+)
 from paretofuse.engine.stacking.plan import Plan
-from paretofuse.engine.stacking.sources import BLOCK, Blueprint
+from paretofuse.engine.stacking.sources import BLOCK, Blueprint, Source
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import TensorData, TensorView
-from paretofuse.engine.store.writer import StoreWriter
+from paretofuse.engine.store.writer import StoreWriter, plane_parts
 
 
 @dataclass(frozen=True)
@@ -31,20 +40,20 @@ class Parts:
 
     Attributes:
         base: the blocks of a base tensor.
-        deltas: for each expert, the blocks of a delta, or None where there is none.
+        planes: for each expert, a tensor's plane, or the blocks of a dense one, or None where there is none.
         heads: for each objective, (name, tensor dtype, shape, blocks).
     """
 
     base: Callable[[TensorSpec], Iterable[Tensor]]
-    deltas: list[Callable[[TensorSpec], Iterable[Tensor] | None]]
+    planes: list[Callable[[TensorSpec], Plane | Iterable[Tensor] | None]]
     heads: Mapping[str, Sequence[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]]
 
 
 def in_memory(stack: Stack) -> Parts:
     """The parts of a stack."""
 
-    def of(planes: Mapping[str, Plane]) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
-        return lambda spec: _blocks(planes[spec.name].tensors()[""]) if spec.name in planes else None
+    def of(planes: Mapping[str, Plane]) -> Callable[[TensorSpec], Plane | None]:
+        return lambda spec: planes.get(spec.name)
 
     heads = {
         objective: [(name, t.dtype, tuple(t.shape), _blocks(t)) for name, t in own.items()]
@@ -67,12 +76,18 @@ def streamed(plan: Plan, progress: Callable[[int], None] | None = None) -> Parts
             if progress is not None:
                 progress(block.numel())
 
-    def of(expert: Any) -> Callable[[TensorSpec], Iterable[Tensor] | None]:
-        def deltas(spec: TensorSpec) -> Iterable[Tensor] | None:
-            blocks = delta_blocks(plan, expert, spec)
-            return None if blocks is None else counted(blocks)
+    def of(expert: Source) -> Callable[[TensorSpec], Plane | Iterable[Tensor] | None]:
+        def plane(spec: TensorSpec) -> Plane | Iterable[Tensor] | None:
+            if plan.planes.kind == "dense":
+                blocks = delta_blocks(plan, expert, spec)
+                return None if blocks is None else counted(blocks)
+            base = gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], torch.device("cpu"))
+            found = plane_of(plan, expert, spec, base)
+            if progress is not None:
+                progress(spec.numel)
+            return found
 
-        return deltas
+        return plane
 
     heads = {
         objective: [
@@ -112,13 +127,18 @@ def write(
     """
     # The widest elements first, so that every tensor of the file is aligned to its own element size.
     specs = sorted(layout.tensors, key=lambda spec: -ITEM_SIZE[spec.dtype])
-    merged = sorted(layout.with_role("routed", "static"), key=lambda spec: -ITEM_SIZE[spec.delta_dtype])
+    # Quantized planes are whole words, so that what follows them is aligned too.
+    merged = sorted(
+        layout.with_role("routed", "static"),
+        key=lambda spec: (not may_be_small(spec.shape), -ITEM_SIZE[spec.delta_dtype]),
+    )
     with StoreWriter(path, objectives=layout.objectives, force=force) as writer:
         state = {name: t.detach().cpu().numpy() for name, t in routers.state_dict().items()}
         writer.write_routers(routers.init, state, training)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
-        for objective, deltas in zip(layout.objectives, parts.deltas, strict=True):
-            writer.write_expert(objective, _expert_tensors(merged, deltas))
+        for objective, planes in zip(layout.objectives, parts.planes, strict=True):
+            described: dict[str, dict[str, Any]] = {}
+            writer.write_expert(objective, _expert_tensors(merged, planes, described), described)
         for objective, own in parts.heads.items():
             ordered = sorted(own, key=lambda entry: -ITEM_SIZE[TO_NAME[entry[1]]])
             writer.write_head(objective, [(n, TO_NAME[d], s, _chunks(b)) for n, d, s, b in ordered])
@@ -139,13 +159,7 @@ def save(
     training: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a stack in memory to a store; as `write`, and ValueError for planes that are not dense."""
-    other = {p.format for own in stack.planes for p in own.values()} - {"dense"}
-    if other:
-        raise ValueError(
-            f"got planes of the formats {sorted(other)}, expected dense ones, as stores hold no others yet; stack with "
-            'planes="dense" to save'
-        )
+    """Write a stack in memory to a store; arguments and errors as `write`."""
     parts = in_memory(stack)
     write(path, parts, stack.layout, routers, blueprint, training=training, force=force)
 
@@ -156,7 +170,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
     stack = Stack(
         layout,
         _tensors(store.base, device),
-        tuple({n: Dense(t) for n, t in _tensors(own, device).items()} for own in store.deltas),
+        tuple(_planes(store, e, device) for e in range(len(layout.objectives))),
         {objective: _tensors(own, device) for objective, own in store.heads.items()},
         store.release if device.type == "cpu" else lambda names: None,
         store.check_unchanged if device.type == "cpu" else lambda: None,
@@ -167,12 +181,47 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
 
 
 def _expert_tensors(
-    specs: Iterable[TensorSpec], deltas: Callable[[TensorSpec], Iterable[Tensor] | None]
+    specs: Sequence[TensorSpec],
+    planes: Callable[[TensorSpec], Plane | Iterable[Tensor] | None],
+    described: dict[str, dict[str, Any]],
 ) -> Iterator[TensorData]:
+    """What an expert's file holds; fills `described` with what the manifest says of planes that are not dense."""
+    names = {spec.name for spec in specs}
     for spec in specs:
-        blocks = deltas(spec)
-        if blocks is not None:
-            yield spec.name, spec.delta_dtype, spec.shape, _chunks(blocks)
+        found = planes(spec)
+        if found is None:
+            continue
+        if isinstance(found, Dense):
+            found = _blocks(found.values)
+        if isinstance(found, Iterable):
+            yield spec.name, spec.delta_dtype, spec.shape, _chunks(found)
+            continue
+        values, factors, size = parts_of(found)
+        parts = plane_parts(spec.name, spec.shape, found.format, size)
+        if taken := names & {part[0] for part in parts}:
+            raise ValueError(
+                f"got tensor {taken.pop()!r}, whose name the {found.format} plane of {spec.name!r} needs in the store; "
+                "stack with planes='dense'"
+            )
+        for tensor, (name, dtype, shape) in reversed(list(zip((values, factors), parts, strict=True))):
+            yield name, dtype or TO_NAME[tensor.dtype], shape, _chunks(_blocks(tensor))
+        described[spec.name] = {
+            "format": found.format,
+            "rank" if found.format == "lowrank" else "group": size,
+        } | ({} if found.error is None else {"error": found.error})
+
+
+def _planes(store: Store, expert: int, device: torch.device) -> dict[str, Plane]:
+    """An expert's planes by tensor."""
+    planes: dict[str, Plane] = {n: Dense(t) for n, t in _tensors(store.deltas[expert], device).items()}
+    for name, stored in store.planes[expert].items():
+        shape = store.layout.by_name[name].shape
+        values, factors = _tensor(stored.values, device), _tensor(stored.factors, device)
+        if stored.format != "lowrank":
+            kind = torch.int8 if stored.format == "int8" else torch.uint8
+            values, factors = values.view(-1).view(kind), factors.view(-1)
+        planes[name] = plane_from(values, factors, stored.size, shape, stored.error)
+    return planes
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:

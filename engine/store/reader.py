@@ -2,7 +2,8 @@
 
 manifest.json                   format, version, objectives, tensor table, sizes and checksums
 base.safetensors                every tensor of the base, tied ones once
-experts/<objective>.safetensors the deltas; a tensor that is not there is unchanged by that expert
+experts/<objective>.safetensors the planes; a tensor that is not there is unchanged by that expert. Dense ones under the
+                                tensor's name; others (version 2) in two tensors each, as csrc/src/store/planes.h says
 routers.safetensors             the routers' parameters, float32
 heads/<objective>.safetensors   tensors that only this objective uses
 heads/<objective>/...           files that replace the model's own under that head (config.json)
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,24 @@ _ZERO_AT_START = {"constant": ("hidden.bias",)}
 """Router parameters that `Routers.reset` sets to zero, by init; these for all others."""
 
 
+class StoredPlane(NamedTuple):
+    """A plane that is not dense, in a mapped file.
+
+    Attributes:
+        format: "int8", "int4" or "lowrank".
+        size: elements of a group, or the rank.
+        error: of the merged update; None where it was not measured.
+        values: the quantized numbers, or A.
+        factors: the scales, or B.
+    """
+
+    format: str
+    size: int
+    error: float | None
+    values: TensorView
+    factors: TensorView
+
+
 class Store:
     """A store, opened: headers read and checked, data mapped and paged in when touched.
 
@@ -49,7 +68,8 @@ class Store:
         checksums: size in bytes and SHA-256 (hexadecimal) of every file but the manifest, by path in the store.
         files: the mapped files: the base first, then one for each expert in the objectives' order.
         base: every stored tensor of the base by name.
-        deltas: for each objective, its deltas by tensor name; a missing one is zero.
+        deltas: for each objective, its dense planes by tensor name.
+        planes: for each objective, its other planes; a tensor that is in neither is unchanged.
         heads: by objective, the tensors that only this objective uses.
         routers: the routers' parameters, float32, as copies.
     """
@@ -66,7 +86,18 @@ class Store:
         self.created_by = core.created_by
         self.checksums = core.files
         self.files: tuple[SafetensorsFile, ...] = (core.base, *core.experts)
-        self.base, *self.deltas = (file.tensors for file in self.files)
+        self.base = core.base.tensors
+        self.deltas: list[dict[str, TensorView]] = []
+        self.planes: list[dict[str, StoredPlane]] = []
+        for file, own in zip(self.files[1:], core.planes, strict=True):
+            views = file.tensors
+            self.planes.append(
+                {
+                    name: StoredPlane(format, size, error, views.pop(values), views.pop(factors))
+                    for name, (format, size, error, values, factors) in own.items()
+                }
+            )
+            self.deltas.append(views)
         self.heads: dict[str, Mapping[str, TensorView]] = {
             objective: file.tensors for objective, file in core.heads.items()
         }
@@ -101,10 +132,17 @@ class Store:
     def release(self, names: Iterable[str]) -> None:
         """Let the system drop the pages of these tensors in base and deltas; touching them reads them again."""
         for name in names:
-            for file, views in zip(self.files, (self.base, *self.deltas), strict=True):
-                view = views.get(name)
-                if view is not None:
-                    file.release(view.offset, view.offset + view.nbytes)
+            self._release(self.files[0], self.base.get(name))
+            for file, deltas, planes in zip(self.files[1:], self.deltas, self.planes, strict=True):
+                self._release(file, deltas.get(name))
+                if name in planes:
+                    self._release(file, planes[name].values, planes[name].factors)
+
+    @staticmethod
+    def _release(file: SafetensorsFile, *views: TensorView | None) -> None:
+        for view in views:
+            if view is not None:
+                file.release(view.offset, view.offset + view.nbytes)
 
     def check_unchanged(self) -> None:
         """Check that the mapped files of base and experts are what they were when they were opened.

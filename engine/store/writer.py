@@ -24,7 +24,6 @@ from paretofuse.engine.store.reader import Store, describe_training, sha256_of, 
 from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
 from paretofuse.engine.termination import termination_raises
 
-VERSION = 1
 MANIFEST = "manifest.json"
 BASE = "base.safetensors"
 ROUTERS = "routers.safetensors"
@@ -33,6 +32,10 @@ is_model_file = _C.is_model_file
 """Whether a file of this name may stand beside a merged model's weights: a safe path, and no weights itself."""
 
 _METADATA = {"format": "pt"}
+
+plane_parts = _C.plane_parts
+"""(name, shape, format, group or rank) -> (name, dtype, shape) of the two tensors that hold a plane which is not dense:
+its values (of low-rank planes A), and its factors (B), whose dtype is "" where it is free."""
 
 
 def is_store(path: Path) -> bool:
@@ -89,6 +92,7 @@ class StoreWriter:
         self._check_target()
         self._stems = _C.file_stems(self.objectives)
         self._experts: dict[str, str] = {}
+        self._planes: dict[str, dict[str, dict[str, Any]]] = {}
         self._heads: dict[str, str] = {}
         self._model_files: list[str] = []
         self._head_files: dict[str, list[str]] = {}
@@ -106,11 +110,26 @@ class StoreWriter:
         """Write the base: (name, dtype, shape, bytes in pieces) each; larger elements should come first."""
         self._write_tensors(BASE, tensors)
 
-    def write_expert(self, objective: str, tensors: Iterable[TensorData]) -> None:
-        """Write an expert's deltas; leave out those that are zero, or give None for their bytes."""
+    def write_expert(
+        self,
+        objective: str,
+        tensors: Iterable[TensorData],
+        planes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write an expert's planes.
+
+        Args:
+            objective: its name.
+            tensors: dense planes under the tensor's name, others in their two parts; those that add nothing are left
+                out, or have None for their bytes.
+            planes: of each tensor whose plane is not dense: "format", "group" or "rank", and "error". Read when all
+                tensors are written.
+        """
         path = f"experts/{self._stem(objective)}.safetensors"
         self._write_tensors(path, tensors)
         self._experts[objective] = path
+        if planes:
+            self._planes[objective] = {name: dict(plane) for name, plane in planes.items()}
 
     def write_head(self, objective: str, tensors: Iterable[TensorData]) -> None:
         """Write the tensors that only one objective uses."""
@@ -173,7 +192,7 @@ class StoreWriter:
             raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
         document = {
             "format": "paretofuse",
-            "version": VERSION,
+            "version": 2 if self._planes else 1,  # older programs read the stores that they can
             "created_by": f"paretofuse {own_version()}",
             "objectives": self.objectives,
             "static_weight": layout.static_weight,
@@ -185,6 +204,8 @@ class StoreWriter:
             "tensors": [asdict(spec) for spec in layout.tensors],
             "files": {path: record.result() for path, record in self._records.items()},
         }
+        if self._planes:
+            document["planes"] = self._planes
         if self._training is not None:
             document["training"] = self._training
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"

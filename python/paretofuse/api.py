@@ -19,7 +19,7 @@ from paretofuse.adapters.hf_config import check_configurations
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.planes.choose import DENSE, parse
+from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.groups import Route
 from paretofuse.engine.routing.routers import Routers, check_init
 from paretofuse.engine.stacking import persist
@@ -121,10 +121,6 @@ def stack_to_store(
     Raises:
         as `stack`, and OSError when writing fails.
     """
-    if parse(planes).kind != "dense":
-        raise ValueError(
-            f"got planes={planes!r}, expected dense ones, as stores hold no others yet: {', '.join(DENSE)}"
-        )
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
     routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
     parts = persist.streamed(plan, progress)

@@ -21,6 +21,7 @@ import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, SafetensorsWriter
+from tests.store.test_planes import mixed_store
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.models import net_and_experts, tiny_gpt2
@@ -76,6 +77,26 @@ STORES: dict[str, Callable[[Path], Path]] = {
     "bfloat16 deltas": lambda path: net_store(path, delta_dtype=torch.bfloat16, route="tensor"),
     "static weights": lambda path: net_store(path, route=lambda n: "one" if "first" in n else None),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planes_of_every_format_give_the_bits_of_the_python_engine(
+    library: Library, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = mixed_store(tmp_path / "store", dtype)
+    python = pf.load(path, backend="native")
+    for threads in (1, 3):
+        engine = library.open(path, threads=threads)
+        for preference in ([0.2, 0.8], [1.0, 0.0]):
+            engine.switch(preference)
+            truth = python.merge_state_dict(preference)
+            assert_same_bits(engine.tensors(), truth)
+            engine.write(tmp_path / "merged.safetensors")
+            written = safetensors.torch.load_file(tmp_path / "merged.safetensors")
+            assert_same_bits({name: bits(tensor) for name, tensor in written.items()}, truth)
+            replica = engine.acquire(preference)
+            assert_same_bits({name: replica.view(name).array() for name in engine.names("tensor")}, truth)
+            replica.release()
 
 
 @pytest.mark.parametrize("kind", STORES)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.cli import main
 from paretofuse.engine.engine import Engine
 from tests.engine.test_planes import lora, two_experts, unloaded
 from tests.support.models import tiny_gpt2
@@ -124,3 +125,17 @@ def test_what_no_lora_holds_is_refused_and_nothing_is_written(tmp_path: Path) ->
     with pytest.raises(ValueError, match="expected one"):
         engine.export_adapter(torch.tensor([[0.2, 0.8], [1.0, 0.0]]), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_command_line_writes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, out = tmp_path / "store", tmp_path / "adapter"
+    gpt2_with_loras(tmp_path).save(store)
+    words = ["adapter", str(store), "--preference", "a=0.2,b=0.8", "-o", str(out), "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["error"] == 0
+    check(pf.load(store), tiny_gpt2(), out)
+    assert main([*words, "--rank", "6"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["error"] < 1
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 6
+    assert main(["adapter", str(store), "--preference", "a=0.2,b=0.8", "-o", str(store)]) == 1
+    assert "expected an adapter's directory or a new one" in capsys.readouterr().err

@@ -408,7 +408,7 @@ def test_missing_and_truncated_files(store: Path, path: str, harm: str) -> None:
 
 MANIFEST_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer version": (
-        lambda m: m.update(version=2, created_by="paretofuse 9.0"),
+        lambda m: m.update(version=3, created_by="paretofuse 9.0"),
         "newer paretofuse.*9.0.*upgrade",
     ),
     "no version": (lambda m: m.pop("version"), "version"),

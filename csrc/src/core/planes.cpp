@@ -61,6 +61,20 @@ std::int64_t factors_size(const Plane& plane, std::int64_t length, std::int64_t 
   }
 }
 
+Plane plane_from(Plane plane, std::int64_t begin, std::int64_t columns) {
+  if (plane.values == nullptr) return plane;
+  const auto advance = [](const void*& address, std::int64_t bytes) {
+    address = static_cast<const std::byte*>(address) + bytes;
+  };
+  if (plane.format == Format::LowRank) {  // all rows share A
+    advance(plane.factors, begin / columns * plane.size * item_size(plane.dtype));
+    return plane;
+  }
+  advance(plane.values, values_size(plane, begin, columns));
+  if (plane.format != Format::Dense) advance(plane.factors, begin / plane.size * 4);
+  return plane;
+}
+
 Term term_of(const Plane& plane) {
   Term term{static_cast<const std::byte*>(plane.values), static_cast<const std::byte*>(plane.factors), 0,
             static_cast<Kind>(plane.dtype)};

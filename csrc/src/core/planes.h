@@ -22,6 +22,10 @@ void check_columns(std::int64_t length, std::int64_t columns, const std::string&
 std::int64_t values_size(const Plane& plane, std::int64_t length, std::int64_t columns);
 std::int64_t factors_size(const Plane& plane, std::int64_t length, std::int64_t columns);
 
+// What is left of a plane from element `begin` on: the start of a group, and of a row where it is of low
+// rank.
+Plane plane_from(Plane plane, std::int64_t begin, std::int64_t columns);
+
 // A plane that is not of low rank, for the kernels.
 Term term_of(const Plane& plane);
 

@@ -127,12 +127,8 @@ MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
     const DType dtype = merged_dtype(spec.dtype);
     const std::int64_t row = spec.role == Role::routed ? rows_.at(spec.group) : static_row;
     const std::int64_t length = entry.nbytes / item_size(dtype);
-    segments.push_back({store_.base.data(entry), length, row, length, dtype, dtype});
-    for (const TensorFile& expert : store_.experts) {
-      const Entry* delta = expert.find(spec.name);
-      planes.push_back({delta == nullptr ? nullptr : expert.data(*delta), nullptr, 0, Format::Dense,
-                        merged_dtype(spec.delta_dtype)});
-    }
+    segments.push_back({store_.base.data(entry), length, row, columns_of(spec.shape), dtype, dtype});
+    for (std::size_t e = 0; e < store_.experts.size(); ++e) planes.push_back(store_.plane(e, spec));
   }
   return MergePlan(std::move(segments), std::move(planes),
                    static_cast<std::int64_t>(store_.manifest.objectives.size()), static_row + 1);

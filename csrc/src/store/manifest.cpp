@@ -14,7 +14,7 @@
 namespace paretofuse {
 namespace {
 
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 2;  // 1: all planes are dense
 
 // Becomes a StoreError with the manifest's path.
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
@@ -132,6 +132,34 @@ void parse_tensors(const Json& document, Manifest* manifest) {
   }
 }
 
+// Of stores of version 2: {objective: {tensor: {"format", "group" or "rank", "error"}}}.
+void parse_planes(const Json& document, Manifest* manifest) {
+  std::map<std::string, const TensorSpec*> specs;
+  for (const TensorSpec& spec : manifest->tensors) specs[spec.name] = &spec;
+  const Json& objectives = object_at(document, "planes");
+  for (const auto& [objective, planes] : objectives.items()) {
+    if (manifest->experts.count(objective) == 0) {
+      fail("got planes for " + shown(objective) + ", expected only objectives");
+    }
+    for (const auto& [name, plane] : object_at(objectives, objective).items()) {
+      const auto found = specs.find(name);
+      if (found == specs.end() || found->second->role == Role::constant) {
+        fail("got a plane of tensor " + shown(name) + ", which has none");
+      }
+      if (!plane.is_object()) fail("got " + shown(plane) + " for a plane, expected an object");
+      PlaneSpec spec{plane_format(text_at(plane, "format")), 0, -1.0};
+      const char* size = spec.format == Format::LowRank ? "rank" : "group";
+      if (!as_size(member(plane, size), &spec.size)) {
+        fail("the plane of tensor " + shown(name) + " has no " + size);
+      }
+      const Json& error = member(plane, "error");
+      if (error.is_number()) spec.error = error.get<double>();
+      plane_parts(name, found->second->shape, spec);  // throws where it does not fit
+      manifest->planes[objective][name] = spec;
+    }
+  }
+}
+
 void parse_model(const Json& model, Manifest* manifest) {
   const Json& model_class = member(model, "class");
   if (!model_class.is_null() && !model_class.is_string()) {
@@ -171,7 +199,7 @@ void check_paths(const Manifest& manifest) {
   }
 }
 
-Manifest parse(const Json& document) {
+Manifest parse(const Json& document, std::int64_t version) {
   Manifest manifest;
   manifest.objectives = texts_at(document, "objectives");
   const std::set<std::string> objectives(manifest.objectives.begin(), manifest.objectives.end());
@@ -199,6 +227,7 @@ Manifest parse(const Json& document) {
   if (!std::all_of(manifest.heads.begin(), manifest.heads.end(), known)) {
     fail("got heads of others than the objectives");
   }
+  if (version > 1) parse_planes(document, &manifest);
   parse_model(object_at(document, "model"), &manifest);
   const Json& created_by = member(document, "created_by");
   if (created_by.is_string()) manifest.created_by = created_by.get<std::string>();
@@ -266,7 +295,7 @@ Manifest parse_manifest(const std::string& path, std::string_view text) {
                        ", store version " + std::to_string(version) + ", this one reads up to " +
                        std::to_string(kVersion) + "); upgrade with `pip install -U paretofuse`");
     }
-    return parse(document);
+    return parse(document, version);
   } catch (const std::invalid_argument& error) {
     throw StoreError(path + ": " + error.what() + "; create the store again");
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "paretofuse/dtype.h"
+#include "store/planes.h"
 
 namespace paretofuse {
 
@@ -42,6 +43,8 @@ struct Manifest {
   std::string base;
   std::string routers;
   std::map<std::string, std::string> experts;  // by objective
+  // By objective and tensor; planes that are not here are dense, or absent.
+  std::map<std::string, std::map<std::string, PlaneSpec>> planes;
   std::map<std::string, std::string> heads;
   std::map<std::string, FileRecord> files;  // of every file but the manifest
   // The model's own files, and those that replace them under an objective's head: names in a merged model,

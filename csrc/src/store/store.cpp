@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -27,22 +28,57 @@ void check_sizes(const Directory& directory, const Manifest& manifest) {
   }
 }
 
-// Every tensor of a file is in the manifest's table, with the table's dtype and shape.
-void check_table(const TensorFile& file, const std::map<std::string, const TensorSpec*>& specs,
-                 bool is_base) {
+// Every tensor of a file is one that the manifest knows of, with the dtype and the shape that it says.
+void check_table(const TensorFile& file, const std::map<std::string, PlanePart>& parts) {
   for (const Entry& entry : file.entries) {
     const std::string tensor = file.file.path() + ": tensor " + shown(entry.name);
-    const auto found = specs.find(entry.name);
-    if (found == specs.end() || (found->second->role == Role::constant && !is_base)) {
+    const auto found = parts.find(entry.name);
+    if (found == parts.end()) {
       throw StoreError(tensor + " is not in the manifest's table of them" + kAgain);
     }
-    const TensorSpec& spec = *found->second;
-    const std::string& dtype = is_base ? spec.dtype : spec.delta_dtype;
-    if (entry.dtype != dtype || entry.shape != spec.shape) {
+    const PlanePart& part = found->second;
+    const bool fits = part.dtype.empty()
+                          ? entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16"
+                          : entry.dtype == part.dtype;
+    if (!fits || entry.shape != part.shape) {
       throw StoreError(tensor + " is " + entry.dtype + " " + shown(entry.shape) + ", the manifest says " +
-                       dtype + " " + shown(spec.shape) + kAgain);
+                       (part.dtype.empty() ? "F32, BF16 or F16" : part.dtype) + " " + shown(part.shape) +
+                       kAgain);
     }
   }
+}
+
+// The same for an expert's file, whose planes are whole, and no two of them share a tensor.
+void check_expert(const TensorFile& file, const Manifest& manifest, const std::string& objective) {
+  const auto own = manifest.planes.find(objective);
+  std::map<std::string, PlanePart> parts;
+  const auto add = [&](const PlanePart& part) {
+    if (parts.emplace(part.name, part).second) return;
+    throw StoreError(file.file.path() + ": tensor " + shown(part.name) +
+                     " would belong to two of the manifest's planes" + kAgain);
+  };
+  for (const TensorSpec& spec : manifest.tensors) {
+    if (spec.role == Role::constant) continue;
+    if (own == manifest.planes.end() || own->second.count(spec.name) == 0) {
+      add({spec.name, spec.delta_dtype, spec.shape});
+      continue;
+    }
+    const std::array<PlanePart, 2> two = plane_parts(spec.name, spec.shape, own->second.at(spec.name));
+    const Entry* found[2] = {file.find(two[0].name), file.find(two[1].name)};
+    for (int i = 0; i < 2; ++i) {
+      if (found[i] == nullptr) {
+        throw StoreError(file.file.path() + ": tensor " + shown(two[i].name) +
+                         " of the manifest's planes is missing" + kAgain);
+      }
+      add(two[i]);
+    }
+    if (two[0].dtype.empty() && found[0]->dtype != found[1]->dtype) {
+      throw StoreError(file.file.path() + ": tensor " + shown(two[0].name) + " is " + found[0]->dtype +
+                       " and " + shown(two[1].name) + " is " + found[1]->dtype + ", expected one dtype" +
+                       kAgain);
+    }
+  }
+  check_table(file, parts);
 }
 
 TensorFile open_file(const Directory& directory, const std::string& name) {
@@ -106,10 +142,10 @@ Store::Store(std::shared_ptr<const Directory> opened, Manifest read)
       experts(open_experts(*directory, manifest)),
       heads(open_heads(*directory, manifest)),
       routers(read_routers(*directory, manifest)) {
-  std::map<std::string, const TensorSpec*> specs;
-  for (const TensorSpec& spec : manifest.tensors) specs[spec.name] = &spec;
-  check_table(base, specs, true);
-  for (const TensorFile& expert : experts) check_table(expert, specs, false);
+  std::map<std::string, PlanePart> parts;
+  for (const TensorSpec& spec : manifest.tensors) parts[spec.name] = {spec.name, spec.dtype, spec.shape};
+  check_table(base, parts);
+  for (std::size_t e = 0; e < experts.size(); ++e) check_expert(experts[e], manifest, manifest.objectives[e]);
   for (const TensorSpec& spec : manifest.tensors) {
     if (base.find(spec.name) == nullptr) {
       throw StoreError(base.file.path() + ": tensor " + shown(spec.name) + " of the manifest is missing" +
@@ -139,6 +175,31 @@ Store Store::open(const std::string& path) {
       if (attempt >= kAttempts || directory->still_there()) throw;
     }
   }
+}
+
+std::vector<const Entry*> Store::plane_entries(std::size_t expert, const TensorSpec& spec) const {
+  const TensorFile& file = experts[expert];
+  const auto own = manifest.planes.find(manifest.objectives[expert]);
+  if (own != manifest.planes.end() && own->second.count(spec.name) != 0) {
+    const std::array<PlanePart, 2> parts = plane_parts(spec.name, spec.shape, own->second.at(spec.name));
+    return {file.find(parts[0].name), file.find(parts[1].name)};
+  }
+  const Entry* dense = file.find(spec.name);
+  return dense == nullptr ? std::vector<const Entry*>() : std::vector<const Entry*>{dense};
+}
+
+Plane Store::plane(std::size_t expert, const TensorSpec& spec) const {
+  const std::vector<const Entry*> entries = plane_entries(expert, spec);
+  Plane plane{nullptr, nullptr, 0, Format::Dense, merged_dtype(spec.delta_dtype)};
+  if (entries.empty()) return plane;
+  plane.values = experts[expert].data(*entries[0]);
+  if (entries.size() == 1) return plane;
+  const PlaneSpec& own = manifest.planes.at(manifest.objectives[expert]).at(spec.name);
+  plane.factors = experts[expert].data(*entries[1]);
+  plane.size = own.size;
+  plane.format = own.format;
+  plane.dtype = own.format == Format::LowRank ? merged_dtype(entries[0]->dtype) : DType::F32;
+  return plane;
 }
 
 void Store::check_unchanged() const {

@@ -43,6 +43,12 @@ struct Store {
   // A model's own files by their names, with those of a head (or "") in their place. Throws StoreError.
   std::map<std::string, std::string> model_files(const std::string& head) const;
 
+  // What an expert adds to a tensor.
+  Plane plane(std::size_t expert, const TensorSpec& spec) const;
+  // The tensors of the expert's file that make it up: none where it adds nothing, one where it is dense, else
+  // its values and its factors.
+  std::vector<const Entry*> plane_entries(std::size_t expert, const TensorSpec& spec) const;
+
   std::shared_ptr<const Directory> directory;
   Manifest manifest;
   TensorFile base;

@@ -7,12 +7,14 @@
 #include <filesystem>
 #include <future>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "core/buffer.h"
 #include "core/parallel.h"
+#include "core/planes.h"
 #include "paretofuse/isa.h"
 #include "paretofuse/merge.h"
 #include "store/atomic.h"
@@ -83,21 +85,36 @@ std::vector<Output> outputs_of(const Store& store, const std::string& head) {
   return outputs;
 }
 
+// Elements of a tensor that pieces of it are a multiple of: its planes' groups and rows stay whole.
+std::int64_t unit_of(const Store& store, const TensorSpec* spec) {
+  std::int64_t unit = 1;
+  for (std::size_t e = 0; spec != nullptr && e < store.experts.size(); ++e) {
+    const Plane plane = store.plane(e, *spec);
+    if (plane.values == nullptr || plane.format == Format::Dense) continue;
+    unit = std::lcm(unit, plane.format == Format::LowRank ? columns_of(spec->shape) : plane.size);
+  }
+  return unit;
+}
+
 // Cuts the output into batches, the pieces of each one after the other.
-std::vector<std::vector<Piece>> batches_of(const std::vector<Output>& outputs, std::int64_t batch_bytes) {
+std::vector<std::vector<Piece>> batches_of(const Store& store, const std::vector<Output>& outputs,
+                                           std::int64_t batch_bytes) {
   std::vector<std::vector<Piece>> batches(1);
   std::int64_t position = 0;
   for (const Output& output : outputs) {
     const std::int64_t count = output.entry->nbytes / item(output);
+    const std::int64_t unit = unit_of(store, output.spec);
     std::int64_t begin = 0;
     do {
-      const std::int64_t room = (batch_bytes - position) / item(output);
-      if (room == 0) {
+      std::int64_t room = (batch_bytes - position) / item(output);
+      if (room < count - begin) room = room / unit * unit;
+      if (room == 0 && position > 0) {
         batches.emplace_back();
         position = 0;
         continue;
       }
-      const std::int64_t end = std::min(count, begin + room);
+      // A unit may be larger than a batch.
+      const std::int64_t end = std::min(count, begin + std::max(room, unit));
       batches.back().push_back({&output, begin, end, position});
       position += (end - begin) * item(output);
       begin = end;
@@ -131,14 +148,12 @@ class Merge {
       }
       const TensorSpec& spec = *output.spec;
       const auto static_row = static_cast<std::int64_t>(rows_.size());
-      const std::int64_t length = piece.end - piece.begin;
-      segments.push_back({address(*output.file, *output.entry, piece), length,
-                          spec.role == Role::routed ? rows_.at(spec.group) : static_row, length,
+      const std::int64_t columns = columns_of(spec.shape);
+      segments.push_back({address(*output.file, *output.entry, piece), piece.end - piece.begin,
+                          spec.role == Role::routed ? rows_.at(spec.group) : static_row, columns,
                           merged_dtype(spec.dtype), merged_dtype(spec.dtype)});
-      for (const TensorFile& expert : store_.experts) {
-        const Entry* delta = expert.find(spec.name);
-        planes.push_back({delta == nullptr ? nullptr : address(expert, *delta, piece), nullptr, 0,
-                          Format::Dense, merged_dtype(spec.delta_dtype)});
+      for (std::size_t e = 0; e < store_.experts.size(); ++e) {
+        planes.push_back(plane_from(store_.plane(e, spec), piece.begin, columns));
       }
       out.push_back(buffer + piece.position);
     }
@@ -167,9 +182,14 @@ class Merge {
     const Output& output = *piece.output;
     release(*output.file, *output.entry, piece);
     if (output.spec == nullptr) return;
-    for (const TensorFile& expert : store_.experts) {
-      const Entry* delta = expert.find(output.spec->name);
-      if (delta != nullptr) release(expert, *delta, piece);
+    for (std::size_t e = 0; e < store_.experts.size(); ++e) {
+      const std::vector<const Entry*> entries = store_.plane_entries(e, *output.spec);
+      if (entries.empty()) continue;
+      // Of a plane that is not dense all pages go: the next piece reads what it needs of them again.
+      for (const Entry* entry : entries) {
+        const Piece whole{&output, 0, entry->nbytes / dtype_size(entry->dtype), 0};
+        release(store_.experts[e], *entry, entries.size() == 1 ? piece : whole);
+      }
     }
   }
 
@@ -196,11 +216,14 @@ std::string write_weights(const Store& store, const std::vector<float>& weights,
                           const WriteOptions& options, std::int64_t batch_bytes) {
   std::int64_t total = 0, done = 0;
   for (const Output& output : outputs) total += output.entry->nbytes;
-  const Buffer buffers[] = {Buffer(static_cast<std::size_t>(batch_bytes)),
-                            Buffer(static_cast<std::size_t>(batch_bytes))};
+  const std::vector<std::vector<Piece>> batches = batches_of(store, outputs, batch_bytes);
+  std::int64_t room = 0;
+  for (const std::vector<Piece>& batch : batches) {
+    if (!batch.empty()) room = std::max(room, batch.back().position + nbytes(batch.back()));
+  }
+  const Buffer buffers[] = {Buffer(static_cast<std::size_t>(room)), Buffer(static_cast<std::size_t>(room))};
   SafetensorsWriter writer(path, kMetadataOfMerges, 1024 + 256 * outputs.size());
   Merge merge(store, weights, options);
-  const std::vector<std::vector<Piece>> batches = batches_of(outputs, batch_bytes);
   std::future<void> syncing, writing;  // which wait for their threads where an exception leaves this function
   for (std::size_t number = 0; number < batches.size(); ++number) {
     const std::vector<Piece>& batch = batches[number];

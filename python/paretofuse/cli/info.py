@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paretofuse.cli.options import add_store, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
+
+if TYPE_CHECKING:
+    from paretofuse.engine.store.reader import Store
 
 SUMMARY = "say what a store holds"
 EXAMPLE = "paretofuse info gpt2.store --verify"
@@ -22,10 +25,10 @@ def run(options: argparse.Namespace) -> Result:
     """Describe a store and, where asked for, check every byte of it."""
     text, document = describe(options.store)
     if options.verify:
-        from paretofuse.engine.store.reader import Store
+        from paretofuse.engine.store import reader
 
         with bytes_bar(options, "verify") as progress:
-            Store.open(options.store).verify(progress)
+            reader.Store.open(options.store).verify(progress)
         text, document = (
             f"{text}\nchecksums     all files are as they were written",
             {**document, "verified": True},
@@ -35,9 +38,9 @@ def run(options: argparse.Namespace) -> Result:
 
 def describe(path: str) -> tuple[str, dict[str, Any]]:
     """A store in lines for people and as a document for --json."""
-    from paretofuse.engine.store.reader import Store, describe_training
+    from paretofuse.engine.store import reader
 
-    store = Store.open(path)
+    store = reader.Store.open(path)
     layout = store.layout
     parameters = {
         role: sum(spec.numel for spec in layout.with_role(role)) for role in ("routed", "static", "constant")
@@ -61,6 +64,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "bytes": sum(size for size, _ in store.checksums.values()),
         "created_by": store.created_by,
     }
+    document["planes"] = _planes(store)
     counts = ", ".join(f"{count:,} {role}" for role, count in parameters.items() if count)
     heads = ", ".join(f"{objective} ({len(own)} tensors)" for objective, own in store.heads.items())
     rows = {
@@ -69,10 +73,35 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "model": store.model_class or "not recorded",
         "parameters": counts,
         "dtypes": f"base {'/'.join(document['dtypes'])}, deltas {'/'.join(document['delta_dtypes'])}",
+        "planes": "; ".join(_plane_line(kind, own) for kind, own in document["planes"].items()) or "none",
         "routing": f"{len(layout.groups)} groups, {document['router_parameters']} router parameters, {store.init}",
-        "training": describe_training(store.training) if store.trained else "none",
+        "training": reader.describe_training(store.training) if store.trained else "none",
         "static weight": f"{layout.static_weight:g}",
         "heads": heads or "none",
         "model files": ", ".join(document["model_files"]) or "none",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items()), document
+
+
+def _planes(store: Store) -> dict[str, dict[str, Any]]:
+    """By format: how many planes a store holds, their bytes, and the largest error of a merged update."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def count(kind: str, nbytes: int, error: float | None) -> None:
+        own = found.setdefault(kind, {"count": 0, "bytes": 0, "largest_error": None})
+        own["count"] += 1
+        own["bytes"] += nbytes
+        if error is not None:
+            own["largest_error"] = max(error, own["largest_error"] or 0.0)
+
+    for deltas, planes in zip(store.deltas, store.planes, strict=True):
+        for view in deltas.values():
+            count("dense", view.nbytes, None)
+        for plane in planes.values():
+            count(plane.format, plane.values.nbytes + plane.factors.nbytes, plane.error)
+    return found
+
+
+def _plane_line(kind: str, own: dict[str, Any]) -> str:
+    error = "" if own["largest_error"] is None else f", error up to {own['largest_error']:.3g}"
+    return f"{own['count']} {kind} ({size(own['bytes'])}{error})"

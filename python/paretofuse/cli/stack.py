@@ -45,6 +45,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="dtype of the stored differences alone (default: that of the merged model)",
     )  # fmt: skip
     parser.add_argument(
+        "--planes", default="dense", metavar="FORMAT",
+        help="how the differences are held: dense, fp32, bf16, fp16, int8, int4, lowrank:RANK, lowrank:ENERGY%%, or "
+        "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: dense)",
+    )  # fmt: skip
+    parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip
@@ -77,6 +82,7 @@ def run(options: argparse.Namespace) -> Result:
             static_weight=options.static_weight,
             dtype=options.dtype,
             delta_dtype=options.delta_dtype,
+            planes=options.planes,
             heads=options.head,
             force=options.force,
             allow_misfit=options.allow_misfit,

@@ -31,6 +31,12 @@ CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions
   }
   const CurrentContext current(*context);
   const Manifest& manifest = model->store().manifest;
+  for (const auto& [objective, planes] : manifest.planes) {
+    if (planes.empty()) continue;
+    throw std::invalid_argument("got a store with planes of the format " +
+                                std::string(plane_format_name(planes.begin()->second.format)) +
+                                ", which the GPU's kernels do not read; stack it with --planes dense");
+  }
   for (const TensorSpec& spec : manifest.tensors) {
     views.push_back({nullptr, model->store().base.find(spec.name)->nbytes, spec.dtype, spec.shape});
   }
