@@ -37,7 +37,7 @@ class Engine:
         routers: the trained part; `routers(preference)` gives the routing weights [G, E].
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
-        notes: what happened while stacking that one should know, a sentence each.
+        notes: what happened while stacking or loading that one should know, a sentence each.
         training: how the routers were trained (steps, method, data names, when, versions), JSON only; None if that is
             not known. `save` keeps it in the store, and `pf.load` gives it back.
     """
@@ -55,11 +55,11 @@ class Engine:
     ) -> None:
         self.layout = stack.layout
         self.device = device
-        self.notes = notes
         self.blueprint = blueprint
         self.training: dict[str, Any] | None = None
         self.routers = routers.to(device)
         self._bound = BoundStack(stack, backend, blueprint.shardings)
+        self.notes = (*notes, *self._bound.notes)
         self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
         self._stack = self._bound.stack
         self._live: LiveModule | None = None

@@ -47,6 +47,7 @@ class BoundStack:
         flat: the flat buffers, for each device with the Triton backend.
         deltas: each merged tensor's planes as one dense tensor.
         shardings: as given.
+        notes: what a user should know of it, a sentence each.
     """
 
     def __init__(
@@ -64,7 +65,14 @@ class BoundStack:
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
         self.flat: list[FlatInputs] = []
+        self.notes: tuple[str, ...] = ()
         if in_flat:
+            formats = {p.format for own in stack.planes for n, p in own.items() if n in in_flat} - {"dense"}
+            if formats:
+                self.notes = (
+                    f"planes of the formats {', '.join(sorted(formats))} were made dense, as the Triton kernels read "
+                    "no others: they take the memory of dense ones",
+                )
             stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat)
         self.stack = stack
         self.deltas = DenseDeltas(stack, self.flat)

@@ -66,7 +66,7 @@ class FlatInputs:
 def flatten(
     stack: Stack, rows: Mapping[str, int], places: Mapping[str, torch.device]
 ) -> tuple[Stack, list[FlatInputs]]:
-    """Copy a stack's merged tensors into flat buffers, those that `places` names.
+    """Copy a stack's merged tensors into flat buffers, those that `places` names; planes become dense there.
 
     Args:
         stack: the stack.
@@ -75,16 +75,7 @@ def flatten(
 
     Returns:
         the same stack with these tensors as views of the buffers, so that nothing is held twice, and the buffers.
-
-    Raises:
-        ValueError: a plane that is not dense, which the Triton kernels do not read.
     """
-    small = {p.format for own in stack.planes for n, p in own.items() if n in places} - {"dense"}
-    if small:
-        raise ValueError(
-            f"got planes of the formats {sorted(small)}, which the Triton kernels do not read yet; stack with "
-            "planes='dense', or pass backend='reference' (on the CPU backend='native')"
-        )
     base = dict(stack.base)
     planes = [dict(own) for own in stack.planes]
     inputs = []
@@ -106,7 +97,7 @@ def flatten(
 
 def _in_place(plane: Plane, view: Tensor) -> Dense:
     """A dense plane whose values lie in a flat buffer."""
-    return Dense(view.copy_(plane.tensors()[""]), plane.error)
+    return Dense(view.copy_(plane.values if isinstance(plane, Dense) else plane.decode()), plane.error)
 
 
 class FlatOutputs:

@@ -8,43 +8,112 @@ divides the tile of 1024, so that a tile has whole groups.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from paretofuse.engine.layout import TILE
+from paretofuse.engine.planes.memory import Memory
+from paretofuse.engine.planes.plane import by_row
 
 SMALLEST = 32
 """Elements that the kernels take at a time: a step never crosses from one scale to the next."""
 
-
-def check_group(group: int) -> None:
-    """Raise ValueError unless a group is a power of two from 32 to 1024."""
-    if group < SMALLEST or group > TILE or group & (group - 1):
-        raise ValueError(f"got groups of {group} elements, expected a power of two from {SMALLEST} to {TILE}")
+_BLOCK = 1 << 20
+"""Elements that are quantized or widened at a time: whole groups, and little memory beside the tensor itself."""
 
 
-def quantize(delta: Tensor, group: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Round to whole numbers of scales, to nearest even.
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A plane of quantized numbers; the formats say how they are packed.
 
-    Args:
-        delta: float32, any shape.
+    Attributes:
+        packed: the quantized numbers.
+        scales: float32 [ceil(numel / group)], 0 for a group of zeros.
         group: elements of a group.
-        limit: the largest quantized magnitude.
-
-    Returns:
-        quantized float32 [numel], whole numbers from -limit to limit; scales float32 [ceil(numel / group)], 0 for a
-        group of zeros.
+        shape: the tensor's.
+        error: see `Plane`.
     """
-    check_group(group)
-    flat = delta.reshape(-1)
-    groups = F.pad(flat, (0, -flat.numel() % group)).view(-1, group)  # [groups, group]
-    scales = groups.abs().amax(1) / limit  # [groups]
-    units = groups / scales.where(scales > 0, 1.0).unsqueeze(1)
-    return units.round().clamp_(-limit, limit).view(-1)[: flat.numel()], scales
 
+    packed: Tensor
+    scales: Tensor
+    group: int
+    shape: tuple[int, ...]
+    error: float | None = None
+    format: ClassVar[str]
+    limit: ClassVar[int]
+    """The largest quantized magnitude: as many below zero as above."""
+    per_byte: ClassVar[int]
+    """Numbers in a byte."""
 
-def scaled(quantized: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Float32 [numel] of quantized numbers [numel] and their scales."""
-    count = quantized.numel()
-    groups = F.pad(quantized.float(), (0, -count % group)).view(-1, group)
-    return (groups * scales.unsqueeze(1)).view(-1)[:count]
+    @staticmethod
+    def pack(quantized: Tensor) -> Tensor:
+        """Whole numbers from -limit to limit, float32 [n], packed [ceil(n / per_byte)]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Tensor:
+        """The whole numbers, float32 [n], or one more."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode(cls, delta: Tensor, group: int) -> Quantized:
+        """Quantize a float32 delta, to nearest even.
+
+        Raises:
+            ValueError: a group that is no power of two from 32 to 1024.
+        """
+        if group < SMALLEST or group > TILE or group & (group - 1):
+            raise ValueError(
+                f"got groups of {group} elements, expected a power of two from {SMALLEST} to {TILE}"
+            )
+        packed, scales = [], []
+        for block in delta.reshape(-1).split(_BLOCK):
+            groups = F.pad(block, (0, -block.numel() % group)).view(-1, group)  # [groups, group]
+            scale = groups.abs().amax(1) / cls.limit  # [groups]
+            units = groups / scale.where(scale > 0, 1.0).unsqueeze(1)
+            packed.append(cls.pack(units.round_().clamp_(-cls.limit, cls.limit).view(-1)[: block.numel()]))
+            scales.append(scale)
+        return cls(torch.cat(packed), torch.cat(scales), group, tuple(delta.shape))
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Named as compressed-tensors names them."""
+        return {"_packed": self.packed, "_scale": self.scales}
+
+    def like(self, tensors: Mapping[str, Tensor]) -> Quantized:
+        """See `Plane`."""
+        return replace(self, packed=tensors["_packed"], scales=tensors["_scale"])
+
+    def decode(self) -> Tensor:
+        """Float32 of the tensor's shape."""
+        values = self.scales.new_empty(math.prod(self.shape))
+        for start, block in self._blocks():
+            values[start : start + block.numel()] = block
+        return values.view(self.shape)
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The plane's flat blocks, float32, each with its first element's place."""
+        numel, group = math.prod(self.shape), self.group
+        for start in range(0, numel, _BLOCK):
+            count = min(_BLOCK, numel - start)
+            numbers = self.unpack(self.packed[start // self.per_byte : -(-(start + count) // self.per_byte)])
+            groups = F.pad(numbers[:count], (0, -count % group)).view(-1, group)
+            scales = self.scales[start // group : -(-(start + count) // group)]
+            yield start, (groups * scales.unsqueeze(1)).view(-1)[:count]
+
+    def add_to(self, merged: Tensor, weight: Tensor) -> None:
+        """See `Plane`."""
+        merged += by_row(weight, self.shape) * self.decode()
+
+    def inner(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return torch.dot(gradient.double().flatten(), self.decode().double().flatten())
+
+    def memory(self) -> Memory:
+        """See `Plane`."""
+        return Memory(self.format, "F32", self.packed.data_ptr(), self.scales.data_ptr(), self.group)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from paretofuse.engine.layout import columns_of
 from paretofuse.engine.planes.dense import Dense
+from paretofuse.engine.planes.groups import Quantized
 from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
@@ -19,7 +20,7 @@ def parts_of(plane: Plane) -> tuple[Tensor, Tensor, int]:
         return plane.values, plane.values.new_empty(0), 0
     if isinstance(plane, LowRank):
         return plane.a, plane.b, plane.rank
-    assert isinstance(plane, Int8 | Int4)
+    assert isinstance(plane, Quantized)
     return plane.packed, plane.scales, plane.group
 
 
@@ -42,10 +43,9 @@ def part_of(plane: Plane, first: int, last: int) -> Plane:
     shape = (last - first, *plane.shape[1:])
     if isinstance(plane, LowRank):
         return LowRank(plane.b[first:last], plane.a, shape)
-    if isinstance(plane, Int8 | Int4) and first * columns % plane.group == 0:
-        packs = 1 if isinstance(plane, Int8) else 2
+    if isinstance(plane, Quantized) and first * columns % plane.group == 0:
         start, stop = first * columns, last * columns
-        packed = plane.packed[start // packs : -(-stop // packs)]
+        packed = plane.packed[start // plane.per_byte : -(-stop // plane.per_byte)]
         scales = plane.scales[start // plane.group : -(-stop // plane.group)]
         return type(plane)(packed, scales, plane.group, shape)
     values = plane.values if isinstance(plane, Dense) else plane.decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.planes.memory import Memory
+
+_BLOCK = 1 << 20
+"""Elements whose errors are measured at a time, in float64."""
 
 
 class Plane(Protocol):
@@ -131,9 +135,12 @@ def merged_error(base: Tensor, delta: Tensor, decoded: Tensor, dtype: torch.dtyp
         dtype: of the merged tensor.
         weight: of the plane.
     """
-    wide = base.float()
-    merged = (wide + weight * decoded).to(dtype)
-    # Differences of near numbers: exact in float64.
-    wrong = (merged.double() - wide.double() - weight * delta.double()).norm()
-    size = weight * delta.double().norm()
-    return float(wrong / size) if size > 0 else 0.0
+    wrong = size = 0.0
+    blocks = (tensor.reshape(-1).split(_BLOCK) for tensor in (base, delta, decoded))
+    for ours, exact, says in zip(*blocks, strict=True):
+        wide, update = ours.float(), weight * exact.double()
+        merged = (wide + weight * says).to(dtype)
+        # Differences of near numbers: exact in float64.
+        wrong += float((merged.double() - wide.double() - update).square().sum())
+        size += float(update.square().sum())
+    return math.sqrt(wrong / size) if size > 0 else 0.0

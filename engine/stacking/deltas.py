@@ -6,7 +6,7 @@ The same blocks fill memory (`stack.build`) and a store (`persist.streamed`), so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -59,14 +59,17 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
     return None
 
 
-def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plane | None:
-    """What an expert adds to a tensor, in the plan's format, on the base's device; None where it leaves it unchanged.
+def plane_of(
+    plan: Plan, expert: Source, spec: TensorSpec, base: Callable[[], Tensor], device: torch.device
+) -> Plane | None:
+    """What an expert adds to a tensor, in the plan's format; None where it leaves it unchanged.
 
     An expert that knows its delta as factors (LoRA) keeps them, unless dense planes were asked for: no dense delta is
     made of them. Only of a weight that is a stack of weights (experts of a mixture) is one.
 
     Args:
-        base: the base tensor as it is stored.
+        base: gives the base tensor as it is stored, on the device; only asked where the format depends on it.
+        device: where the plane shall lie.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
@@ -79,19 +82,19 @@ def plane_of(plan: Plan, expert: Source, spec: TensorSpec, base: Tensor) -> Plan
             for factor in (left, right):
                 _check_finite(factor, expert.label, name)
             plan.norms.factors(expert.label, spec.name, left, right)
-            plane = LowRank.of_factors(left.to(base.device), right.to(base.device), spec.shape)
+            plane = LowRank.of_factors(left.to(device), right.to(device), spec.shape)
             return plane if plane.a.any() and plane.b.any() else None
     blocks = delta_blocks(plan, expert, spec)
     if blocks is None:
         return None
     dtype = TO_TORCH[spec.delta_dtype]
     if plan.planes.kind == "dense" or not may_be_small(spec.shape):
-        return Dense(gather(blocks, spec.shape, dtype, base.device))
+        return Dense(gather(blocks, spec.shape, dtype, device))
     differences = plan.norms.delta(expert.label, spec.name, _differences(plan, expert, spec, name))
-    delta = gather(differences, spec.shape, torch.float32, base.device)
+    delta = gather(differences, spec.shape, torch.float32, device)
     if not _is_finite(delta):
-        gather(blocks, spec.shape, dtype, base.device)  # raises, and says why
-    return encode(plan.planes, delta, base, dtype, len(plan.experts))
+        gather(blocks, spec.shape, dtype, device)  # raises, and says why
+    return encode(plan.planes, delta, base(), dtype, len(plan.experts))
 
 
 def gather(

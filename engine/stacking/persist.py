@@ -81,8 +81,12 @@ def streamed(plan: Plan, progress: Callable[[int], None] | None = None) -> Parts
             if plan.planes.kind == "dense":
                 blocks = delta_blocks(plan, expert, spec)
                 return None if blocks is None else counted(blocks)
-            base = gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], torch.device("cpu"))
-            found = plane_of(plan, expert, spec, base)
+            cpu = torch.device("cpu")
+
+            def base() -> Tensor:
+                return gather(base_blocks(plan, spec), spec.shape, TO_TORCH[spec.dtype], cpu)
+
+            found = plane_of(plan, expert, spec, base, cpu)
             if progress is not None:
                 progress(spec.numel)
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def build(plan: Plan, device: torch.device | None) -> Stack:
     for expert in plan.experts.values():
         own: dict[str, Plane] = {}
         for spec in plan.layout.with_role("routed", "static"):
-            plane = plane_of(plan, expert, spec, base[spec.name])
+            held = partial(base.__getitem__, spec.name)
+            plane = plane_of(plan, expert, spec, held, held().device)
             if plane is not None:
                 own[spec.name] = plane
         planes.append(own)

@@ -192,11 +192,14 @@ def test_an_adapter_of_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["int8", "int4", "lowrank:5"])
-def test_the_triton_backend_refuses_what_it_does_not_read(word: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"which the Triton kernels do not read yet; stack with planes='dense'"
-    ):
-        two_experts(word, backend="triton")
+def test_planes_become_dense_on_the_triton_backend_which_is_told(word: str) -> None:
+    engine = two_experts(word, backend="triton")
+    assert {plane.format for own in engine._stack.planes for plane in own.values()} == {"dense"}
+    small = two_experts(word)
+    for own, theirs in zip(engine._stack.planes, small._stack.planes, strict=True):
+        assert all(torch.equal(own[name].decode(), plane.decode()) for name, plane in theirs.items())
+    assert any(word.partition(":")[0] in note and "made dense" in note for note in engine.notes)
+    assert not any("made dense" in note for note in small.notes)
 
 
 def test_words_that_contradict_each_other_are_refused() -> None:

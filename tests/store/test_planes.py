@@ -169,6 +169,45 @@ def test_the_command_line_stacks_and_tells_planes(tmp_path: Path, capsys: pytest
     assert "2 int8 (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("dtype", "matrices"), [(torch.bfloat16, "int8"), (torch.float32, "dense")])
+def test_the_command_line_takes_int8_where_the_merged_model_is_as_exact(
+    dtype: torch.dtype, matrices: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    state = {name: tensor.to(dtype) for name, tensor in Two().state_dict().items()}
+    experts = {e: {n: (t + 0.002 * torch.randn_like(t)).to(dtype) for n, t in state.items()} for e in "ab"}
+    words = ["stack", str(tmp_path / "base.safetensors"), "-o", str(tmp_path / "store"), "--quiet"]
+    for name, tensors in {"base": state, **experts}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        words += [] if name == "base" else ["--expert", f"{name}={tmp_path / name}.safetensors"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "store"), "--planes", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["plane_table"]
+    table = {row["tensor"]: row for row in rows if row["objective"] == "a"}
+    assert table.keys() == state.keys()
+    engine, dense = pf.load(tmp_path / "store"), pf.stack(state, experts)
+    share = 0.5**0.5  # of one of two planes alone
+    weights = torch.tensor([[share, 0.0]]).expand(len(engine.groups), -1)
+    merged, rounded = (e.merge_state_dict(weights=weights) for e in (engine, dense))
+    for name, before in state.items():
+        row = table[name]
+        assert row["format"] == (matrices if before.dim() > 1 else "dense")
+        if row["format"] == "dense":  # norms and biases are exact
+            assert torch.equal(merged[name], rounded[name])
+            assert row["bytes"] == before.numel() * before.element_size()
+            continue
+        assert row["bytes"] < 1.13 * before.numel()
+        update = share * (experts["a"][name].double() - before.double())
+        errors = [
+            float((m[name] - before.double() - update).norm() / update.norm()) for m in (merged, rounded)
+        ]
+        assert row["error"] == pytest.approx(errors[0], rel=1e-3)
+        assert errors[0] <= 1.02 * errors[1]
+    assert main(["info", str(tmp_path / "store"), "--planes"]) == 0
+    assert "a: norm.bias: dense, " in capsys.readouterr().out
+
+
 def test_packed_numbers_read_as_compressed_tensors_lays_them_out(tmp_path: Path) -> None:
     engine = two_experts("int4")
     engine.save(tmp_path / "store")

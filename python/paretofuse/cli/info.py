@@ -18,21 +18,27 @@ EXAMPLE = "paretofuse info gpt2.store --verify"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     add_store(parser)
+    parser.add_argument(
+        "--planes",
+        action="store_true",
+        help="list every plane: its format, bytes and error of the merged update",
+    )
     add_verify(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
     """Describe a store and, where asked for, check every byte of it."""
     text, document = describe(options.store)
+    if options.planes:
+        document["plane_table"] = table = plane_table(options.store)
+        text = "\n".join([text, *map(_table_line, table)])
     if options.verify:
         from paretofuse.engine.store import reader
 
         with bytes_bar(options, "verify") as progress:
             reader.Store.open(options.store).verify(progress)
-        text, document = (
-            f"{text}\nchecksums     all files are as they were written",
-            {**document, "verified": True},
-        )
+        text = f"{text}\nchecksums     all files are as they were written"
+        document["verified"] = True
     return text, document, 0
 
 
@@ -64,7 +70,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
         "bytes": sum(size for size, _ in store.checksums.values()),
         "created_by": store.created_by,
     }
-    document["planes"] = _planes(store)
+    document["planes"] = _by_format(_table_of(store))
     counts = ", ".join(f"{count:,} {role}" for role, count in parameters.items() if count)
     heads = ", ".join(f"{objective} ({len(own)} tensors)" for objective, own in store.heads.items())
     rows = {
@@ -83,22 +89,41 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items()), document
 
 
-def _planes(store: Store) -> dict[str, dict[str, Any]]:
+def plane_table(path: str) -> list[dict[str, Any]]:
+    """Every plane of a store: objective, tensor, format, bytes and error of the merged update (None: not measured)."""
+    from paretofuse.engine.store.reader import Store
+
+    return _table_of(Store.open(path))
+
+
+def _table_of(store: Store) -> list[dict[str, Any]]:
+    rows = []
+    for objective, deltas, planes in zip(store.layout.objectives, store.deltas, store.planes, strict=True):
+        found = {name: ("dense", view.nbytes, None) for name, view in deltas.items()} | {
+            name: (plane.format, plane.values.nbytes + plane.factors.nbytes, plane.error)
+            for name, plane in planes.items()
+        }
+        for spec in store.layout.tensors:
+            if spec.name in found:
+                own = dict(zip(("format", "bytes", "error"), found[spec.name], strict=True))
+                rows.append({"objective": objective, "tensor": spec.name, **own})
+    return rows
+
+
+def _table_line(row: dict[str, Any]) -> str:
+    error = "" if row["error"] is None else f", error {row['error']:.3g}"
+    return f"{row['objective']}: {row['tensor']}: {row['format']}, {size(row['bytes'])}{error}"
+
+
+def _by_format(table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By format: how many planes a store holds, their bytes, and the largest error of a merged update."""
     found: dict[str, dict[str, Any]] = {}
-
-    def count(kind: str, nbytes: int, error: float | None) -> None:
-        own = found.setdefault(kind, {"count": 0, "bytes": 0, "largest_error": None})
+    for row in table:
+        own = found.setdefault(row["format"], {"count": 0, "bytes": 0, "largest_error": None})
         own["count"] += 1
-        own["bytes"] += nbytes
-        if error is not None:
-            own["largest_error"] = max(error, own["largest_error"] or 0.0)
-
-    for deltas, planes in zip(store.deltas, store.planes, strict=True):
-        for view in deltas.values():
-            count("dense", view.nbytes, None)
-        for plane in planes.values():
-            count(plane.format, plane.values.nbytes + plane.factors.nbytes, plane.error)
+        own["bytes"] += row["bytes"]
+        if row["error"] is not None:
+            own["largest_error"] = max(row["error"], own["largest_error"] or 0.0)
     return found
 
 

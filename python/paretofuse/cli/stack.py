@@ -45,9 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="dtype of the stored differences alone (default: that of the merged model)",
     )  # fmt: skip
     parser.add_argument(
-        "--planes", default="dense", metavar="FORMAT",
+        "--planes", default="auto", metavar="FORMAT",
         help="how the differences are held: dense, fp32, bf16, fp16, int8, int4, lowrank:RANK, lowrank:ENERGY%%, or "
-        "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: dense)",
+        "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
