@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import paretofuse as pf
+from paretofuse.engine.merging.flat import FlatOutputs
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -113,3 +114,21 @@ def test_more_experts_than_any_chunk_holds() -> None:
     torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
     batch = ours.batched([preference, preference])(x[:2])
     torch.testing.assert_close(batch, native.module(x[:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_some_tensors_of_a_buffer_are_merged() -> None:
+    """Two runs of neighbours, with tensors before, between and after them that nobody wants."""
+    base = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(4)))
+    experts = {name: perturbed(base, seed) for seed, name in enumerate("ab")}
+    ours, truth = (pf.stack(base, experts, backend=b, route="tensor")._bound for b in ("triton", "reference"))
+    wanted = ["0.bias", "1.weight", "2.weight", "2.bias", "3.weight"]
+    specs = [ours.layout.by_name[name] for name in wanted]
+    out = FlatOutputs(specs, 2, ours.places)
+    for buffer in out.buffers.values():
+        buffer.fill_(torch.nan)
+    weights = torch.rand(2, 8, 2)
+    ours.routed_merger(specs, out, out.views)(weights)
+    for merged, whole in zip(out.views, truth.merge(weights), strict=True):
+        assert list(merged) == wanted
+        for name, tensor in merged.items():
+            torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-7)

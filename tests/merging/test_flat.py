@@ -1,0 +1,57 @@
+"""Flat buffers and dense deltas, on the CPU, where no kernel reads them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import paretofuse as pf
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.merging.flat import DenseDeltas, flatten
+from tests.support.models import perturbed
+
+
+def stacked(planes: str = "dense") -> Engine:
+    """A layer whose bias is static, an expert, and another that leaves the weight unchanged."""
+    base = nn.Linear(64, 64)
+    other = perturbed(base, 2)
+    other.weight.data.copy_(base.weight.data)
+    return pf.stack(
+        base,
+        {"a": perturbed(base, 1), "b": other},
+        planes=planes,
+        route=lambda n: n if n == "weight" else None,
+    )
+
+
+def test_dense_deltas_are_not_copied() -> None:
+    stack = stacked()._stack
+    given, absent = DenseDeltas(stack, []).where_they_lie("weight")
+    assert given is not None
+    assert given.data_ptr() == stack.planes[0]["weight"].tensors()[""].data_ptr()
+    assert absent is None
+
+
+def test_other_planes_are_decoded() -> None:
+    stack = stacked("int8")._stack
+    assert stack.planes[0]["weight"].format == "int8"
+    found = DenseDeltas(stack, []).where_they_lie("weight")
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found[0], stack.planes[0]["weight"].decode().to(found.dtype))
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("planes", ["dense", "int8"])
+def test_what_is_made_in_inference_mode_can_be_written_to_outside(planes: str) -> None:
+    engine = stacked(planes)
+    stack, weights = engine._stack, torch.rand(2, len(engine.groups), 2)
+    bound = BoundStack(stack, "reference")
+    with torch.inference_mode():
+        made = [*bound.merge(weights)[1].values(), *bound.static().values(), DenseDeltas(stack, [])["weight"]]
+        if planes == "dense":
+            flat = flatten(stack, engine.layout.group_index, bound.places)[1]
+            made += [tensor for inputs in flat for tensor in (inputs.base, inputs.deltas, inputs.tiles)]
+    assert len(made) >= 3
+    assert not any(tensor.is_inference() for tensor in made)
