@@ -160,7 +160,8 @@ Array<float> routing_weights_of(const Store& store, const Preference& preference
 
 Merged merge(const Store& store, const Array<float>& rows, const Path& path, const std::string& head,
              std::map<std::string, std::string> files, int threads, const std::string& isa,
-             const std::optional<py::function>& progress, std::int64_t batch_bytes) {
+             const std::optional<py::function>& progress, std::int64_t batch_bytes,
+             std::int64_t shard_bytes) {
   const std::vector<float> weights(rows.data(), rows.data() + rows.size());
   if (weights.size() != (store.manifest.groups.size() + 1) * store.manifest.objectives.size()) {
     throw std::invalid_argument("got weights of another size than (groups + 1) x objectives");
@@ -171,8 +172,8 @@ Merged merge(const Store& store, const Array<float>& rows, const Path& path, con
     if (progress) (*progress)(done, total);
   };
   const py::gil_scoped_release unlocked;
-  return write_model(store, weights, path.string(), {head, std::move(files), threads, isa, report},
-                     batch_bytes);
+  return write_model(store, weights, path.string(),
+                     {head, std::move(files), threads, isa, report, batch_bytes, shard_bytes});
 }
 
 }  // namespace
@@ -289,7 +290,8 @@ void bind_store(py::module_& m) {
       .def("routing_weights", &routing_weights_of, py::arg("preference"))
       .def("check_unchanged", &Store::check_unchanged, py::call_guard<py::gil_scoped_release>())
       .def("merge", &merge, py::arg("rows").noconvert(), py::arg("path"), py::kw_only(), py::arg("head"),
-           py::arg("files"), py::arg("threads"), py::arg("isa"), py::arg("progress"), py::arg("batch_bytes"));
+           py::arg("files"), py::arg("threads"), py::arg("isa"), py::arg("progress"), py::arg("batch_bytes"),
+           py::arg("shard_bytes"));
 }
 
 }  // namespace paretofuse

@@ -23,6 +23,9 @@ Merged = _C.Merged
 BATCH_BYTES = 8 << 20
 """Output bytes merged at once."""
 
+SHARD_BYTES = 5_000_000_000
+"""Bytes of one of a directory's weight files, at most, as transformers cuts them."""
+
 
 def merge_store(
     store: Store | str | os.PathLike[str],
@@ -45,7 +48,8 @@ def merge_store(
         store: the store, or its directory.
         preference: the preference, if no weights are given.
         out: a directory (the weights, the model's own files and a model card, README.md), or a path that ends in
-            .safetensors. An earlier merge there is replaced, and nothing else is.
+            .safetensors. An earlier merge there is replaced, and nothing else is. A directory's weights of more than
+            5 GB are cut into several files with an index, as transformers cuts them.
         weights: routing weights [G, E] instead of a preference.
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
@@ -77,6 +81,7 @@ def merge_store(
             isa=isa or "",
             progress=progress,
             batch_bytes=BATCH_BYTES,
+            shard_bytes=SHARD_BYTES,
         )
 
 

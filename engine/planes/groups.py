@@ -24,7 +24,7 @@ from paretofuse.engine.planes.plane import by_row
 SMALLEST = 32
 """Elements that the kernels take at a time: a step never crosses from one scale to the next."""
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """Elements that are quantized or widened at a time: whole groups, and little memory beside the tensor itself."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paretofuse.engine.planes.memory import Memory
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 """Elements whose errors are measured at a time, in float64."""
 
 

@@ -160,4 +160,5 @@ class Store:
         isa: str,
         progress: Callable[[int, int], None] | None,
         batch_bytes: int,
+        shard_bytes: int,
     ) -> Merged: ...

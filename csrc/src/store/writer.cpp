@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <future>
 #include <map>
 #include <numeric>
@@ -28,13 +29,15 @@ namespace fs = std::filesystem;
 
 using Files = std::map<std::string, std::string>;
 
-// What the library that a model's files belong to calls its weights.
-const char* weights_name(const Files& files) {
-  if (files.count("open_clip_config.json") != 0) return "open_clip_model.safetensors";
+constexpr const char* kOpenClip = "open_clip_model";
+
+// What the library that a model's files belong to calls its weights, without the suffix.
+const char* weights_stem(const Files& files) {
+  if (files.count("open_clip_config.json") != 0) return kOpenClip;
   const auto config = files.find("config.json");
   // Only diffusers writes the class under this name.
   const bool diffusers = config != files.end() && config->second.find("\"_class_name\"") != std::string::npos;
-  return diffusers ? "diffusion_pytorch_model.safetensors" : "model.safetensors";
+  return diffusers ? "diffusion_pytorch_model" : "model";
 }
 
 // In the header of every merge: the first for transformers, the second so that only merges are replaced by
@@ -210,13 +213,12 @@ void write_batch(SafetensorsWriter& writer, const std::vector<Piece>& batch, con
 }
 
 // While a batch is merged, one thread writes the one before, and another pushes what is written to the disk,
-// so that little is left for the sync at the end. Returns the instruction set that merged.
+// so that little is left for the sync at the end. advance: told the bytes of each batch. Returns the
+// instruction set that merged.
 std::string write_weights(const Store& store, const std::vector<float>& weights,
                           const std::vector<Output>& outputs, const std::string& path,
-                          const WriteOptions& options, std::int64_t batch_bytes) {
-  std::int64_t total = 0, done = 0;
-  for (const Output& output : outputs) total += output.entry->nbytes;
-  const std::vector<std::vector<Piece>> batches = batches_of(store, outputs, batch_bytes);
+                          const WriteOptions& options, const std::function<void(std::int64_t)>& advance) {
+  const std::vector<std::vector<Piece>> batches = batches_of(store, outputs, options.batch_bytes);
   std::int64_t room = 0;
   for (const std::vector<Piece>& batch : batches) {
     if (!batch.empty()) room = std::max(room, batch.back().position + nbytes(batch.back()));
@@ -236,8 +238,9 @@ std::string write_weights(const Store& store, const std::vector<float>& weights,
       if (syncing.valid()) syncing.get();  // an error of the disk is told only once
       syncing = std::async(std::launch::async, [&writer] { writer.sync(); });
     }
-    for (const Piece& piece : batch) done += nbytes(piece);
-    if (options.progress) options.progress(done, total);
+    std::int64_t bytes = 0;
+    for (const Piece& piece : batch) bytes += nbytes(piece);
+    advance(bytes);
   }
   if (writing.valid()) writing.get();
   if (syncing.valid()) syncing.get();
@@ -253,7 +256,6 @@ void write_file(const std::string& path, const std::string& content) {
 
 // std::invalid_argument where a weights file stands that no merge has written: it may be somebody's original.
 void check_ours(const fs::path& weights) {
-  if (!fs::exists(weights)) return;
   try {
     if (TensorFile(MappedFile(weights.string())).metadata == kMetadataOfMerges) return;
   } catch (const StoreError&) {  // nothing that a merge has written
@@ -263,24 +265,72 @@ void check_ours(const fs::path& weights) {
       ", which exists and was not written by a merge; choose another place or remove it");
 }
 
-void check_directory(const fs::path& target, const Files& files, const std::string& weights) {
+[[noreturn]] void refuse_directory(const fs::path& target, const std::string& name) {
+  throw std::invalid_argument("got " + target.string() + ", which holds another file (" + name +
+                              "); choose another place or remove it");
+}
+
+// The same for a directory: it may hold an earlier merge, in however many files, and nothing else.
+void check_directory(const fs::path& target, const Files& files, const std::string& stem) {
   if (!fs::exists(fs::symlink_status(target))) return;
   if (!fs::is_directory(target)) {
     throw std::invalid_argument("got " + target.string() +
                                 ", which is a file, expected a directory or a name ending in .safetensors");
   }
+  bool merged = false, index = false;
   for (const fs::directory_entry& entry : fs::recursive_directory_iterator(target)) {
     const std::string name = entry.path().lexically_relative(target).generic_string();
-    if (entry.is_directory() || name == weights || files.count(name) != 0) continue;
-    throw std::invalid_argument("got " + target.string() + ", which holds another file (" + name +
-                                "); choose another place or remove it");
+    if (entry.is_directory() || files.count(name) != 0) continue;
+    if (is_shard_name(stem, name)) {
+      check_ours(entry.path());
+      merged = true;
+    } else if (name == index_name(stem)) {
+      index = true;
+    } else {
+      refuse_directory(target, name);
+    }
   }
+  if (index && !merged) refuse_directory(target, index_name(stem));
+}
+
+// Writes the weights of a model, into one file or several, and their index. Returns the instruction set that
+// merged.
+std::string write_files(const Store& store, const std::vector<float>& weights,
+                        const std::vector<Output>& outputs, const std::string& directory,
+                        const std::string& stem, const WriteOptions& options,
+                        const std::function<void(std::int64_t)>& advance) {
+  std::vector<std::int64_t> sizes;
+  std::int64_t parameters = 0, bytes = 0;
+  for (const Output& output : outputs) {
+    sizes.push_back(output.entry->nbytes);
+    bytes += output.entry->nbytes;
+    parameters += output.entry->nbytes / item(output);
+  }
+  const bool whole = stem == kOpenClip;
+  const std::vector<std::size_t> ends =
+      whole ? std::vector<std::size_t>{sizes.size()} : shard_ends(sizes, options.shard_bytes);
+  std::map<std::string, std::string> weight_map;
+  std::string isa;
+  std::size_t begin = 0;
+  for (std::size_t number = 0; number < ends.size(); ++number) {
+    const std::string name = shard_name(stem, number, ends.size());
+    const std::vector<Output> own(outputs.begin() + static_cast<std::ptrdiff_t>(begin),
+                                  outputs.begin() + static_cast<std::ptrdiff_t>(ends[number]));
+    for (const Output& output : own) weight_map[output.entry->name] = name;
+    const std::string by = write_weights(store, weights, own, directory + "/" + name, options, advance);
+    if (isa.empty()) isa = by;
+    begin = ends[number];
+  }
+  if (ends.size() > 1) {
+    write_file(directory + "/" + index_name(stem), index_text(parameters, bytes, weight_map));
+  }
+  return isa;
 }
 
 }  // namespace
 
 Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
-                   const WriteOptions& options, std::int64_t batch_bytes) {
+                   const WriteOptions& options) {
   const std::vector<Output> outputs = outputs_of(store, options.head);
   check_threads(options.threads);
   chosen_isa(options.isa);  // refuses before anything is written
@@ -292,20 +342,26 @@ Merged write_model(const Store& store, const std::vector<float>& weights, const 
       throw std::invalid_argument("got file " + shown(own) +
                                   ", expected no path out of the model and no weights");
   }
-  const char* name = weights_name(files);
+  const std::string stem = weights_stem(files);
   if (!is_file) {
-    check_directory(path, files, name);
+    check_directory(path, files, stem);
   } else if (fs::is_directory(path)) {
     throw std::invalid_argument("got " + path +
                                 ", which is a directory, expected a file; choose another name");
+  } else if (fs::exists(path)) {
+    check_ours(path);
   }
-  check_ours(is_file ? fs::path(path) : fs::path(path) / name);
   store.check_unchanged();
   Fresh fresh(path, is_file ? Fresh::Kind::file : Fresh::Kind::directory);
-  const std::string to = is_file ? fresh.path() : fresh.path() + "/" + name;
   Merged merged{fresh.target(), outputs.size(), 0, {}};
   for (const Output& output : outputs) merged.nbytes += output.entry->nbytes;
-  merged.isa = write_weights(store, weights, outputs, to, options, batch_bytes);
+  std::int64_t done = 0;
+  const auto advance = [&](std::int64_t bytes) {
+    done += bytes;
+    if (options.progress) options.progress(done, merged.nbytes);
+  };
+  merged.isa = is_file ? write_weights(store, weights, outputs, fresh.path(), options, advance)
+                       : write_files(store, weights, outputs, fresh.path(), stem, options, advance);
   for (const auto& [own, content] : is_file ? Files() : files) {
     const fs::path place = fs::path(fresh.path()) / own;
     fs::create_directories(place.parent_path());

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "paretofuse/engine.h"
+#include "store/shards.h"
 #include "store/store.h"
 
 namespace paretofuse {
@@ -20,6 +21,8 @@ struct WriteOptions {
   int threads = 1;
   std::string isa;
   std::function<void(std::int64_t, std::int64_t)> progress;  // bytes written and in all; may throw
+  std::int64_t batch_bytes = 8 << 20;                        // of output, merged at once
+  std::int64_t shard_bytes = kShardBytes;                    // of one of several files
 };
 
 // What was written.
@@ -30,17 +33,15 @@ struct Merged {
   std::string isa;  // that merged; empty if nothing but constants was there
 };
 
-// Output bytes merged at once, unless told.
-inline constexpr std::int64_t kBatchBytes = 8 << 20;
-
-// Merges a store into a complete model directory, or into one file if the path ends in .safetensors. The
-// result appears whole or not at all. Tied tensors are written once, under the name they are stored by. An
-// earlier merge there is replaced, and nothing else is.
+// Merges a store into a complete model directory, or into one file if the path ends in .safetensors. Weights
+// of more than `options.shard_bytes` become several files of a directory, with an index (shards.h), but for
+// open_clip, which reads one. The result appears whole or not at all. Tied tensors are written once, under
+// the name they are stored by. An earlier merge there is replaced, and nothing else is.
 //
 // weights: routing weights and, below them, the row of the static tensors: [groups + 1, objectives]. Throws
 // std::invalid_argument for a bad head, instruction set or path, and where the path holds other files;
 // StoreError where a mapped file has changed; FileError.
 Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
-                   const WriteOptions& options, std::int64_t batch_bytes = kBatchBytes);
+                   const WriteOptions& options);
 
 }  // namespace paretofuse
