@@ -147,7 +147,7 @@ LINEAR_CONFIGS = {
     ),
     "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
     "few rows, wide planes": LinearConfig(
-        rows=16, outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=4, stages=2
+        rows=16, outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2
     ),
     "many rows, wide planes": LinearConfig(
         rows=128, outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2
@@ -226,13 +226,19 @@ class RowsConfig:
 ROWS_CONFIGS = {
     "few rows": RowsConfig(rows=16, outs=64, ins=128, warps=4, stages=3),
     "many rows": RowsConfig(rows=64, outs=128, ins=64, warps=8, stages=3),
+    "few rows, wide planes": RowsConfig(rows=16, outs=64, ins=64, warps=4, stages=3),
+    "many rows, wide planes": RowsConfig(rows=64, outs=128, ins=32, warps=8, stages=3),
     "float32": RowsConfig(rows=32, outs=32, ins=32, warps=4, stages=2),
 }
-"""Every configuration of the kernels with a preference for each row, by the shape it is for."""
+"""Every configuration of the kernels with a preference for each row, by the shape it is for; wide planes as above.
+
+Twice as many bytes of wide planes at each step would not fit the 64 KB that MI300X gives a program.
+"""
 
 
-def rows_config(rows: int, itemsize: int) -> RowsConfig:
-    """The configuration for `rows` rows of x in elements of `itemsize` bytes."""
+def rows_config(rows: int, itemsize: int, plane_itemsize: int) -> RowsConfig:
+    """The configuration for `rows` rows of x; sizes of elements as `linear_config` takes them."""
     if itemsize == 4:
         return ROWS_CONFIGS["float32"]
-    return ROWS_CONFIGS["few rows" if rows <= 32 else "many rows"]
+    size = "few rows" if rows <= 32 else "many rows"
+    return ROWS_CONFIGS[size + (", wide planes" if plane_itemsize == 4 else "")]

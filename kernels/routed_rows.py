@@ -175,9 +175,21 @@ def weights_grad_launch(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsCon
     )  # fmt: skip
 
 
-def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> Tensor:
-    """The weights' gradient [B, E] by the kernel, its pieces added in float64."""
-    pieces = filled(weights_grad_launch(grad, x, deltas, config))
+def config_for(x: Tensor, *planes: Tensor) -> RowsConfig:
+    """The configuration that the rule gives to x [B, P, I] and these planes."""
+    plane = max(tensor.element_size() for tensor in planes)
+    return rows_config(x.shape[0] * x.shape[1], x.element_size(), plane)
+
+
+def run_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, P, O] by the kernel, in the configuration that its rule gives."""
+    return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config_for(x, base, deltas)))
+
+
+def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig | None = None) -> Tensor:
+    """The weights' gradient [B, E] by the kernel, its pieces added in float64; by its rule if no configuration."""
+    config = config or config_for(x, deltas)
+    pieces = filled(weights_grad_launch(grad.contiguous(), x.contiguous(), deltas, config))
     batch, per, _ = x.shape
     sums = pieces.view(*pieces.shape[:2], batch, per).sum((0, 3), dtype=torch.float64)
     return sums.float().T.contiguous()
@@ -185,15 +197,13 @@ def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig
 
 @torch.library.custom_op("paretofuse::routed_rows", mutates_args=(), device_types="cuda")
 def _routed_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-    return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config))
+    return run_rows(x, base, deltas, weights, bias)
 
 
 @_routed_rows.register_kernel("cpu")
 def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if interpreted(rows_kernel):
-        config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-        return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config))
+        return run_rows(x, base, deltas, weights, bias)
     with torch.autocast("cpu", enabled=False):
         return routed_rows_reference(x, base, deltas, weights, bias)
 
@@ -205,15 +215,13 @@ def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | N
 
 @torch.library.custom_op("paretofuse::routed_rows_weights_grad", mutates_args=(), device_types="cuda")
 def _weights_grad(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
-    config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-    return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+    return run_weights_grad(grad, x, deltas)
 
 
 @_weights_grad.register_kernel("cpu")
 def _(grad: Tensor, x: Tensor, deltas: Tensor) -> Tensor:
     if interpreted(rows_weights_grad_kernel):
-        config = rows_config(x.shape[0] * x.shape[1], x.element_size())
-        return run_weights_grad(grad.contiguous(), x.contiguous(), deltas, config)
+        return run_weights_grad(grad, x, deltas)
     with torch.autocast("cpu", enabled=False):
         parts = [(grad.float() * (x @ delta.to(x.dtype).T).float()).sum((1, 2)) for delta in deltas]
     return torch.stack(parts, dim=1)

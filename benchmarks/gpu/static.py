@@ -64,9 +64,10 @@ class Finding:
         in_flight: bytes that one program has asked for in such loads when it first waits for one of them; 0 on AMD,
             where the listing does not tell.
         least_loads, least_stores: bytes that it has to move, on streaming kernels; else 0.
-        other_accesses: narrower global loads and stores (scalars, on streaming kernels), static count.
+        other_accesses: narrower global loads and stores of a streaming kernel (scalars), static count; on NVIDIA the
+            accesses of the others are not read.
         narrow_stores: how many of them are stores.
-        tensor_core: matrix instructions and how often they stand in the code.
+        tensor_core: matrix instructions and how often they stand in the code; on NVIDIA, in the PTX.
     """
 
     kernel: str
@@ -122,13 +123,15 @@ def inspect(variant: Variant, architecture: str) -> Finding:
     """Compile one variant and read its binary."""
     compiled = build.compile_variant(variant, architecture)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    least = least_traffic(variant)
     if architecture.startswith("sm_"):
-        registers, spills, text = _read_cubin(compiled.asm["cubin"])
+        # Disassembling takes as long as compiling; only the widths of a streaming kernel need it.
+        registers, spills, text = _read_cubin(compiled.asm["cubin"], disassemble=any(least))
         accesses = Counter(re.findall(r"\b(?:LDG|LDGSTS|STG)\.[\w.]+", text))
         loads = sum(n for op, n in accesses.items() if op.startswith("LDG") and ".128" in op)
         stores = sum(n for op, n in accesses.items() if op.startswith("STG") and ".128" in op)
         all_stores = sum(n for op, n in accesses.items() if op.startswith("STG"))
-        matrix = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", text))
+        matrix = Counter(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", compiled.asm["ptx"]))
         lanes, occupancy = 32, _nvidia_occupancy(architecture, registers, warps, shared)
         in_flight = _loads_in_flight(text)
     else:
@@ -147,21 +150,21 @@ def inspect(variant: Variant, architecture: str) -> Finding:
     threads = warps * lanes
     return Finding(
         variant.name, architecture, registers, spills, shared, warps, occupancy,
-        loads * threads * 16, stores * threads * 16, in_flight * threads * 16, *least_traffic(variant),
+        loads * threads * 16, stores * threads * 16, in_flight * threads * 16, *least,
         accesses.total() - loads - stores, all_stores - stores,
         " ".join(f"{op}:{n}" for op, n in sorted(matrix.items())),
     )  # fmt: skip
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """Registers per thread, bytes of stack per thread, and the disassembly, by the tools in Triton's wheel."""
+def _read_cubin(cubin: bytes, disassemble: bool) -> tuple[int, int, str]:
+    """Registers per thread, bytes of stack per thread, and the listing if asked, by the tools in Triton's wheel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output([knobs.nvidia.cuobjdump.path, "-res-usage", file.name])
-        text = _output([knobs.nvidia.nvdisasm.path, "-c", file.name])
+        text = _output([knobs.nvidia.nvdisasm.path, "-c", file.name]) if disassemble else ""
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return int(registers), int(stack), text
 

@@ -152,15 +152,15 @@ def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]
 def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """Every configuration of the kernels with a preference for each row, in both weight layouts, planes as above."""
     for (use, config), dtype, conv1d in product(launch.ROWS_CONFIGS.items(), dtypes, (False, True)):
+        weight = "fp32" if "wide planes" in use else dtype
         if (use == "float32") != (dtype == "fp32"):
             continue
-        for weight in dict.fromkeys((dtype, "fp32")):
-            base, deltas = _layer(weight, 3, conv1d)
-            x, weights, bias = _empty(dtype, 5, 7, INS), _row(5, 3), _empty(weight, 5, OUTS)
-            name = f"{use}_{_layout(conv1d)}_{dtype}_{weight}"
-            yield describe(f"rows_{name}", rows_launch(x, base, deltas, weights, bias, config)[1])
-            grad = _empty(dtype, 5, 7, OUTS)
-            yield describe(f"rows_weights_grad_{name}", rows_weights_grad_launch(grad, x, deltas, config)[1])
+        base, deltas = _layer(weight, 3, conv1d)
+        x, weights, bias = _empty(dtype, 5, 7, INS), _row(5, 3), _empty(weight, 5, OUTS)
+        name = f"{use}_{_layout(conv1d)}_{dtype}"
+        yield describe(f"rows_{name}", rows_launch(x, base, deltas, weights, bias, config)[1])
+        grad = _empty(dtype, 5, 7, OUTS)
+        yield describe(f"rows_weights_grad_{name}", rows_weights_grad_launch(grad, x, deltas, config)[1])
 
 
 def _empty(dtype: str, *shape: int) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_consumer_by_add_subdirectory_of_what_the_wheel_carries(two_experts: P
         if name.startswith(("csrc/include/", "csrc/src/", "csrc/cmake/")):
             assert (tmp_path / "site" / "paretofuse" / name).read_bytes() == (ROOT / name).read_bytes(), name
     source = write_consumer(tmp_path / "consumer", f'add_subdirectory("{folder}" paretofuse)')
-    cpplib.configure(source, tmp_path / "build", "-DCMAKE_BUILD_TYPE=Release")
+    cpplib.configure(source, tmp_path / "build", "-DCMAKE_BUILD_TYPE=Debug")
     cpplib.compile_targets(tmp_path / "build")
     check_programs(tmp_path / "build", two_experts)
 
