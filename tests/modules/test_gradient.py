@@ -331,3 +331,18 @@ def test_a_loss_of_no_routed_weight_has_no_jacobian() -> None:
     used = sum(p.square().sum() for p in engine.module.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="loss 1 depends on no routed weight"):
         engine.jacobian([used, torch.ones((), requires_grad=True) * 2])
+
+
+def test_losses_that_are_no_scalars_of_the_live_module_are_named() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    engine.train_at(R)
+    out = engine.module(torch.randn(6, 8))
+    for wrong, words in (
+        (out, r"loss 1 has shape \[6, 8\] and requires_grad=True"),
+        (out.detach().sum(), r"loss 1 has shape \[\] and requires_grad=False"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.jacobian([out.sum(), wrong])
+    with pytest.raises(ValueError, match="no losses"):
+        engine.jacobian([])
