@@ -126,6 +126,29 @@ def test_a_base_without_a_head() -> None:
         bare.head("cola")
 
 
+class HeadFirst(Body):
+    """Its head comes before all that it shares with others."""
+
+    def __init__(self, labels: int) -> None:
+        nn.Module.__init__(self)
+        self.classifier = nn.Linear(8, labels)
+        shared = Body()
+        self.body, self.norm, self.drop = shared.body, shared.norm, shared.drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(super().forward(x))
+        return scores
+
+
+def test_a_head_may_stand_before_the_body() -> None:
+    models = {name: HeadFirst(labels).eval() for name, labels in LABELS.items()}
+    engine = pf.stack(Body().eval(), models, heads=["classifier"])
+    engine.switch(R)
+    for name, labels in LABELS.items():
+        assert same(engine.head(name), engine.merge(R, head=name))
+        assert engine.head(name)(torch.randn(5, 4)).shape == (5, labels)
+
+
 def test_what_has_no_head_is_the_module_itself() -> None:
     base, models = experts()
     engine = pf.stack(base, {"cola": models["cola"]}, heads=["classifier"])
