@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -118,6 +119,28 @@ def test_a_file_keeps_its_name_on_the_way(tmp_path: Path) -> None:
         assert path.name == "picture.png"
         path.write_bytes(b"png")
     assert names(tmp_path / "deep") == ["picture.png"]
+
+
+def test_a_named_file_is_synced_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int | str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        real_sync(descriptor)
+
+    def put(source: Path, target: Path) -> None:
+        done.append("replaced")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", put)
+    with fresh_named(tmp_path / "x.png") as path:
+        path.write_bytes(b"png")
+        file, folder = path.stat().st_ino, path.parent.stat().st_ino
+    assert done == [file, folder, "replaced", tmp_path.stat().st_ino]
 
 
 def test_many_writers_of_one_place_leave_one_whole_file(tmp_path: Path) -> None:
