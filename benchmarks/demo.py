@@ -234,7 +234,7 @@ def save_and_check(engine: pf.Engine, front: pf.Front, tasks: Tasks, out: Path) 
     Raises:
         RuntimeError: the model on disk is not as accurate as it was in the sweep.
     """
-    engine.save(out / "store")
+    engine.save(out / "store", force=True)
     dense = pf.load(out / "store", module=TinyViT()).merge(MERGED_AT)
     save_file(dense.state_dict(), out / "merged.safetensors")
     fresh = TinyViT()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from paretofuse.kernels.dtypes import float_dtype
+
 TO_TORCH: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -13,13 +15,6 @@ TO_TORCH: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 TO_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in TO_TORCH.items()}
-
-
-_WORDS = {
-    "f32": "F32", "fp32": "F32", "float32": "F32", "float": "F32",
-    "bf16": "BF16", "bfloat16": "BF16",
-    "f16": "F16", "fp16": "F16", "float16": "F16", "half": "F16",
-}  # fmt: skip
 
 
 def merged_dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
@@ -34,7 +29,7 @@ def merged_dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | N
     """
     if dtype is None:
         return None
-    name = _WORDS.get(str(dtype).lower().removeprefix("torch."))
-    if name is None or not isinstance(dtype, (torch.dtype, str)):
+    found = float_dtype(dtype)
+    if found is None:
         raise ValueError(f"got {argument}={dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
-    return name
+    return TO_NAME[found]

@@ -40,6 +40,8 @@ class Engine:
         notes: what happened while stacking or loading that one should know, a sentence each.
         training: how the routers were trained (steps, method, data names, when, versions), JSON only; None if that is
             not known. `save` keeps it in the store, and `pf.load` gives it back.
+        origin: the checksum of the routers in the store that it was loaded from or saved to last, which `save` may
+            replace by what was trained since; None if there is none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         self.device = device
         self.blueprint = blueprint
         self.training: dict[str, Any] | None = None
+        self.origin: str | None = None
         self.routers = routers.to(device)
         self._bound = BoundStack(stack, backend, blueprint.shardings)
         self.notes = (*notes, *self._bound.notes)
@@ -328,14 +331,23 @@ class Engine:
 
         Args:
             path: the store's directory; an older store there is replaced.
-            force: replace a trained store even by untrained routers.
+            force: replace a trained store too; its training is lost. Without it only what goes on from that training
+                may: an engine that was loaded from that store, or saved to it before.
 
         Raises:
-            ValueError: the path exists and is not a store, or is a trained store and these routers are untrained.
+            ValueError: the path exists and is not a store, or is a trained store whose training would be lost.
             OSError: writing failed; what was there before is untouched.
         """
         self._only_whole("saving")
-        persist.save(path, self._stack, self.routers, self.blueprint, training=self.training, force=force)
+        self.origin = persist.save(
+            path,
+            self._stack,
+            self.routers,
+            self.blueprint,
+            training=self.training,
+            force=force,
+            origin=self.origin,
+        )
 
     def export_adapter(
         self, preference: Preference, path: str | os.PathLike[str], *, rank: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import sysconfig
 import tarfile
@@ -63,9 +64,36 @@ def test_sdist_and_wheel(empty: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_editable(empty: Path, tmp_path: Path, mode: str) -> None:
+def test_editable(empty: Path, tmp_path: Path) -> None:
+    """Both modes; the second build, and one after a change of one file, compile only what is not compiled yet."""
     checkout = copy_checkout(tmp_path / "checkout")
-    install(empty, f"--config-settings=editable_mode={mode}", "--editable", checkout)
-    found = run(empty, "-c", USE, cwd=tmp_path).strip()
-    assert os.path.realpath(found) == os.path.realpath(checkout / "python" / "paretofuse" / "__init__.py")
+    objects: dict[str, int] = {}
+    for mode, changed in (("lenient", None), ("strict", None), ("lenient", "routing")):
+        if changed:
+            (source,) = checkout.glob(f"csrc/src/*/{changed}.cpp")
+            source.touch()
+        install(empty, f"--config-settings=editable_mode={mode}", "--editable", checkout)
+        found = run(empty, "-c", USE, cwd=tmp_path).strip()
+        assert os.path.realpath(found) == os.path.realpath(checkout / "python" / "paretofuse" / "__init__.py")
+        before, objects = objects, {path.stem: path.stat().st_mtime_ns for path in checkout.rglob("*.o")}
+        assert {"module", "merge", "kernels_scalar", "routing"} <= objects.keys()
+        compiled = {name for name, when in objects.items() if before.get(name) != when}
+        assert compiled == ({changed} if changed else set() if before else set(objects))
+
+
+def test_objects_older_than_a_header_or_a_setting_are_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy_checkout(tmp_path / "checkout"))
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("distutils.ccompiler.CCompiler.compile", None)
+    is_old = runpy.run_path("setup.py")["is_old"]
+    source = Path("csrc/src/core/merge.cpp")
+    built = tmp_path / "merge.o"
+    for changed in (source, Path("csrc/src/core/planes.h"), Path("pyproject.toml"), Path("setup.py")):
+        built.touch()
+        future = built.stat().st_mtime_ns + 1_000_000_000
+        os.utime(built, ns=(future, future))
+        assert not is_old(str(built), str(source))
+        os.utime(changed, ns=(future + 1, future + 1))
+        assert is_old(str(built), str(source))

@@ -111,7 +111,7 @@ def on_disk(steps: int, context: Context) -> Outcome:
             engine = pf.stack(folder / "base", experts, **OURS_STACK)
             pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **OURS_FIT)
         front = context.sweep(engine)
-        engine.save(folder / "store")
+        engine.save(folder / "store", force=True)
         merge_store(folder / "store", list(MERGED_AT), folder / "merged")
         loaded = open_clip.create_model(f"local-dir:{folder / 'merged'}").eval()
         found = context.measured(loaded)

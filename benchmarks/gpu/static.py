@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--arch", action="append", choices=build.ARCHITECTURES, help="only this one; may be repeated"
     )
     parser.add_argument(
-        "--dtype", action="append", choices=variants.FLOATS, help="only this one; may be repeated"
+        "--dtype", action="append", type=build.float_name, help="only this one; may be repeated"
     )
     parser.add_argument("--roofline", action="store_true", help="only the predicted times")
     parser.add_argument("--out", type=Path, default=record.DATA, help="folder of the CSV files")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import TILE, columns_of, rows_of
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.groups import SMALLEST
@@ -20,9 +21,10 @@ from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane, merged_error
+from paretofuse.kernels.dtypes import float_dtype
 
-DENSE = {"dense": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""Words for dense planes, and the dtype each stands for; "dense" is in whatever dtype the deltas have."""
+DENSE = ("dense", "fp32", "bf16", "fp16")
+"""Words for dense planes: in whatever dtype the deltas have, or in one of their own (by any usual name of it)."""
 
 TOLERANCE = 1.02
 """Error of a merged update, against that of dense planes, up to which int8 counts as exact as they."""
@@ -47,16 +49,16 @@ class Wanted:
     energy: float = 1.0
 
 
-def parse(planes: str) -> Wanted:
-    """What a user's word asks for.
+def parse(planes: str | torch.dtype) -> Wanted:
+    """What a user's word asks for; a dtype, or any usual name of one, asks for dense planes in it.
 
     Raises:
         ValueError: not such a word.
     """
+    if (dtype := float_dtype(planes)) is not None:
+        return Wanted("dense", TO_NAME[dtype])
     if isinstance(planes, str):
-        if planes in DENSE:
-            return Wanted("dense", DENSE[planes])
-        if planes in ("auto", "int8", "int4"):
+        if planes in ("auto", "dense", "int8", "int4"):
             return Wanted(planes)
         if match := _LOW_RANK.fullmatch(planes):
             if match["rank"]:

@@ -113,7 +113,8 @@ def write(
     *,
     training: Mapping[str, Any] | None = None,
     force: bool = False,
-) -> None:
+    origin: str | None = None,
+) -> str:
     """Write a store, tensor by tensor and atomically.
 
     Args:
@@ -123,10 +124,13 @@ def write(
         routers: its routers.
         blueprint: the model's own files, and those of the objectives that have heads.
         training: how the routers were trained, JSON only.
-        force: let an untrained store replace a trained one.
+        force, origin: whether it may replace a trained store, see `StoreWriter`.
+
+    Returns:
+        The checksum of the routers, the origin of what goes on from them.
 
     Raises:
-        ValueError: the path exists and is not a store, or is a trained one and this is untrained.
+        ValueError: the path exists and is not a store, or is a trained one whose training would be lost.
         OSError: writing failed; what was there before is untouched.
     """
     # The widest elements first, so that every tensor of the file is aligned to its own element size.
@@ -136,7 +140,7 @@ def write(
         layout.with_role("routed", "static"),
         key=lambda spec: (not may_be_small(spec.shape), -ITEM_SIZE[spec.delta_dtype]),
     )
-    with StoreWriter(path, objectives=layout.objectives, force=force) as writer:
+    with StoreWriter(path, objectives=layout.objectives, force=force, origin=origin) as writer:
         state = {name: t.detach().cpu().numpy() for name, t in routers.state_dict().items()}
         writer.write_routers(routers.init, state, training)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
@@ -152,6 +156,7 @@ def write(
         for name, content in blueprint.files.items():
             writer.add_model_file(name, content)
         writer.finish(layout, blueprint.model_class)
+        return writer.routers_checksum
 
 
 def save(
@@ -162,10 +167,11 @@ def save(
     *,
     training: Mapping[str, Any] | None = None,
     force: bool = False,
-) -> None:
+    origin: str | None = None,
+) -> str:
     """Write a stack in memory to a store; arguments and errors as `write`."""
     parts = in_memory(stack)
-    write(path, parts, stack.layout, routers, blueprint, training=training, force=force)
+    return write(path, parts, stack.layout, routers, blueprint, training=training, force=force, origin=origin)
 
 
 def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:

@@ -31,6 +31,10 @@ from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
+MANIFEST = "manifest.json"
+BASE = "base.safetensors"
+ROUTERS = "routers.safetensors"
+
 _BLOCK = 1 << 20
 _ZERO_AT_START = {"constant": ("hidden.bias",)}
 """Router parameters that `Routers.reset` sets to zero, by init; these for all others."""
@@ -117,6 +121,11 @@ class Store:
     def trained(self) -> bool:
         """Whether the routers are another than those that `pf.stack` starts with, or a training is recorded."""
         return self.training is not None or was_trained(self.init, self.routers)
+
+    @property
+    def routers_checksum(self) -> str:
+        """SHA-256 of the routers' file: which training this is."""
+        return self.checksums[ROUTERS][1]
 
     def routing_weights(self, preference: np.ndarray) -> np.ndarray:
         """The routers at a preference [E], as from `as_preference`: the routing weights, float32 [G, E].

@@ -20,13 +20,18 @@ from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout
 from paretofuse.engine.store.atomic import Fresh
-from paretofuse.engine.store.reader import Store, describe_training, sha256_of, was_trained
+from paretofuse.engine.store.reader import (
+    BASE,
+    MANIFEST,
+    ROUTERS,
+    Store,
+    describe_training,
+    sha256_of,
+    was_trained,
+)
 from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
 from paretofuse.engine.termination import termination_raises
 
-MANIFEST = "manifest.json"
-BASE = "base.safetensors"
-ROUTERS = "routers.safetensors"
 
 is_model_file = _C.is_model_file
 """Whether a file of this name may stand beside a merged model's weights: a safe path, and no weights itself."""
@@ -72,14 +77,20 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, objectives: Sequence[str], force: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        objectives: Sequence[str],
+        force: bool = False,
+        origin: str | None = None,
     ) -> None:
         """Start a store.
 
         Args:
             path: its directory; missing parents are made.
             objectives: the experts' names.
-            force: let an untrained store replace a trained one.
+            force: replace a trained store, whose training is lost.
+            origin: the checksum of the routers that these go on from; a trained store that holds them may be replaced.
 
         Raises:
             ValueError: something stands there that is no store.
@@ -89,6 +100,7 @@ class StoreWriter:
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
         self._force = force
+        self._origin = origin
         self._check_target()
         self._stems = _C.file_stems(self.objectives)
         self._experts: dict[str, str] = {}
@@ -148,18 +160,48 @@ class StoreWriter:
             training: how they were trained, JSON only; see `Store.training`.
 
         Raises:
-            ValueError: these routers are untrained, those of the store that would be replaced are not, and nobody
-                forces it; or the training is not JSON.
+            ValueError: a trained store would be lost (see `check_training`); or the training is not JSON.
         """
         for name, array in parameters.items():
             if array.dtype != np.float32:
                 raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
         self._init, self._training = init, _plain(training)
-        self._keep_training(training is not None or was_trained(init, parameters))
         entries = [
             (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
         ]
         self._write_tensors(ROUTERS, entries)
+        self.check_training(training is not None or was_trained(init, parameters))
+
+    @property
+    def routers_checksum(self) -> str:
+        """SHA-256 of the routers' file, once it is written: the origin of what goes on from them."""
+        checksum: str = self._records[ROUTERS].result()["sha256"]
+        return checksum
+
+    def check_training(self, trained: bool) -> None:
+        """Check that no training is lost: the one rule for whoever writes a store.
+
+        A trained store is replaced by what goes on from its own routers (`origin`), by the same routers, or by force.
+
+        Args:
+            trained: whether the new routers are, or will be.
+
+        Raises:
+            ValueError: a trained store stands there whose training would be lost.
+        """
+        if self._force:
+            return
+        try:
+            old = Store.open(self.path)
+        except StoreError:
+            return  # damaged, of another version, or not there: nothing that this program could have used
+        own = self.routers_checksum if ROUTERS in self._records else None
+        if old.trained and not (trained and old.routers_checksum in (own, self._origin)):
+            raise ValueError(
+                f"got {self.path}, which is a trained store ({describe_training(old.training)}) and would be replaced "
+                f"by {'another training' if trained else 'an untrained one'}; choose another place, or pass "
+                "force=True"
+            )
 
     def add_model_file(self, name: str, content: bytes) -> None:
         """Keep a file that a merged model directory needs (config.json, tokenizer files)."""
@@ -210,8 +252,9 @@ class StoreWriter:
             document["training"] = self._training
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         (root / MANIFEST).write_text(text, encoding="utf-8")
-        Store.open(root)  # what could not be opened again must not replace an older store
+        opened = Store.open(root)  # what could not be opened again must not replace an older store
         self._check_target()
+        self.check_training(opened.trained)
         self._fresh.place()
         self._root = None
         self._pool.shutdown()
@@ -227,20 +270,6 @@ class StoreWriter:
             raise ValueError(
                 f"got {self.path}, which holds a file that is not its own ({other}) and would be lost; move it, or "
                 "choose another place"
-            )
-
-    def _keep_training(self, trained: bool) -> None:
-        """ValueError where a trained store would be replaced by an untrained one and nobody forces it."""
-        if trained or self._force:
-            return
-        try:
-            old = Store.open(self.path)
-        except StoreError:
-            return  # damaged, of another version, or not there: nothing that this program could have used
-        if old.trained:
-            raise ValueError(
-                f"got {self.path}, which is a trained store ({describe_training(old.training)}) and would be replaced "
-                "by an untrained one; choose another place, or force it (--force, force=True)"
             )
 
     def _directory(self) -> Path:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paretofuse.kernels.aot.variants import FLOATS, Variant, grad_variants, merge_variants
+from paretofuse.kernels.aot.variants import FLOATS, NAMES, Variant, grad_variants, merge_variants
+from paretofuse.kernels.dtypes import float_dtype
 from paretofuse.kernels.triton_or_none import interpreted, triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -145,18 +146,28 @@ def _suffix(architecture: str) -> str:
     return "cubin" if architecture.startswith("sm_") else "hsaco"
 
 
+def float_name(text: str) -> str:
+    """Triton's name of a dtype that can be merged, by any usual name of it."""
+    dtype = float_dtype(text)
+    if dtype is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected float32, bfloat16 or float16")
+    return NAMES[dtype]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m paretofuse.kernels.aot", description=__doc__)
     parser.add_argument(
         "--arch", required=True, choices=ARCHITECTURES + OTHERS, help="the GPU's architecture"
     )
-    parser.add_argument("--dtype", action="append", choices=FLOATS, help="only this dtype; may be repeated")
+    parser.add_argument(
+        "--dtype", action="append", type=float_name, help="only this dtype, such as bf16; may be repeated"
+    )
     parser.add_argument(
         "--delta-dtype",
         action="append",
         default=[],
-        choices=FLOATS,
+        type=float_name,
         help="of deltas, besides; may be repeated",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write")

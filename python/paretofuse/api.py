@@ -39,7 +39,7 @@ def stack(
     dtype: torch.dtype | str | None = None,
     *,
     delta_dtype: torch.dtype | str | None = None,
-    planes: str = "dense",
+    planes: str | torch.dtype = "dense",
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -63,10 +63,10 @@ def stack(
             converted, and `engine.notes` says which.
         delta_dtype: of the deltas alone, for example bfloat16 under a float32 base; None takes the base's.
         planes: how what each expert adds is held. "dense" (in delta_dtype), "fp32", "bf16" or "fp16" (dense, in that
-            dtype); "int8" or "int4" (a scale for each group of elements); "lowrank:32" or "lowrank:99%" (factors of a
-            rank, or of an energy, by SVD); "auto": LoRA experts as their own factors, int8 where the merged tensor is
-            as exact as with dense planes. With all but dense ones LoRA experts stay factors, and vectors (norms,
-            biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
+            dtype, by any of its names); "int8" or "int4" (a scale for each group of elements); "lowrank:32" or
+            "lowrank:99%" (factors of a rank, or of an energy, by SVD); "auto": LoRA experts as their own factors, int8
+            where the merged tensor is as exact as with dense planes. With all but dense ones LoRA experts stay
+            factors, and vectors (norms, biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.
@@ -102,7 +102,7 @@ def stack_to_store(
     static_weight: float = 0.3,
     dtype: torch.dtype | str | None = None,
     delta_dtype: torch.dtype | str | None = None,
-    planes: str = "dense",
+    planes: str | torch.dtype = "dense",
     heads: Sequence[str] = (),
     allow_misfit: bool = False,
     force: bool = False,
@@ -181,6 +181,7 @@ def load(
         stack, routers, replace(base, heads=heads), device=place, backend=backend, replicas=replicas
     )
     engine.training = store.training
+    engine.origin = store.routers_checksum
     return engine
 
 
@@ -205,7 +206,7 @@ def _plan(
     static_weight: float,
     dtype: torch.dtype | str | None,
     delta_dtype: torch.dtype | str | None,
-    planes: str,
+    planes: str | torch.dtype,
     heads: Sequence[str],
     allow_misfit: bool,
 ) -> Plan:

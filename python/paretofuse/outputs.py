@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
+from paretofuse.engine.engine import Engine
 from paretofuse.engine.store.writer import StoreWriter
 
 
@@ -30,12 +30,12 @@ def prepare_file(path: str | os.PathLike[str]) -> None:
         raise OSError(error.errno, error.strerror, str(target)) from error
 
 
-def prepare_store(path: str | os.PathLike[str], objectives: Sequence[str]) -> None:
-    """Try whether a store can be written there; leaves nothing behind but missing parents.
+def prepare_store(path: str | os.PathLike[str], engine: Engine, *, force: bool) -> None:
+    """Try whether what an engine becomes by training can be saved there; leaves nothing behind but missing parents.
 
     Raises:
-        ValueError: something stands there that is no store.
+        ValueError: something stands there that is no store, or a trained store whose training would be lost.
         OSError: nothing can be written there.
     """
-    with StoreWriter(path, objectives=objectives):
-        pass  # never finished, so what it began is removed
+    with StoreWriter(path, objectives=engine.objectives, force=force, origin=engine.origin) as writer:
+        writer.check_training(trained=True)  # never finished, so what it began is removed

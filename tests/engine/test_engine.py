@@ -417,6 +417,38 @@ def test_a_training_record_goes_through_save_and_load(tmp_path: Path) -> None:
     assert pf.load(tmp_path / "store").training is None
 
 
+def test_only_its_own_further_training_replaces_a_trained_store(tmp_path: Path) -> None:
+    base, experts = net_and_experts(count=2)
+
+    def trained(by: float) -> pf.Engine:
+        engine = pf.stack(base, experts)
+        further(engine, by)
+        return engine
+
+    def further(engine: pf.Engine, by: float) -> None:
+        with torch.no_grad():
+            engine.routers.output.bias.add_(by)
+
+    def stored() -> float:
+        return float(pf.load(tmp_path / "store").routers.output.bias.detach().mean())
+
+    first = trained(1)
+    first.save(tmp_path / "store")
+    trained(1).save(tmp_path / "store")  # the same routers again: nothing is lost
+    further(first, 1)
+    first.save(tmp_path / "store")  # saved there before
+    again = pf.load(tmp_path / "store")
+    further(again, 1)
+    again.save(tmp_path / "store")  # loaded from there
+    assert stored() == 3
+    for other in (trained(7), first):  # another training; one that has been overtaken
+        with pytest.raises(ValueError, match=r"trained store .*replaced by another training.*force=True"):
+            other.save(tmp_path / "store")
+    assert stored() == 3
+    first.save(tmp_path / "store", force=True)
+    assert stored() == 2
+
+
 def test_verification_at_load_finds_a_flipped_bit(tmp_path: Path) -> None:
     base, experts = net_and_experts(count=2)
     pf.stack(base, experts).save(tmp_path / "store")

@@ -71,7 +71,7 @@ def write_store(path: Path, seed: int = 0, layout: Layout = LAYOUT, **writer_opt
         ],
         "routers": random_routers(rng, len(layout.groups), len(layout.objectives)),
     }
-    with StoreWriter(path, objectives=layout.objectives, **writer_options) as writer:
+    with StoreWriter(path, objectives=layout.objectives, force=True, **writer_options) as writer:
         writer.write_base([(s.name, s.dtype, s.shape, [parts["base"][s.name]]) for s in layout.tensors])
         for objective, own in zip(layout.objectives, parts["deltas"], strict=True):
             # A generator, cut into pieces of one byte and the rest; None for what is left out.
@@ -790,8 +790,21 @@ def test_a_trained_store_is_not_replaced_by_an_untrained_one(store: Path, init: 
     )
     with StoreWriter(store, objectives=OBJECTIVES) as writer, pytest.raises(ValueError, match=words):
         writer.write_routers(init, untrained(init))
-    with StoreWriter(store, objectives=OBJECTIVES) as writer:  # another training is no loss
+    with (
+        StoreWriter(store, objectives=OBJECTIVES) as writer,
+        pytest.raises(ValueError, match="another training"),
+    ):
         writer.write_routers(init, untrained(init), {"steps": 1})
+    origin = Store.open(store).routers_checksum
+    with StoreWriter(
+        store, objectives=OBJECTIVES, origin=origin
+    ) as writer:  # the same training, gone on with
+        writer.write_routers(init, untrained(init), {"steps": 1})
+    with (
+        StoreWriter(store, objectives=OBJECTIVES, origin=origin) as writer,
+        pytest.raises(ValueError, match=words),
+    ):
+        writer.write_routers(init, untrained(init))  # reset since
     with StoreWriter(store, objectives=OBJECTIVES, force=True) as writer:
         writer.write_routers(init, untrained(init))
         writer.write_base([(s.name, s.dtype, s.shape, [bytes(s.nbytes)]) for s in SPECS])
@@ -832,7 +845,7 @@ def test_store_writer_refuses(tmp_path: Path, use: Callable[[StoreWriter], Any],
 def test_parts_that_contradict_the_layout_never_replace_a_store(store: Path) -> None:
     before = (store / "manifest.json").read_bytes()
     wrong = Layout(OBJECTIVES, (*SPECS, TensorSpec("more", (1,), "F32", "static", None, "F32")), 0.3)
-    with StoreWriter(store, objectives=OBJECTIVES) as writer:
+    with StoreWriter(store, objectives=OBJECTIVES, force=True) as writer:
         writer.write_base([(s.name, s.dtype, s.shape, [bytes(s.nbytes)]) for s in SPECS])
         for objective in OBJECTIVES:
             writer.write_expert(objective, [])

@@ -9,6 +9,7 @@ import paretofuse
 from paretofuse.cli.info import describe
 from paretofuse.cli.options import (
     add_entry,
+    add_force,
     add_module,
     add_output,
     add_store,
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log", metavar="LOG", help="losses of each step: a .csv file or a TensorBoard directory"
     )
+    add_force(parser)
     add_module(parser)
     parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     add_threads(parser)
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> Result:
     use_threads(options)
     engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
     output = options.output or options.store
-    prepare_store(output, engine.objectives)
+    prepare_store(output, engine, force=options.force)
     started = time.perf_counter()
     records = paretofuse.fit(
         engine,
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> Result:
         progress=shows_progress(options),
     )
     seconds = time.perf_counter() - started
-    engine.save(output)
+    engine.save(output, force=options.force)
     text, document = describe(output)
     lines = [text, f"{len(records)} steps of {options.method} in {seconds:.1f} s"]
     if records:

@@ -59,6 +59,15 @@ def add_output(parser: argparse.ArgumentParser, metavar: str, text: str, *, requ
     parser.add_argument("-o", "--output", required=required, metavar=metavar, help=text)
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Whether a training may be lost."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a store even if it is a trained one, whose training is lost",
+    )
+
+
 def add_entry(parser: argparse.ArgumentParser, option: str, text: str, *, required: bool = False) -> None:
     """A Python function by module and name, found as `python -m` finds modules: from the current directory too."""
     parser.add_argument(option, type=entry, required=required, metavar="MODULE:FUNCTION", help=text)

@@ -99,7 +99,7 @@ def in_options(message: str, names: Iterable[str]) -> str:
     known = "|".join(sorted({*names, "out"}, key=len, reverse=True))
 
     def option(match: re.Match[str]) -> str:
-        value = re.sub(r"torch\.|[\[\]'\"]", "", match["value"])
+        value = re.sub(r"torch\.|[\[\]'\"]|\bTrue\b", "", match["value"])
         name = "output" if match["name"] == "out" else match["name"].replace("_", "-")
         return f"--{name} {value}".rstrip()
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from paretofuse.cli.info import describe
-from paretofuse.cli.options import add_output, add_threads
+from paretofuse.cli.options import add_force, add_output, add_threads
 from paretofuse.cli.running import Result, bar, use_threads
 
 SUMMARY = "stack a base model and its experts into a store"
@@ -58,11 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stack experts whose configuration makes another model of the same tensors, and say so in a note",
     )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace a store even if it is a trained one, whose training is lost",
-    )
+    add_force(parser)
     add_threads(parser)
 
 

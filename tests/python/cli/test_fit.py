@@ -118,6 +118,24 @@ def test_in_place_and_again_from_a_checkpoint(folder: Path, capsys: pytest.Captu
     assert all(torch.equal(placed[name], tensor) for name, tensor in trained.items())
 
 
+def test_another_trained_store_is_replaced_only_by_force(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--objectives", "tasks:objectives", "--steps", "2", "-o", "t"]
+    assert call(capsys, *words)[0] == 0
+    before = routers(folder / "t")
+    code, out, err = call(capsys, *words, "--seed", "5", "--log", "log.csv")
+    assert (code, out) == (1, "")
+    assert "trained store (method ls, " in err
+    assert err.endswith("would be replaced by another training; choose another place, or pass --force\n")
+    assert not (folder / "log.csv").exists()  # refused before it trained
+    assert all(torch.equal(before[name], tensor) for name, tensor in routers(folder / "t").items())
+    assert call(capsys, *words, "--seed", "5", "--force")[0] == 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in routers(folder / "t").items())
+    in_place = ["fit", "t", *WORDS[2:], *words[:4]]
+    assert main(in_place) == 0  # it goes on from that training
+
+
 def test_validation_stops_early(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--objectives",

@@ -93,6 +93,7 @@ def test_interruption_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: p
         ("got heads=['a.b', 'c'], but", "got --head a.b, c, but"),
         ("does not have; pass module= to pf.load, or", "does not have; pass --module, or"),
         ("got log='a b.csv', which", "got --log a b.csv, which"),
+        ("choose another place, or pass force=True", "choose another place, or pass --force"),
         ("got steps=0, expected", "got --steps 0, expected"),
         ("got preferences_per_step=-1, expected", "got --preferences-per-step -1, expected"),
         ("got out='f.csv', which is there", "got --output f.csv, which is there"),
@@ -103,7 +104,7 @@ def test_interruption_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: p
     ],
 )
 def test_messages_name_options(message: str, expected: str) -> None:
-    names = ["dtype", "delta_dtype", "head", "module", "log", "steps", "preferences_per_step"]
+    names = ["dtype", "delta_dtype", "head", "module", "log", "steps", "preferences_per_step", "force"]
     assert in_options(message, names) == expected
 
 
