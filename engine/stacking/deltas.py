@@ -19,6 +19,7 @@ from paretofuse.engine.planes.choose import encode, may_be_small
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.stacking.misfit import norm_of, squares_of_product
 from paretofuse.engine.stacking.plan import Plan
 from paretofuse.engine.stacking.sources import Source, TensorInfo
 
@@ -29,11 +30,16 @@ def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    dtype, blocks = TO_TORCH[spec.dtype], plan.base.blocks(spec.name)
-    for block in blocks if spec.role == "constant" else plan.norms.base(spec.name, blocks):
+    dtype, squares = TO_TORCH[spec.dtype], 0.0
+    for block in plan.base.blocks(spec.name):
         if block.is_floating_point():
-            _check_finite(block, plan.base.label, spec.name)
+            norm = norm_of(block)  # one look at a block tells its size, and mostly whether it is finite
+            if not math.isfinite(norm):
+                _check_finite(block, plan.base.label, spec.name)
+            squares += norm**2
         yield _converted(block, dtype, plan.base.label, spec.name)
+    if spec.role != "constant":
+        plan.norms.base[spec.name] = squares
 
 
 def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tensor] | None:
@@ -51,10 +57,8 @@ def delta_blocks(plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tenso
     differences = _differences(plan, expert, spec, name)
     equal: list[int] = []  # sizes of the blocks before the first that differs, which need not be kept
     for first in differences:
-        if first.any():
-            dtype, zeros = TO_TORCH[spec.delta_dtype], (torch.zeros(size) for size in equal)
-            blocks = plan.norms.delta(expert.label, spec.name, chain(zeros, [first], differences))
-            return (_rounded(block, dtype, plan, expert, spec) for block in blocks)
+        if norm_of(first) or first.any():  # squares may vanish where the numbers do not
+            return _rounded(chain(map(torch.zeros, equal), [first], differences), plan, expert, spec)
         equal.append(first.numel())
     return None
 
@@ -81,7 +85,7 @@ def plane_of(
             left, right = torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0)
             for factor in (left, right):
                 _check_finite(factor, expert.label, name)
-            plan.norms.factors(expert.label, spec.name, left, right)
+            plan.norms.deltas[expert.label][spec.name] = squares_of_product(left, right)
             plane = LowRank.of_factors(left.to(device), right.to(device), spec.shape)
             return plane if plane.a.any() and plane.b.any() else None
     blocks = delta_blocks(plan, expert, spec)
@@ -90,8 +94,8 @@ def plane_of(
     dtype = TO_TORCH[spec.delta_dtype]
     if plan.planes.kind == "dense" or not may_be_small(spec.shape):
         return Dense(gather(blocks, spec.shape, dtype, device))
-    differences = plan.norms.delta(expert.label, spec.name, _differences(plan, expert, spec, name))
-    delta = gather(differences, spec.shape, torch.float32, device)
+    delta = gather(_differences(plan, expert, spec, name), spec.shape, torch.float32, device)
+    plan.norms.deltas[expert.label][spec.name] = norm_of(delta) ** 2
     if not _is_finite(delta):
         gather(blocks, spec.shape, dtype, device)  # raises, and says why
     return encode(plan.planes, delta, base(), dtype, len(plan.experts))
@@ -154,25 +158,30 @@ def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Ite
         yield theirs.to(torch.float32) - ours.to(device=theirs.device, dtype=torch.float32)
 
 
-def _rounded(difference: Tensor, dtype: torch.dtype, plan: Plan, expert: Source, spec: TensorSpec) -> Tensor:
-    """A block of deltas in the dtype that it is stored in, or an error that says why it is not finite."""
-    rounded = difference.to(dtype)
-    if not _is_finite(rounded):
-        for source in (plan.base, expert):
-            name = source.aliases.get(spec.name, spec.name)
-            for block in source.blocks(name):
-                _check_finite(block, source.label, name)
-        raise CheckpointError(
-            f"{expert.label}: the delta of tensor {spec.name!r} overflows {dtype}; pass delta_dtype=torch.bfloat16 or "
-            "float32"
-        )
-    return rounded
+def _rounded(differences: Iterable[Tensor], plan: Plan, expert: Source, spec: TensorSpec) -> Iterator[Tensor]:
+    """Blocks of deltas in the dtype that they are stored in, or an error that says why one is not finite."""
+    dtype, squares = TO_TORCH[spec.delta_dtype], 0.0
+    for difference in differences:
+        norm, rounded = norm_of(difference), difference.to(dtype)
+        exact = rounded.dtype == difference.dtype
+        if not (exact and math.isfinite(norm)) and not _is_finite(rounded):
+            for source in (plan.base, expert):
+                name = source.aliases.get(spec.name, spec.name)
+                for block in source.blocks(name):
+                    _check_finite(block, source.label, name)
+            raise CheckpointError(
+                f"{expert.label}: the delta of tensor {spec.name!r} overflows {dtype}; pass delta_dtype=torch.bfloat16 "
+                "or float32"
+            )
+        squares += norm**2
+        yield rounded
+    plan.norms.deltas[expert.label][spec.name] = squares
 
 
 def _converted(block: Tensor, dtype: torch.dtype, label: str, name: str) -> Tensor:
     """A finite block in the dtype that it is stored in, or an error where that makes it infinite."""
     converted = block.to(dtype)
-    if converted.is_floating_point() and not _is_finite(converted):
+    if converted is not block and converted.is_floating_point() and not _is_finite(converted):
         raise CheckpointError(
             f"{label}: tensor {name!r} overflows {dtype}; pass dtype=torch.bfloat16 or float32"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,31 +14,22 @@ _UNRELATED = 1.0
 
 
 class Norms:
-    """Sums of squares of the base's tensors and of each expert's deltas, gathered while they are read."""
+    """Sums of squares of the base's tensors and of each expert's deltas, gathered while they are read.
+
+    Attributes:
+        base: by name of the tensor.
+        deltas: by label of the expert, then by name of the tensor.
+    """
 
     def __init__(self) -> None:
-        self._base: dict[str, float] = {}
-        self._deltas: dict[str, dict[str, float]] = {}
-
-    def base(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same blocks of a base tensor, counted; what is read twice counts once."""
-        return _counted(self._base, name, blocks)
-
-    def delta(self, label: str, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same blocks of one of an expert's deltas, counted."""
-        return _counted(self._deltas.setdefault(label, {}), name, blocks)
-
-    def factors(self, label: str, name: str, left: Tensor, right: Tensor) -> None:
-        """Count a delta left @ right, [O, R] @ [R, I], from its factors alone."""
-        left, right = left.double(), right.double()
-        squares = ((left.T @ left) * (right @ right.T)).sum()  # trace of (BA)^T BA
-        self._deltas.setdefault(label, {})[name] = float(squares)
+        self.base: dict[str, float] = {}
+        self.deltas: defaultdict[str, dict[str, float]] = defaultdict(dict)
 
     def notes(self, labels: Iterable[str]) -> tuple[str, ...]:
         """A sentence for each expert that is the base itself, or as far from it as an unrelated model."""
-        notes, base = [], sum(self._base.values())
+        notes, base = [], sum(self.base.values())
         for label in labels:
-            squares = sum(self._deltas.get(label, {}).values())
+            squares = sum(self.deltas[label].values())
             if squares == 0:
                 notes.append(f"{label} is identical to the base: all of its deltas are zero")
             elif base and (size := math.sqrt(squares / base)) > _UNRELATED:
@@ -48,8 +40,12 @@ class Norms:
         return tuple(notes)
 
 
-def _counted(sums: dict[str, float], name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    sums[name] = 0.0
-    for block in blocks:
-        sums[name] += float(torch.linalg.vector_norm(block.float())) ** 2
-        yield block
+def norm_of(block: Tensor) -> float:
+    """The norm of a block of floats, as float32 computes it: finite only if all of them are."""
+    return float(torch.linalg.vector_norm(block.float()))
+
+
+def squares_of_product(left: Tensor, right: Tensor) -> float:
+    """The sum of squares of left @ right, [O, R] @ [R, I], from the factors alone."""
+    left, right = left.double(), right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum())  # trace of (BA)^T BA

@@ -28,6 +28,9 @@ from paretofuse.engine.store.safetensors_file import SafetensorsFile
 BLOCK = 1 << 20
 """Elements read at a time."""
 
+_AHEAD = 1 << 20
+"""Bytes read beyond a tensor where tensors are read one after the other, so that small ones cost few reads."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -246,34 +249,50 @@ def from_safetensors(paths: list[Path], label: str) -> Source:
             infos[name] = TensorInfo(entry.shape, TO_TORCH[entry.dtype])
             places[name] = (path, entry.offset, entry.dtype)
 
+    read_bytes = _reader()
+
     def read(name: str, start: int, stop: int) -> Tensor:
         path, offset, dtype = places[name]
-        size = ITEM_SIZE[dtype]
-        buffer = bytearray((stop - start) * size)
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset + start * size)
-            if _read_into(file.fileno(), buffer) != len(buffer):
-                raise CheckpointError(
-                    f"{label}: {path.name} ended while reading tensor {name!r}; is it truncated?"
-                )
-        return (
-            torch.frombuffer(buffer, dtype=TO_TORCH[dtype])
-            if buffer
-            else torch.empty(0, dtype=TO_TORCH[dtype])
-        )
+        item, count = ITEM_SIZE[dtype], stop - start
+        if not count:
+            return torch.empty(0, dtype=TO_TORCH[dtype])
+        buffer, place = read_bytes(path, offset + start * item, count * item, item)
+        if len(buffer) < place + count * item:
+            raise CheckpointError(
+                f"{label}: {path.name} ended while reading tensor {name!r}; is it truncated?"
+            )
+        return torch.frombuffer(buffer, dtype=TO_TORCH[dtype], count=count, offset=place)
 
     return Source(label=label, infos=infos, read=read)
 
 
-def _read_into(descriptor: int, buffer: bytearray) -> int:
-    """Read until the buffer is full or the file ends; returns the bytes read."""
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
-        count = os.readv(descriptor, [view[done:]])
-        if count == 0:
-            break
-        done += count
-    return done
+def _reader() -> Callable[[Path, int, int, int], tuple[bytearray, int]]:
+    """A function (path, offset, bytes, bytes an element) -> (buffer, place of the bytes in it).
+
+    Where small tensors are read one after the other, it reads ahead and serves the next ones of the same buffer. The
+    buffer ends early where the file does.
+    """
+    held: tuple[Path | None, int, bytearray] = (None, 0, bytearray())
+
+    def read_bytes(path: Path, offset: int, size: int, item: int) -> tuple[bytearray, int]:
+        nonlocal held
+        whose, start, buffer = held
+        place = offset - start
+        follows = whose == path and 0 <= place <= len(buffer)
+        if follows and place + size <= len(buffer) and place % item == 0:  # torch wants elements aligned
+            return buffer, place
+        buffer = bytearray(max(size, _AHEAD) if follows else size)
+        view, done = memoryview(buffer), 0
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while done < len(buffer) and (count := os.readv(file.fileno(), [view[done:]])):
+                done += count
+        view.release()
+        del buffer[done:]
+        held = path, offset, buffer
+        return buffer, 0
+
+    return read_bytes
 
 
 def dtype_name(info: TensorInfo, label: str, name: str) -> str:

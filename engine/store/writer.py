@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -243,14 +242,16 @@ class StoreWriter:
             "experts": self._experts,
             "heads": self._heads,
             "model": {"class": model_class, "files": self._model_files, "heads": self._head_files},
-            "tensors": [asdict(spec) for spec in layout.tensors],
             "files": {path: record.result() for path, record in self._records.items()},
         }
         if self._planes:
             document["planes"] = self._planes
         if self._training is not None:
             document["training"] = self._training
-        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        # A tensor a line: easy to read, and written in a tenth of the time that indenting each of 10^5 takes.
+        head = json.dumps(document, indent=1, ensure_ascii=False).removesuffix("\n}")
+        table = ",\n  ".join(json.dumps(vars(spec), ensure_ascii=False) for spec in layout.tensors)
+        text = f'{head},\n "tensors": [\n  {table}\n ]\n}}\n'
         (root / MANIFEST).write_text(text, encoding="utf-8")
         opened = Store.open(root)  # what could not be opened again must not replace an older store
         self._check_target()

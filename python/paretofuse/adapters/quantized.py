@@ -41,6 +41,8 @@ _MARKS = (
 )
 """A format, and the end of a name that no other kind of tensor has."""
 
+_ANY_MARK = re.compile("|".join(end for _, end in _MARKS))
+
 _LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "optimum": "quanto", "hqq": "HQQ"}
 """The formats of tensors that are of a library's own class."""
 
@@ -138,9 +140,10 @@ def _packed(source: Source) -> tuple[str, str] | None:
 
     A format's own names go first: integer weights alone tell that there is one, not which.
     """
+    marked = [name for name in source.infos if _ANY_MARK.search(name)]
     for found, end in _MARKS:
-        for name, info in source.infos.items():
-            if re.search(end, name) and (found != "MXFP4" or _is_integer(info.dtype)):
+        for name in marked:
+            if re.search(end, name) and (found != "MXFP4" or _is_integer(source.infos[name].dtype)):
                 return found, name
     for name, info in source.infos.items():
         scaled = any(f"{name}{end}" in source.infos for end in _SCALES)
