@@ -111,9 +111,14 @@ GRAD_CONFIGS = {
 """Every configuration of the gradient, by the size of a delta: each has 16 wide loads in flight per thread."""
 
 
+def grad_use(itemsize: int) -> str:
+    """The use of the gradient that deltas of `itemsize` bytes are, by its name in `GRAD_CONFIGS`."""
+    return "wide deltas" if itemsize >= 4 else "narrow deltas"
+
+
 def grad_config(itemsize: int) -> GradConfig:
     """The gradient's configuration for deltas of `itemsize` bytes."""
-    return GRAD_CONFIGS["wide deltas" if itemsize >= 4 else "narrow deltas"]
+    return GRAD_CONFIGS[grad_use(itemsize)]
 
 
 @dataclass(frozen=True)
@@ -201,9 +206,14 @@ WEIGHTS_GRAD_CONFIGS = {
 """Every configuration of the weights' gradient, by the dtype of x."""
 
 
+def weights_grad_use(itemsize: int) -> str:
+    """The use of the weights' gradient that x in elements of `itemsize` bytes is, in `WEIGHTS_GRAD_CONFIGS`."""
+    return "float32" if itemsize == 4 else "half"
+
+
 def weights_grad_config(itemsize: int) -> WeightsGradConfig:
     """The weights' gradient's configuration for x in elements of `itemsize` bytes."""
-    return WEIGHTS_GRAD_CONFIGS["float32" if itemsize == 4 else "half"]
+    return WEIGHTS_GRAD_CONFIGS[weights_grad_use(itemsize)]
 
 
 @dataclass(frozen=True)

@@ -158,26 +158,26 @@ Array<float> routing_weights_of(const Store& store, const Preference& preference
   return Array<float>(shape, weights.values.data());
 }
 
-Merged merge(const Store& store, const Array<float>& rows, const Path& path, const std::string& head,
+Merged merge(const Store& store, const Array<float>& weights, const Path& path, const std::string& head,
              std::map<std::string, std::string> files, int threads, const std::string& isa,
              const std::optional<py::function>& progress, std::int64_t batch_bytes,
              std::int64_t shard_bytes) {
-  const std::vector<float> weights(rows.data(), rows.data() + rows.size());
-  if (weights.size() != (store.manifest.groups.size() + 1) * store.manifest.objectives.size()) {
-    throw std::invalid_argument("got weights of another size than (groups + 1) x objectives");
-  }
+  const Weights routing{{weights.data(), weights.data() + weights.size()}};
   const auto report = [&progress](std::int64_t done, std::int64_t total) {
     const py::gil_scoped_acquire locked;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (progress) (*progress)(done, total);
   };
   const py::gil_scoped_release unlocked;
-  return write_model(store, weights, path.string(),
+  return write_model(store, routing, path.string(),
                      {head, std::move(files), threads, isa, report, batch_bytes, shard_bytes});
 }
 
 }  // namespace
 
+// A constructor lets go of the interpreter's lock around its own work alone: pybind11 enters the new object
+// into a table that only this lock guards, so a call_guard for the whole call would let two threads break the
+// table.
 void bind_store(py::module_& m) {
   py::register_exception_translator(&translate);
   m.def("file_stems", &file_stems, py::arg("objectives"));
@@ -234,10 +234,11 @@ void bind_store(py::module_& m) {
 
   py::class_<Fresh, std::shared_ptr<Fresh>>(m, "Fresh")
       .def(py::init([](const Path& place, bool directory) {
+             const py::gil_scoped_release unlocked;
              return std::make_shared<Fresh>(place.string(),
                                             directory ? Fresh::Kind::directory : Fresh::Kind::file);
            }),
-           py::arg("place"), py::kw_only(), py::arg("directory"), py::call_guard<py::gil_scoped_release>())
+           py::arg("place"), py::kw_only(), py::arg("directory"))
       .def_property_readonly("path", [](const Fresh& fresh) { return Path(fresh.path()); })
       .def_property_readonly("target", [](const Fresh& fresh) { return Path(fresh.target()); })
       .def("place", &Fresh::place, py::arg("exchange") = true, py::call_guard<py::gil_scoped_release>())
@@ -252,8 +253,11 @@ void bind_store(py::module_& m) {
       });
 
   py::class_<Store, std::shared_ptr<Store>>(m, "Store")
-      .def(py::init([](const Path& path) { return std::make_shared<Store>(Store::open(path.string())); }),
-           py::arg("path"), py::call_guard<py::gil_scoped_release>())
+      .def(py::init([](const Path& path) {
+             const py::gil_scoped_release unlocked;
+             return std::make_shared<Store>(Store::open(path.string()));
+           }),
+           py::arg("path"))
       .def_property_readonly("objectives", [](const Store& store) { return store.manifest.objectives; })
       .def_property_readonly("static_weight", [](const Store& store) { return store.manifest.static_weight; })
       .def_property_readonly("specs", &specs_of)
@@ -289,7 +293,7 @@ void bind_store(py::module_& m) {
       .def("model_files", &model_files_of, py::arg("head"))
       .def("routing_weights", &routing_weights_of, py::arg("preference"))
       .def("check_unchanged", &Store::check_unchanged, py::call_guard<py::gil_scoped_release>())
-      .def("merge", &merge, py::arg("rows").noconvert(), py::arg("path"), py::kw_only(), py::arg("head"),
+      .def("merge", &merge, py::arg("weights").noconvert(), py::arg("path"), py::kw_only(), py::arg("head"),
            py::arg("files"), py::arg("threads"), py::arg("isa"), py::arg("progress"), py::arg("batch_bytes"),
            py::arg("shard_bytes"));
 }

@@ -64,7 +64,7 @@ def merge_store(
     """
     # A mapping of its own, since its pages are dropped on the way.
     store = Store.open(store.path if isinstance(store, Store) else store)
-    rows = _weight_rows(store, preference, weights)
+    routing = _routing_weights(store, preference, weights)
     shares = None
     if preference is not None:
         numbers = as_preference(preference, store.layout.objectives).tolist()
@@ -73,10 +73,10 @@ def merge_store(
         store.verify()
     with termination_raises():
         return store.core.merge(
-            rows,
+            routing,
             out,
             head=head or "",
-            files=with_card(store.model_files(head), store, shares, rows[:-1], head),
+            files=with_card(store.model_files(head), store, shares, routing, head),
             threads=native.thread_count(threads),
             isa=isa or "",
             progress=progress,
@@ -85,8 +85,8 @@ def merge_store(
         )
 
 
-def _weight_rows(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
-    """The weights of the kernel, float32 [G + 1, E]: the last row is that of the static tensors."""
+def _routing_weights(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
+    """The routing weights of a preference, or the given ones, float32 [G, E]."""
     shape = (len(store.layout.groups), len(store.layout.objectives))
     if (preference is None) == (weights is None):
         raise ValueError("got both or neither of a preference and weights, expected one of them")
@@ -97,5 +97,4 @@ def _weight_rows(store: Store, preference: Preference | None, weights: np.ndarra
         raise ValueError(
             f"got routing weights of shape {weights.shape}, expected finite numbers of shape {shape}"
         )
-    static = np.full((1, shape[1]), store.layout.static_weight, dtype=np.float32)
-    return np.concatenate([weights, static])
+    return np.ascontiguousarray(weights)

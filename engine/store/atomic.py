@@ -14,6 +14,12 @@ Fresh = _C.Fresh
 """A file or directory on its way to its place; see csrc/src/store/atomic.h."""
 
 
+def name_the_file(error: BaseException | None, place: str | os.PathLike[str]) -> None:
+    """Name the place in what failed on the way to it: Python tells a full disk's error, but not of which file."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(place)
+
+
 @contextmanager
 def fresh(place: str | os.PathLike[str], *, directory: bool = False) -> Iterator[Path]:
     """A path to write to; what is written there takes its place when the block ends, or is removed if it fails.
@@ -34,6 +40,9 @@ def fresh(place: str | os.PathLike[str], *, directory: bool = False) -> Iterator
         try:
             yield new.path
             new.place()
+        except OSError as error:
+            name_the_file(error, place)
+            raise
         finally:
             new.discard()
 
@@ -50,6 +59,9 @@ def fresh_named(place: str | os.PathLike[str]) -> Iterator[Path]:
                 _sync(entry)
             os.replace(path, place)
             _sync(folder.path.parent)
+        except OSError as error:
+            name_the_file(error, place)
+            raise
         finally:
             folder.discard()
 

@@ -18,7 +18,7 @@ import numpy as np
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout
-from paretofuse.engine.store.atomic import Fresh
+from paretofuse.engine.store.atomic import Fresh, name_the_file
 from paretofuse.engine.store.reader import (
     BASE,
     MANIFEST,
@@ -30,7 +30,6 @@ from paretofuse.engine.store.reader import (
 )
 from paretofuse.engine.store.safetensors_file import HEADER_RESERVE, SafetensorsWriter, TensorData
 from paretofuse.engine.termination import termination_raises
-
 
 is_model_file = _C.is_model_file
 """Whether a file of this name may stand beside a merged model's weights: a safe path, and no weights itself."""
@@ -318,6 +317,7 @@ class StoreWriter:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._fresh.discard()
+        name_the_file(error, self.path)
         self._root = None
         self._signals.__exit__(kind, error, trace)
 

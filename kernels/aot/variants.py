@@ -110,9 +110,8 @@ def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second's levels."""
     for grad, delta in product(dtypes, (*dtypes, *BYTES)):
         deltas = _empty(delta, 3, LARGE)
-        config = launch.grad_config(deltas.element_size())
-        use = next(use for use, other in launch.GRAD_CONFIGS.items() if other is config)
-        _, found = partials_launch(_empty(grad, LARGE), deltas, MAX_BLOCK, config)
+        use = launch.grad_use(deltas.element_size())
+        _, found = partials_launch(_empty(grad, LARGE), deltas, MAX_BLOCK, launch.GRAD_CONFIGS[use])
         yield describe(f"grad_{use}_{grad}_{delta}", found, "ceil(n / BLOCK), 1, 1")
     for name, values, sums in (("piece_sums", "fp32", torch.float64), ("group_sums", "fp64", torch.float32)):
         _, found = sums_launch(_empty(values, 9, 3), _empty("i32", 9), _empty("i32", 6), sums)
@@ -142,8 +141,8 @@ def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]
     """The routed linear's gradient of the weights, in both weight layouts, with planes as `linear_variants`."""
     for dtype, conv1d in product(dtypes, (False, True)):
         for weight in dict.fromkeys((dtype, "fp32")):
-            config = launch.weights_grad_config(DTYPES[dtype].itemsize)
-            use = next(use for use, other in launch.WEIGHTS_GRAD_CONFIGS.items() if other is config)
+            use = launch.weights_grad_use(DTYPES[dtype].itemsize)
+            config = launch.WEIGHTS_GRAD_CONFIGS[use]
             _, deltas = _layer(weight, 3, conv1d)
             _, found = weights_grad_launch(_empty(dtype, 33, OUTS), _empty(dtype, 33, INS), deltas, config)
             yield describe(f"weights_grad_{use}_{_layout(conv1d)}_{dtype}_{weight}", found)

@@ -151,7 +151,7 @@ class Store:
     def check_unchanged(self) -> None: ...
     def merge(
         self,
-        rows: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float32],
         path: str | PathLike[str],
         *,
         head: str,

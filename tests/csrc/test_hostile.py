@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from tests.engine.test_planes import two_experts
+from tests.store.test_attack_files import ATTACKS
+from tests.store.test_links import in_cache
+from tests.store.test_manifest import MANIFEST_ATTACKS
 from tests.store.test_planes import PLANE_ATTACKS, mixed_store
-from tests.store.test_store import ATTACKS, MANIFEST_ATTACKS, edit_manifest, in_cache, write_store
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.process import run
+from tests.support.stores import edit_manifest, write_store
 
 SEEDS = Path(__file__).parent / "seeds"
 

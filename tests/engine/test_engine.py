@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import paretofuse as pf
-from paretofuse.engine.errors import StoreError
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 BACKENDS = ["native", "reference"]
@@ -240,85 +237,6 @@ def test_mixed_dtypes_work_and_are_stated() -> None:
     assert any("BF16 in the expert and F32 in the base" in note for note in engine.notes)
 
 
-class Classifier(nn.Module):
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 4)
-        self.classifier = nn.Linear(4, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.body(x))
-
-
-def test_heads_of_each_objective() -> None:
-    torch.manual_seed(0)
-    base = Classifier(2)
-    experts = {"cola": Classifier(2), "mnli": Classifier(3)}
-    with pytest.raises(pf.CheckpointError, match=r"classifier.weight.*\[3, 4\].*\[2, 4\].*heads"):
-        pf.stack(base, experts)
-    engine = pf.stack(base, experts, heads=["classifier"])
-    assert set(engine.tensor_groups) == {"body.weight", "body.bias"}
-    for name, expert in experts.items():
-        merged = engine.merge({name: 1.0}, head=name)
-        x = torch.randn(5, 4)
-        torch.testing.assert_close(merged(x), expert(x))
-        assert torch.equal(merged.classifier.weight, expert.classifier.weight)
-    assert torch.equal(engine.merge({"cola": 1.0}).classifier.weight, base.classifier.weight)
-    assert engine.heads["mnli"]["classifier.bias"].shape == (3,)
-    with pytest.raises(ValueError, match="got head='x'"):
-        engine.merge({"cola": 1.0}, head="x")
-
-
-def test_heads_that_only_experts_have() -> None:
-    torch.manual_seed(0)
-    base = {"body.weight": torch.randn(4, 4), "body.bias": torch.randn(4)}
-    experts = {"a": Classifier(2), "b": Classifier(3)}
-    with pytest.raises(pf.CheckpointError, match=r"Only in the expert: 'classifier\.weight'"):
-        pf.stack(base, experts)
-    engine = pf.stack(base, experts, heads=["classifier"])
-    merged = engine.merge({"b": 1.0}, head="b")
-    x = torch.randn(5, 4)
-    torch.testing.assert_close(merged(x), experts["b"](x))
-
-
-def test_heads_whose_tensors_are_tied() -> None:
-    class Twice(Classifier):
-        def __init__(self, seed: int) -> None:
-            torch.manual_seed(seed)
-            super().__init__(2)
-            self.again = nn.Linear(4, 2)
-            self.again.weight = self.classifier.weight
-
-    base, expert = Twice(0), Twice(1)
-    engine = pf.stack(base, {"a": expert}, heads=["classifier", "again"])
-    merged, tensors = engine.merge([1.0], head="a"), engine.merge_state_dict([1.0], head="a")
-    assert merged.again.weight is merged.classifier.weight
-    for found in (merged.classifier.weight, tensors["classifier.weight"], tensors["again.weight"]):
-        assert torch.equal(found, expert.classifier.weight)
-    # The same where the base has no head at all.
-    body = {name: t for name, t in base.state_dict().items() if name.startswith("body")}
-    engine = pf.stack(body, {"a": expert}, heads=["classifier", "again"])
-    torch.testing.assert_close(engine.merge([1.0], head="a").classifier.weight, expert.classifier.weight)
-
-
-def test_head_names_that_match_nothing() -> None:
-    base, experts = Classifier(2), {"a": Classifier(2)}
-    with pytest.raises(ValueError, match=r"'clasifier' matches no tensor; correct"):
-        pf.stack(base, experts, heads=["clasifier"])
-    gpt2 = tiny_gpt2()
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is tied to 'transformer.wte.weight'"):
-        pf.stack(gpt2, {"a": perturbed(gpt2, 1)}, heads=["lm_head"])
-
-
-def test_a_store_with_heads_and_a_given_module(tmp_path: Path) -> None:
-    base, experts = Classifier(2), {"a": Classifier(2), "b": Classifier(3)}
-    pf.stack(base, experts, heads=["classifier"]).save(tmp_path / "store")
-    engine = pf.load(tmp_path / "store", module=Classifier(2))
-    assert torch.equal(engine.merge([0, 1], head="b").classifier.weight, experts["b"].classifier.weight)
-    with pytest.raises(ValueError, match="the store's tensors and Linear do not fit"):
-        pf.load(tmp_path / "store", module=nn.Linear(7, 7))
-
-
 def test_float16_that_overflows_is_an_error() -> None:
     large = {"w": torch.tensor([1e5, 1.0]), "head": torch.tensor([1.0])}
     fine = {"w": torch.tensor([0.0, 1.0]), "head": torch.tensor([1e5])}
@@ -397,69 +315,6 @@ def test_unload_and_repr() -> None:
     assert type(dense) is Net
     assert same(dense, engine.merge([0.2, 0.3, 0.5]))
     assert "3 objectives" in repr(engine)
-
-
-def test_a_training_record_goes_through_save_and_load(tmp_path: Path) -> None:
-    base, experts = net_and_experts(count=2)
-    engine = pf.stack(base, experts)
-    assert engine.training is None
-    engine.save(tmp_path / "store")
-    engine.training = {"method": "ls", "steps": 3, "data": {"a": "x", "b": None}}
-    engine.save(tmp_path / "store")
-    loaded = pf.load(tmp_path / "store")
-    assert loaded.training == engine.training
-    loaded.save(tmp_path / "store")
-    fresh = pf.stack(base, experts)
-    with pytest.raises(ValueError, match=r"trained store \(method ls, steps 3\).*force=True"):
-        fresh.save(tmp_path / "store")
-    assert pf.load(tmp_path / "store").training == engine.training
-    fresh.save(tmp_path / "store", force=True)
-    assert pf.load(tmp_path / "store").training is None
-
-
-def test_only_its_own_further_training_replaces_a_trained_store(tmp_path: Path) -> None:
-    base, experts = net_and_experts(count=2)
-
-    def trained(by: float) -> pf.Engine:
-        engine = pf.stack(base, experts)
-        further(engine, by)
-        return engine
-
-    def further(engine: pf.Engine, by: float) -> None:
-        with torch.no_grad():
-            engine.routers.output.bias.add_(by)
-
-    def stored() -> float:
-        return float(pf.load(tmp_path / "store").routers.output.bias.detach().mean())
-
-    first = trained(1)
-    first.save(tmp_path / "store")
-    trained(1).save(tmp_path / "store")  # the same routers again: nothing is lost
-    further(first, 1)
-    first.save(tmp_path / "store")  # saved there before
-    again = pf.load(tmp_path / "store")
-    further(again, 1)
-    again.save(tmp_path / "store")  # loaded from there
-    assert stored() == 3
-    for other in (trained(7), first):  # another training; one that has been overtaken
-        with pytest.raises(ValueError, match=r"trained store .*replaced by another training.*force=True"):
-            other.save(tmp_path / "store")
-    assert stored() == 3
-    first.save(tmp_path / "store", force=True)
-    assert stored() == 2
-
-
-def test_verification_at_load_finds_a_flipped_bit(tmp_path: Path) -> None:
-    base, experts = net_and_experts(count=2)
-    pf.stack(base, experts).save(tmp_path / "store")
-    pf.load(tmp_path / "store", verify=True)
-    file = tmp_path / "store" / "experts" / "b.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    pf.load(tmp_path / "store")
-    with pytest.raises(StoreError, match=r"b\.safetensors: its checksum"):
-        pf.load(tmp_path / "store", verify=True)
 
 
 def test_the_engine_says_what_its_live_module_is_merged_for() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from paretofuse.engine.store.atomic import Fresh, fresh, fresh_named, write_file
+from tests.support.process import python, run
 
 WRITING = """
 import signal, sys, time
@@ -161,3 +162,123 @@ def test_places_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         Fresh(tmp_path, directory=True)
     with pytest.raises(ValueError, match="a mount point"):
         Fresh("/proc", directory=True)
+
+
+PLANTS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Somebody who guesses the first name right, and puts a link to a victim there in the moment before it is made. */
+static void plant(const char* path) {
+  static int planted = 0;
+  if (strstr(path, ".partial") != NULL && planted++ == 0 && symlink(getenv("VICTIM"), path) != 0) abort();
+}
+
+int open(const char* path, int flags, ...) {
+  int (*real)(const char*, int, ...) = (int (*)(const char*, int, ...))dlsym(RTLD_NEXT, "open");
+  va_list more;
+  va_start(more, flags);
+  const mode_t mode = flags & O_CREAT ? va_arg(more, mode_t) : 0;
+  va_end(more);
+  if (flags & O_CREAT) plant(path);
+  return real(path, flags, mode);
+}
+
+int open64(const char* path, int flags, ...) {
+  va_list more;
+  va_start(more, flags);
+  const mode_t mode = flags & O_CREAT ? va_arg(more, mode_t) : 0;
+  va_end(more);
+  return open(path, flags, mode);
+}
+
+int mkdir(const char* path, mode_t mode) {
+  int (*real)(const char*, mode_t) = (int (*)(const char*, mode_t))dlsym(RTLD_NEXT, "mkdir");
+  plant(path);
+  return real(path, mode);
+}
+
+/* A disk that has no room for anything larger than a few kilobytes. */
+ssize_t write(int file, const void* data, size_t size) {
+  ssize_t (*real)(int, const void*, size_t) = (ssize_t (*)(int, const void*, size_t))dlsym(RTLD_NEXT, "write");
+  if (getenv("FULL") != NULL && file > 2 && size > 4096) return errno = ENOSPC, -1;
+  return real(file, data, size);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if sys.platform != "linux":
+        pytest.skip("preloads a library as Linux does")
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(PLANTS)
+    run("cc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl")
+    return folder / "shim.so"
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_name_that_is_taken_is_not_followed(shim: Path, tmp_path: Path, directory: bool) -> None:
+    """A temporary name may be guessed: what stands there is left alone, and another name taken."""
+    victim = tmp_path / "victim"
+    victim.mkdir() if directory else victim.write_bytes(b"precious")
+    (tmp_path / "out").mkdir()
+    script = f"""
+from paretofuse.engine.store.atomic import fresh
+with fresh({str(tmp_path / "out" / "x")!r}, directory={directory}) as path:
+    (path / "file" if {directory} else path).write_bytes(b"new")
+"""
+    python(script, LD_PRELOAD=str(shim), VICTIM=str(victim))
+    assert list(victim.iterdir()) == [] if directory else victim.read_bytes() == b"precious"
+    links = [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
+    assert [link.resolve() for link in links] == [victim]  # it was planted
+    place = tmp_path / "out" / "x"
+    assert (place / "file" if directory else place).read_bytes() == b"new"
+    assert not place.is_symlink()
+
+
+@pytest.mark.parametrize("what", ["stack", "save", "merge", "checkpoint"])
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(shim: Path, tmp_path: Path, what: str) -> None:
+    script = f"""
+import sys
+import torch, paretofuse as pf
+from paretofuse.engine.training.checkpoint import write_checkpoint
+from safetensors.torch import save_file
+folder = {str(tmp_path)!r}
+models = {{name: {{"w": torch.full((5000,), float(size))}} for size, name in enumerate(("base", "a", "b"))}}
+if sys.argv[1] == "prepare":
+    for name, tensors in models.items():
+        save_file(tensors, f"{{folder}}/{{name}}.safetensors")
+    pf.stack(models.pop("base"), models, route="tensor").save(f"{{folder}}/store")
+else:
+    from paretofuse.cli import main
+    if {what!r} == "stack":
+        words = [f"{{folder}}/base.safetensors", "--expert", f"a={{folder}}/a.safetensors"]
+        sys.exit(main(["stack", *words, "-o", f"{{folder}}/new"]))
+    if {what!r} == "merge":
+        sys.exit(main(["merge", f"{{folder}}/store", "--preference", "a=1", "-o", f"{{folder}}/new"]))
+    try:
+        if {what!r} == "save":
+            pf.load(f"{{folder}}/store").save(f"{{folder}}/new")
+        else:
+            write_checkpoint(f"{{folder}}/new", models["a"], {{"step": 1}})
+    except OSError as error:
+        print(f"{{error.filename}}: {{error.strerror}}")
+        sys.exit(1)
+"""
+    python(script, "prepare")
+    before = names(tmp_path)
+    said = python(script, "run", code=1, LD_PRELOAD=str(shim), VICTIM=str(tmp_path), FULL="1")
+    assert "No space left on device" in said
+    assert str(tmp_path) in said
+    assert "new" in said.replace(str(tmp_path), "")
+    left = [name for name in names(tmp_path) if not (tmp_path / name).is_symlink()]
+    assert left == before

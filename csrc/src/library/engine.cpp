@@ -99,7 +99,7 @@ void Engine::write(const std::string& path, const std::string& head) const {
   }
   const Model& model = *state_->model;
   const Store& store = model.store();
-  write_model(store, model.table(*state_->switched), path,
+  write_model(store, *state_->switched, path,
               {head, store.model_files(head), model.threads(), model.isa(), {}});
 }
 

@@ -1,7 +1,6 @@
 #include "library/model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
@@ -36,11 +35,8 @@ std::size_t reserve(std::size_t* end, std::int64_t nbytes) {
 }  // namespace
 
 Model::Model(Store store, const Options& options)
-    : store_(std::move(store)), threads_(options.threads), isa_(options.isa) {
+    : store_(std::move(store)), threads_(options.threads), isa_(options.isa), rows_(store_.manifest) {
   chosen_isa(isa_);  // refuses one that this machine lacks
-  for (const std::string& group : store_.manifest.groups) {
-    rows_.emplace(group, static_cast<std::int64_t>(rows_.size()));
-  }
   std::size_t static_bytes = 0;
   for (const TensorSpec& spec : store_.manifest.tensors) {
     const std::size_t number = names_.size();
@@ -97,66 +93,45 @@ Weights Model::weights(const Preference& preference) const {
   return store_.routers.evaluate(preference);
 }
 
-void Model::check_weights(const Weights& weights) const {
-  const std::size_t groups = store_.manifest.groups.size(), experts = store_.manifest.objectives.size();
-  if (weights.values.size() != groups * experts) {
-    throw std::invalid_argument("got " + std::to_string(weights.values.size()) +
-                                " routing weights, expected " + std::to_string(groups) + " groups x " +
-                                std::to_string(experts) + " objectives");
-  }
-  for (const float weight : weights.values) {
-    if (!std::isfinite(weight)) throw std::invalid_argument("got routing weights that are not finite");
-  }
-}
-
-std::vector<float> Model::table(const Weights& weights) const {
-  check_weights(weights);
-  std::vector<float> rows = weights.values;
-  rows.resize(rows.size() + store_.manifest.objectives.size(),
-              static_cast<float>(store_.manifest.static_weight));
-  return rows;
-}
-
 MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
   std::vector<Segment> segments;
   std::vector<Plane> planes;
-  const auto static_row = static_cast<std::int64_t>(rows_.size());
   for (const std::size_t number : tensors) {
     const TensorSpec& spec = store_.manifest.tensors[number];
     const Entry& entry = *store_.base.find(spec.name);
     const DType dtype = merged_dtype(spec.dtype);
-    const std::int64_t row = spec.role == Role::routed ? rows_.at(spec.group) : static_row;
     const std::int64_t length = entry.nbytes / item_size(dtype);
-    segments.push_back({store_.base.data(entry), length, row, columns_of(spec.shape), dtype, dtype});
+    segments.push_back(
+        {store_.base.data(entry), length, rows_.of(spec), columns_of(spec.shape), dtype, dtype});
     for (std::size_t e = 0; e < store_.experts.size(); ++e) planes.push_back(store_.plane(e, spec));
   }
   return MergePlan(std::move(segments), std::move(planes),
-                   static_cast<std::int64_t>(store_.manifest.objectives.size()), static_row + 1);
+                   static_cast<std::int64_t>(store_.manifest.objectives.size()), rows_.count());
 }
 
-void Model::run(const MergePlan& plan, const Weights& weights, const std::vector<void*>& out) const {
-  if (!out.empty()) plan.run(table(weights).data(), 1, out.data(), threads_, isa_);
+void Model::run(const MergePlan& plan, const std::vector<float>& rows, const std::vector<void*>& out) const {
+  if (!out.empty()) plan.run(rows.data(), 1, out.data(), threads_, isa_);
 }
 
 void Model::merge_statics() const {
   std::call_once(statics_merged_, [this] {
     std::vector<void*> out;
     for (const std::size_t number : static_) out.push_back(statics_->data() + places_[number].offset);
-    run(plan(static_), {std::vector<float>(rows_.size() * store_.manifest.objectives.size())}, out);
+    run(plan(static_), rows_.of_statics(), out);
   });
 }
 
 void Model::merge(const Weights& weights, std::byte* routed) const {
-  check_weights(weights);
+  const std::vector<float> rows = rows_.at(weights);
   store_.check_unchanged();
   merge_statics();
   std::vector<void*> out;
   for (const std::size_t number : routed_) out.push_back(routed + places_[number].offset);
-  run(*routed_plan_, weights, out);
+  run(*routed_plan_, rows, out);
 }
 
 void Model::merge_into(const Weights& weights, const std::vector<Target>& targets) const {
-  check_weights(weights);
+  const std::vector<float> rows = rows_.at(weights);
   std::vector<std::size_t> merged;
   std::vector<void*> out;
   for (const Target& target : targets) {
@@ -172,7 +147,7 @@ void Model::merge_into(const Weights& weights, const std::vector<Target>& target
     out.push_back(target.data);
   }
   store_.check_unchanged();
-  run(plan(merged), weights, out);
+  run(plan(merged), rows, out);
   for (const Target& target : targets) {
     const Place& place = places_[index(target.name)];
     if (place.role != Role::constant || place.nbytes == 0) continue;

@@ -14,6 +14,7 @@
 #include "paretofuse/engine.h"
 #include "paretofuse/merge.h"
 #include "store/store.h"
+#include "store/weight_rows.h"
 
 namespace paretofuse {
 
@@ -39,9 +40,7 @@ class Model {
 
   // The routing weights of a preference. Throws std::invalid_argument.
   Weights weights(const Preference& preference) const;
-  // Routing weights and, below them, the row of the static tensors: [groups + 1, objectives]. Throws
-  // std::invalid_argument.
-  std::vector<float> table(const Weights& weights) const;
+  const WeightRows& rows() const { return rows_; }
 
   // Rewrites a buffer of the routed tensors. Nothing is written if it throws.
   void merge(const Weights& weights, std::byte* routed) const;
@@ -56,18 +55,17 @@ class Model {
     std::int64_t nbytes;
   };
 
-  void check_weights(const Weights& weights) const;
   void merge_statics() const;
-  // The plan that merges some tensors, by rows of the groups, then of the static tensors.
+  // The plan that merges some tensors.
   MergePlan plan(const std::vector<std::size_t>& tensors) const;
-  void run(const MergePlan& plan, const Weights& weights, const std::vector<void*>& out) const;
+  void run(const MergePlan& plan, const std::vector<float>& rows, const std::vector<void*>& out) const;
 
   Store store_;
   int threads_;
   std::string isa_;
   std::vector<std::string> names_;
   std::map<std::string, std::size_t, std::less<>> by_name_;
-  std::map<std::string, std::int64_t> rows_;  // of the groups
+  WeightRows rows_;
   std::vector<Place> places_;
   std::vector<std::size_t> routed_;  // tensors by role
   std::vector<std::size_t> static_;

@@ -21,6 +21,7 @@
 #include "store/atomic.h"
 #include "store/safetensors_writer.h"
 #include "store/shown.h"
+#include "store/weight_rows.h"
 
 namespace paretofuse {
 namespace {
@@ -129,12 +130,8 @@ std::vector<std::vector<Piece>> batches_of(const Store& store, const std::vector
 // Merges and copies batches of one store at given weights.
 class Merge {
  public:
-  Merge(const Store& store, const std::vector<float>& weights, const WriteOptions& options)
-      : store_(store), weights_(weights), options_(options) {
-    for (const std::string& group : store.manifest.groups) {
-      rows_.emplace(group, static_cast<std::int64_t>(rows_.size()));
-    }
-  }
+  Merge(const Store& store, const Weights& weights, const WriteOptions& options)
+      : store_(store), options_(options), rows_(store.manifest), weights_(rows_.at(weights)) {}
 
   void fill(const std::vector<Piece>& batch, std::byte* buffer) {
     std::vector<Segment> segments;
@@ -150,11 +147,9 @@ class Merge {
         continue;
       }
       const TensorSpec& spec = *output.spec;
-      const auto static_row = static_cast<std::int64_t>(rows_.size());
       const std::int64_t columns = columns_of(spec.shape);
       segments.push_back({address(*output.file, *output.entry, piece), piece.end - piece.begin,
-                          spec.role == Role::routed ? rows_.at(spec.group) : static_row, columns,
-                          merged_dtype(spec.dtype), merged_dtype(spec.dtype)});
+                          rows_.of(spec), columns, merged_dtype(spec.dtype), merged_dtype(spec.dtype)});
       for (std::size_t e = 0; e < store_.experts.size(); ++e) {
         planes.push_back(plane_from(store_.plane(e, spec), piece.begin, columns));
       }
@@ -162,8 +157,7 @@ class Merge {
     }
     if (!segments.empty()) {
       const auto experts = static_cast<std::int64_t>(store_.experts.size());
-      const MergePlan plan(std::move(segments), std::move(planes), experts,
-                           static_cast<std::int64_t>(rows_.size()) + 1);
+      const MergePlan plan(std::move(segments), std::move(planes), experts, rows_.count());
       isa_ = plan.run(weights_.data(), 1, out.data(), options_.threads, options_.isa);
     }
     for (const Piece& piece : batch) release(piece);
@@ -197,9 +191,9 @@ class Merge {
   }
 
   const Store& store_;
-  const std::vector<float>& weights_;
   const WriteOptions& options_;
-  std::map<std::string, std::int64_t> rows_;  // of the groups
+  const WeightRows rows_;
+  const std::vector<float> weights_;  // of all rows
   std::string isa_;
 };
 
@@ -215,9 +209,9 @@ void write_batch(SafetensorsWriter& writer, const std::vector<Piece>& batch, con
 // While a batch is merged, one thread writes the one before, and another pushes what is written to the disk,
 // so that little is left for the sync at the end. advance: told the bytes of each batch. Returns the
 // instruction set that merged.
-std::string write_weights(const Store& store, const std::vector<float>& weights,
-                          const std::vector<Output>& outputs, const std::string& path,
-                          const WriteOptions& options, const std::function<void(std::int64_t)>& advance) {
+std::string write_weights(const Store& store, const Weights& weights, const std::vector<Output>& outputs,
+                          const std::string& path, const WriteOptions& options,
+                          const std::function<void(std::int64_t)>& advance) {
   const std::vector<std::vector<Piece>> batches = batches_of(store, outputs, options.batch_bytes);
   std::int64_t room = 0;
   for (const std::vector<Piece>& batch : batches) {
@@ -295,9 +289,8 @@ void check_directory(const fs::path& target, const Files& files, const std::stri
 
 // Writes the weights of a model, into one file or several, and their index. Returns the instruction set that
 // merged.
-std::string write_files(const Store& store, const std::vector<float>& weights,
-                        const std::vector<Output>& outputs, const std::string& directory,
-                        const std::string& stem, const WriteOptions& options,
+std::string write_files(const Store& store, const Weights& weights, const std::vector<Output>& outputs,
+                        const std::string& directory, const std::string& stem, const WriteOptions& options,
                         const std::function<void(std::int64_t)>& advance) {
   std::vector<std::int64_t> sizes;
   std::int64_t parameters = 0, bytes = 0;
@@ -329,7 +322,7 @@ std::string write_files(const Store& store, const std::vector<float>& weights,
 
 }  // namespace
 
-Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
+Merged write_model(const Store& store, const Weights& weights, const std::string& path,
                    const WriteOptions& options) {
   const std::vector<Output> outputs = outputs_of(store, options.head);
   check_threads(options.threads);

@@ -38,10 +38,9 @@ struct Merged {
 // open_clip, which reads one. The result appears whole or not at all. Tied tensors are written once, under
 // the name they are stored by. An earlier merge there is replaced, and nothing else is.
 //
-// weights: routing weights and, below them, the row of the static tensors: [groups + 1, objectives]. Throws
-// std::invalid_argument for a bad head, instruction set or path, and where the path holds other files;
-// StoreError where a mapped file has changed; FileError.
-Merged write_model(const Store& store, const std::vector<float>& weights, const std::string& path,
+// Throws std::invalid_argument for bad weights, a bad head, instruction set or path, and where the path holds
+// other files; StoreError where a mapped file has changed; FileError.
+Merged write_model(const Store& store, const Weights& weights, const std::string& path,
                    const WriteOptions& options);
 
 }  // namespace paretofuse

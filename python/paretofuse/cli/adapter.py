@@ -5,16 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from paretofuse.cli.options import (
-    add_module,
-    add_output,
-    add_store,
-    add_threads,
-    add_verify,
-    count,
-    named_numbers,
-)
-from paretofuse.cli.running import Result, entry_point, use_threads
+from paretofuse.cli.options import add_engine, add_output, count, named_numbers
+from paretofuse.cli.running import Result, load_engine
 
 SUMMARY = "write one preference of a store of LoRA experts as a LoRA adapter"
 EXAMPLE = "paretofuse adapter llama.store --preference news=0.7,poems=0.3 -o adapter"
@@ -22,7 +14,7 @@ EXAMPLE = "paretofuse adapter llama.store --preference news=0.7,poems=0.3 -o ada
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_store(parser)
+    add_engine(parser, None)
     parser.add_argument(
         "--preference", type=named_numbers, required=True, metavar="NAME=SHARE,...",
         help="the objectives' shares, which sum to 1; those of 0 may be left out",
@@ -31,19 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", type=count, metavar="RANK", help="cut each module to this rank by SVD (default: exact)"
     )
-    add_module(parser)
-    add_threads(parser)
-    add_verify(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
     """Open the store and write the adapter."""
-    import paretofuse
-
-    use_threads(options)
     started = time.perf_counter()
-    module = entry_point("--module", options.module)() if options.module else None
-    engine = paretofuse.load(options.store, module=module, verify=options.verify)
+    engine = load_engine(options)
     error = engine.export_adapter(options.preference, options.output, rank=options.rank)
     seconds = time.perf_counter() - started
     document = {

@@ -6,16 +6,8 @@ import argparse
 import time
 
 import paretofuse
-from paretofuse.cli.options import (
-    add_entry,
-    add_module,
-    add_output,
-    add_preference,
-    add_store,
-    add_threads,
-    add_verify,
-)
-from paretofuse.cli.running import Result, entry_point, size, use_threads
+from paretofuse.cli.options import add_engine, add_entry, add_output, add_preference
+from paretofuse.cli.running import Result, entry_point, load_engine, size
 
 SUMMARY = "compile the dense model for programs without Python (an AOTInductor package)"
 EXAMPLE = "paretofuse export vit.store --module models:make_vit --inputs models:example -o vit.pt2"
@@ -23,10 +15,8 @@ EXAMPLE = "paretofuse export vit.store --module models:make_vit --inputs models:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_store(parser)
-    add_verify(parser)
+    add_engine(parser, "the kind of device to compile for")
     add_output(parser, "PT2", "package to write, *.pt2")
-    add_module(parser)
     add_entry(
         parser,
         "--inputs",
@@ -37,16 +27,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="axes of every input that may vary (default: 0, or 0,1 without --inputs)",
     )  # fmt: skip
     add_preference(parser, "weights that the package holds until others are put in (default: equal shares)")
-    parser.add_argument("--device", default="cpu", help="the kind of device to compile for (default: cpu)")
-    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
     """Load, merge and compile."""
     inputs = entry_point("--inputs", options.inputs)() if options.inputs else None
-    module = entry_point("--module", options.module)() if options.module else None
-    use_threads(options)
-    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
+    engine = load_engine(options)
     started = time.perf_counter()
     path = paretofuse.export(
         engine,

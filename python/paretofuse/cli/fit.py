@@ -7,17 +7,8 @@ import time
 
 import paretofuse
 from paretofuse.cli.info import describe
-from paretofuse.cli.options import (
-    add_entry,
-    add_force,
-    add_module,
-    add_output,
-    add_store,
-    add_threads,
-    add_verify,
-    count,
-)
-from paretofuse.cli.running import Result, entry_point, shows_progress, use_threads
+from paretofuse.cli.options import add_engine, add_entry, add_force, add_output, count
+from paretofuse.cli.running import Result, entry_point, load_engine, shows_progress
 
 SUMMARY = "train the routers of a store, and nothing else in it"
 EXAMPLE = "paretofuse fit gpt2.store --objectives tasks:objectives --steps 100 -o trained.store"
@@ -25,8 +16,7 @@ EXAMPLE = "paretofuse fit gpt2.store --objectives tasks:objectives --steps 100 -
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_store(parser)
-    add_verify(parser)
+    add_engine(parser, "where to train")
     add_entry(
         parser,
         "--objectives",
@@ -65,9 +55,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--log", metavar="LOG", help="losses of each step: a .csv file or a TensorBoard directory"
     )
     add_force(parser)
-    add_module(parser)
-    parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
-    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -75,10 +62,8 @@ def run(options: argparse.Namespace) -> Result:
     from paretofuse.outputs import prepare_store
 
     objectives = entry_point("--objectives", options.objectives)()
-    module = entry_point("--module", options.module)() if options.module else None
     validation = entry_point("--validation", options.validation)() if options.validation else None
-    use_threads(options)
-    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
+    engine = load_engine(options)
     output = options.output or options.store
     prepare_store(output, engine, force=options.force)
     started = time.perf_counter()

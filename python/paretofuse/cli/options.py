@@ -42,6 +42,18 @@ def entry(text: str) -> str:
     return text
 
 
+def add_engine(parser: argparse.ArgumentParser, device: str | None) -> None:
+    """A store to open as an engine, by `running.load_engine`; `device`: what --device is for, if it is there."""
+    add_store(parser)
+    add_verify(parser)
+    add_entry(parser, "--module", "builds the model, where the store has no configuration that tells how")
+    if device is not None:
+        parser.add_argument("--device", default="cpu", help=f"{device} (default: cpu)")
+    else:
+        parser.set_defaults(device="cpu")
+    add_threads(parser)
+
+
 def add_store(parser: argparse.ArgumentParser) -> None:
     """The store to work on."""
     parser.add_argument("store", metavar="STORE", help="a store's directory, from `paretofuse stack`")
@@ -71,11 +83,6 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 def add_entry(parser: argparse.ArgumentParser, option: str, text: str, *, required: bool = False) -> None:
     """A Python function by module and name, found as `python -m` finds modules: from the current directory too."""
     parser.add_argument(option, type=entry, required=required, metavar="MODULE:FUNCTION", help=text)
-
-
-def add_module(parser: argparse.ArgumentParser) -> None:
-    """The model's structure."""
-    add_entry(parser, "--module", "builds the model, where the store has no configuration that tells how")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

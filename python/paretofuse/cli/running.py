@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paretofuse.engine.engine import Engine
 
 Result = tuple[str, dict[str, Any], int]
 """What a command's `run` returns: a text for people, a document for --json, the exit code."""
@@ -33,6 +36,15 @@ def entry_point(option: str, text: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"got {option} {text}, which is a {type(function).__name__}, expected a function")
     return function  # type: ignore[no-any-return]
+
+
+def load_engine(options: argparse.Namespace) -> Engine:
+    """The engine that the options of `add_engine` name."""
+    import paretofuse
+
+    module = entry_point("--module", options.module)() if options.module else None
+    use_threads(options)
+    return paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
 
 
 def use_threads(options: argparse.Namespace) -> None:

@@ -9,17 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import paretofuse
-from paretofuse.cli.options import (
-    add_entry,
-    add_module,
-    add_output,
-    add_store,
-    add_threads,
-    add_verify,
-    count,
-    named_numbers,
-)
-from paretofuse.cli.running import Result, entry_point, in_options, shows_progress, use_threads
+from paretofuse.cli.options import add_engine, add_entry, add_output, count, named_numbers
+from paretofuse.cli.running import Result, entry_point, in_options, load_engine, shows_progress
 
 SUMMARY = "evaluate the merged models of evenly spaced preferences"
 EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front.csv --plot front.png"
@@ -27,15 +18,13 @@ EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_store(parser)
-    add_verify(parser)
+    add_engine(parser, "where to merge and evaluate")
     add_entry(
         parser,
         "--evaluate",
         "called with the live module in eval mode; returns a dict of numbers by name",
         required=True,
     )
-    add_module(parser)
     add_output(parser, "CSV", "table to write")
     parser.add_argument(
         "--points", type=count, metavar="N",
@@ -47,8 +36,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--reference", type=named_numbers, metavar="NAME=VALUE,...",
         help="reference point of the hypervolume, which is then printed",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="where to merge and evaluate (default: cpu)")
-    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -61,16 +48,14 @@ def run(options: argparse.Namespace) -> Result:
     if options.reference is not None:
         plain_point(options.reference)
     evaluate = entry_point("--evaluate", options.evaluate)
-    module = entry_point("--module", options.module)() if options.module else None
     if options.plot:
         plots = import_module("paretofuse.fronts.plots")
         plots.check_path(options.plot)
         prepare_file(options.plot)
-    use_threads(options)
     logging.getLogger("paretofuse").addHandler(
         logging.NullHandler()
     )  # what it would log is printed as a note below
-    engine = paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
+    engine = load_engine(options)
 
     def check(metrics: tuple[str, ...]) -> None:
         if options.reference is not None:

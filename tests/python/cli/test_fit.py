@@ -13,6 +13,7 @@ import torch
 
 import paretofuse as pf
 from paretofuse.cli import main
+from tests.support.command import call
 
 TASKS = """
 import paretofuse as pf
@@ -64,11 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 WORDS = ["fit", "s", "--module", "tasks:build", "--threads", "1"]
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = main([*WORDS, *words])
-    out, err = capsys.readouterr()
-    return code, out, err
+def fit(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    return call(capsys, *WORDS, *words)
 
 
 def routers(path: Path) -> dict[str, torch.Tensor]:
@@ -107,9 +105,9 @@ def test_trains_as_the_library_does(folder: Path) -> None:
 def test_in_place_and_again_from_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = routers(folder / "s")
     words = ["--objectives", "tasks:objectives", "--steps", "4", "--checkpoint", "c"]
-    assert call(capsys, *words, "-o", "t")[0] == 0
+    assert fit(capsys, *words, "-o", "t")[0] == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in routers(folder / "s").items())
-    code, out, err = call(
+    code, out, err = fit(
         capsys, *words
     )  # finished: no step is taken, and the checkpoint's routers go in place
     assert (code, err) == (0, "")
@@ -122,15 +120,15 @@ def test_another_trained_store_is_replaced_only_by_force(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--objectives", "tasks:objectives", "--steps", "2", "-o", "t"]
-    assert call(capsys, *words)[0] == 0
+    assert fit(capsys, *words)[0] == 0
     before = routers(folder / "t")
-    code, out, err = call(capsys, *words, "--seed", "5", "--log", "log.csv")
+    code, out, err = fit(capsys, *words, "--seed", "5", "--log", "log.csv")
     assert (code, out) == (1, "")
     assert "trained store (method ls, " in err
     assert err.endswith("would be replaced by another training; choose another place, or pass --force\n")
     assert not (folder / "log.csv").exists()  # refused before it trained
     assert all(torch.equal(before[name], tensor) for name, tensor in routers(folder / "t").items())
-    assert call(capsys, *words, "--seed", "5", "--force")[0] == 0
+    assert fit(capsys, *words, "--seed", "5", "--force")[0] == 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in routers(folder / "t").items())
     in_place = ["fit", "t", *WORDS[2:], *words[:4]]
     assert main(in_place) == 0  # it goes on from that training
@@ -147,7 +145,7 @@ def test_validation_stops_early(folder: Path, capsys: pytest.CaptureFixture[str]
         "-o",
         "t",
     ]
-    code, out, err = call(capsys, *words, "--json")
+    code, out, err = fit(capsys, *words, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["steps"] < 50
 
@@ -164,7 +162,7 @@ def test_validation_stops_early(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_what_fails_leaves_no_store(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    code, out, err = call(capsys, *words, "-o", "t")
+    code, out, err = fit(capsys, *words, "-o", "t")
     assert (code, out) == (1, "")
     assert message in err
     assert err.count("\n") == 1
@@ -175,7 +173,7 @@ def test_a_place_that_cannot_be_written_is_found_before_training(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "t").write_text("a file")
-    code, _, err = call(capsys, "--objectives", "tasks:objectives", "-o", "t", "--log", "log.csv")
+    code, _, err = fit(capsys, "--objectives", "tasks:objectives", "-o", "t", "--log", "log.csv")
     assert code == 1
     assert "is not a store" in err
     assert not (folder / "log.csv").exists()

@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from paretofuse.cli import main
 from paretofuse.cli.program import COMMANDS
 from paretofuse.cli.running import in_options
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
+from tests.support.command import call
 
 
 def test_bare_program_prints_help(capsys: pytest.CaptureFixture[str]) -> None:

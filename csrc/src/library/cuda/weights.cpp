@@ -123,9 +123,7 @@ void CudaWeights::State::place_constants() {
 }
 
 void CudaWeights::State::merge_statics() {
-  const Manifest& manifest = model->store().manifest;
-  const Weights none{std::vector<float>(manifest.groups.size() * manifest.objectives.size())};
-  const std::vector<float> table = model->table(none);
+  const std::vector<float> table = model->rows().of_statics();
   copy(weights.address(), table.data(), static_cast<std::int64_t>(weights.size()));
   for (const DeviceBucket& device : buckets) {
     if (device.bucket.role == Role::fixed) launch(device, nullptr);
@@ -139,7 +137,7 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
   DeviceAddress tiles = device.tiles.address(), table = weights.address(), out = device.out.address();
   std::int64_t length = device.bucket.length(), delta_stride = length, out_stride = length;
   auto experts = static_cast<std::int32_t>(manifest.objectives.size());
-  auto rows = static_cast<std::int32_t>(manifest.groups.size() + 1);
+  auto rows = static_cast<std::int32_t>(model->rows().count());
   std::int32_t preferences = 1;
   DeviceAddress no_scales = table, no_scratch = 0;
   // In the order that cuda_kernels.cpp checks; the driver copies them before it returns.
@@ -152,7 +150,7 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
 }
 
 void CudaWeights::State::merge(const Weights& chosen, void* stream) {
-  const std::vector<float> table = model->table(chosen);
+  const std::vector<float> table = model->rows().at(chosen);
   const CurrentContext current(*context);
   const CudaDriver& driver = context->driver();
   int capturing = 0;
