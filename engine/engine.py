@@ -21,7 +21,7 @@ from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
 from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.routing.routers import Routers
-from paretofuse.engine.routing.weights import is_several, routing_of, rows_of
+from paretofuse.engine.routing.weights import check_one, is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.adapter import write_adapter
 from paretofuse.engine.stacking.skeleton import materialize
@@ -124,7 +124,7 @@ class Engine:
         Raises:
             ValueError: the objective has no head, or head and base do not make a whole model.
         """
-        self._head_tensors(objective)
+        self._stack.head(objective)
         return with_head(self.module, objective)
 
     @property
@@ -144,7 +144,7 @@ class Engine:
             ValueError: the preference or the weights are not valid.
         """
         routing = routing_of(self.routers, preference, weights)
-        self._only_one(routing)
+        check_one(routing)
         self._live_module().switch(routing)
         self._note(preference)
 
@@ -211,7 +211,7 @@ class Engine:
         Raises:
             ValueError: invalid input, or the model cannot be built (bare tensors, no transformers).
         """
-        self._head_tensors(head)
+        self._stack.head(head)
         skeleton = self._blueprint(head).make()
         states = self.merge_state_dict(preference, weights=weights, head=head)
         constants = {spec.name for spec in self.layout.with_role("constant")}
@@ -235,7 +235,7 @@ class Engine:
         DTensors sharded alike, made without communication: `model.load_state_dict` writes them into such a model.
         """
         routing = routing_of(self.routers, preference, weights)
-        states = self._bound.states(routing, self._head_tensors(head))
+        states = self._bound.states(routing, self._stack.head(head))
         return states if is_several(preference, weights) else states[0]
 
     def train_at(self, preference: Preference, *, materialize: bool = True) -> Tensor:
@@ -256,7 +256,7 @@ class Engine:
         Raises:
             ValueError: the preference is not valid.
         """
-        self._only_whole("training")
+        self._bound.check_whole("training")
         if torch.is_inference_mode_enabled():
             raise ValueError(
                 "got train_at inside torch.inference_mode(), which records no gradients; leave it first"
@@ -306,9 +306,9 @@ class Engine:
         Raises:
             ValueError: invalid input, no known module class, or a layer that cannot be done exactly, by name.
         """
-        self._only_whole("batches")
+        self._bound.check_whole("batches")
         routing = rows_of(self.routers, preferences, weights)
-        own, skeleton = self._head_tensors(head), self._blueprint(head).make()
+        own, skeleton = self._stack.head(head), self._blueprint(head).make()
         return batched_module(self._bound, skeleton, routing, isolate=isolate, head=own)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
@@ -338,7 +338,7 @@ class Engine:
             ValueError: the path exists and is not a store, or is a trained store whose training would be lost.
             OSError: writing failed; what was there before is untouched.
         """
-        self._only_whole("saving")
+        self._bound.check_whole("saving")
         self.origin = persist.save(
             path,
             self._stack,
@@ -366,9 +366,9 @@ class Engine:
             ValueError: invalid input, or an update that no LoRA holds: vectors, dense planes without `rank`.
             OSError: writing failed; what was there before is untouched.
         """
-        self._only_whole("an adapter")
+        self._bound.check_whole("an adapter")
         routing = routing_of(self.routers, preference, None).cpu()
-        self._only_one(routing)
+        check_one(routing)
         return write_adapter(path, self._stack, routing[0], self.blueprint, rank)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
@@ -418,7 +418,7 @@ class Engine:
 
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:
         """What a replica holds for a preference, as the routers are now."""
-        self._head_tensors(head)
+        self._stack.head(head)
         numbers = as_preference(preference, self.objectives)
         routers = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
         return Merge(
@@ -437,26 +437,7 @@ class Engine:
         bind_heads(live.module, Heads(heads, {head: self._blueprint(head).make for head in heads}))
         return live
 
-    def _only_whole(self, what: str) -> None:
-        if self._bound.shardings:
-            raise ValueError(
-                f"got one process's shards of {next(iter(self._bound.shardings))!r} and others, expected whole "
-                f"tensors for {what}; stack the unsharded models for that"
-            )
-
-    def _only_one(self, routing: Tensor) -> None:
-        if len(routing) != 1:
-            raise ValueError(f"got {len(routing)} preferences, expected one: there is one live module")
-
     def _blueprint(self, head: str | None) -> Blueprint:
         """How to build a model with an objective's head: as its expert, where that is known."""
         own = self.blueprint.heads.get(head) if head is not None else None
         return self.blueprint if own is None or own.skeleton is None else own
-
-    def _head_tensors(self, head: str | None) -> dict[str, Tensor]:
-        if head is None:
-            return {}
-        if head not in self._stack.heads:
-            known = list(self._stack.heads) or "none; declare them when stacking, heads=[...]"
-            raise ValueError(f"got head={head!r}, expected an objective that has a head: {known}")
-        return self._stack.heads[head]

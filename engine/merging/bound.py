@@ -79,6 +79,14 @@ class BoundStack:
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None
 
+    def check_whole(self, what: str) -> None:
+        """ValueError where the tensors are one process's shards, of which `what` is not possible."""
+        if self.shardings:
+            raise ValueError(
+                f"got one process's shards of {next(iter(self.shardings))!r} and others, expected whole tensors for "
+                f"{what}; stack the unsharded models for that"
+            )
+
     @lasting()
     def merge(self, weights: Tensor) -> list[dict[str, Tensor]]:
         """K new sets of all routed and static tensors at weights [K, G, E], each tensor with its own storage."""

@@ -35,6 +35,12 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
+def check_one(routing: Tensor) -> None:
+    """ValueError unless routing weights [K, G, E] are those of one preference."""
+    if len(routing) != 1:
+        raise ValueError(f"got {len(routing)} preferences, expected one: there is one live module")
+
+
 def rows_of(
     routers: Routers, preferences: Tensor | Sequence[Preference] | None, weights: Tensor | None
 ) -> Tensor:

@@ -49,6 +49,19 @@ class Stack:
     release: Callable[[Iterable[str]], None] = field(default=lambda names: None)
     check: Callable[[], None] = field(default=lambda: None)
 
+    def head(self, objective: str | None) -> dict[str, Tensor]:
+        """An objective's own tensors by name; none for None.
+
+        Raises:
+            ValueError: the objective has no head.
+        """
+        if objective is None:
+            return {}
+        if objective not in self.heads:
+            known = list(self.heads) or "none; declare them when stacking, heads=[...]"
+            raise ValueError(f"got head={objective!r}, expected an objective that has a head: {known}")
+        return self.heads[objective]
+
 
 def build(plan: Plan, device: torch.device | None) -> Stack:
     """Read everything into memory: on one device, or (None) each tensor where the base's lies, else on the CPU."""
