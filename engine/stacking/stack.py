@@ -27,6 +27,16 @@ def lasting() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Around work that makes tensors without naming a device: on the CPU, whatever `torch.set_default_device` says."""
+    if torch.empty(0).device.type == "cpu":  # a device's context makes every call of torch slower
+        yield
+        return
+    with torch.device("cpu"):
+        yield
+
+
 @dataclass(frozen=True)
 class Stack:
     """Base and planes in memory (or mapped from a store).

@@ -26,10 +26,11 @@ from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
 from paretofuse.engine.stacking.sources import Blueprint
-from paretofuse.engine.stacking.stack import Stack, build
+from paretofuse.engine.stacking.stack import Stack, build, on_cpu
 from paretofuse.engine.store.reader import Store
 
 
+@on_cpu()
 def stack(
     base: Any,
     experts: Mapping[str, Any],
@@ -92,6 +93,7 @@ def stack(
     )
 
 
+@on_cpu()
 def stack_to_store(
     base: Any,
     experts: Mapping[str, Any],
@@ -129,6 +131,7 @@ def stack_to_store(
     return _notes(plan)
 
 
+@on_cpu()
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",

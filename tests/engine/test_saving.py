@@ -73,3 +73,26 @@ def test_verification_at_load_finds_a_flipped_bit(tmp_path: Path) -> None:
     pf.load(tmp_path / "store")
     with pytest.raises(StoreError, match=r"b\.safetensors: its checksum"):
         pf.load(tmp_path / "store", verify=True)
+
+
+def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
+    base, experts = net_and_experts(count=2)
+    x = torch.randn(3, 8)
+
+    def numbers(folder: Path) -> list[torch.Tensor]:
+        pf.stack(base, experts).save(folder / "store")
+        engine = pf.load(folder / "store", module=base)
+        engine.switch({"a": 0.3, "b": 0.7})
+        results = [engine.module(x), engine.merge([0.3, 0.7])(x)]
+        with engine.replica([1.0, 0.0]) as replica:
+            results.append(replica(x))
+        engine.train_at([0.3, 0.7])
+        engine.module(x).square().sum().backward()  # type: ignore[no-untyped-call]
+        results.append(engine.routers.output.bias.grad)
+        results.append(engine.batched([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])(x))
+        return [result.detach() for result in results]
+
+    expected = numbers(tmp_path / "usual")
+    with torch.device("meta"):
+        found = numbers(tmp_path / "meta")
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_waiting_for_replicas(check: Callable[..., None]) -> None:
         (float("nan"), ValueError),
         (-0.1, ValueError),
         (float("-inf"), ValueError),
+        (-(10**400), ValueError),
         ("1", TypeError),
         (True, TypeError),
         ([1], TypeError),
@@ -144,7 +146,9 @@ def test_timeouts_that_are_none(timeout: Any, error: type[Exception]) -> None:
             ask(FIRST, timeout=timeout)
 
 
-@pytest.mark.parametrize("timeout", [None, 0, 1, 0.5, float("inf"), 1e300, np.float32(2.0), np.int64(3)])
+@pytest.mark.parametrize(
+    "timeout", [None, 0, 1, 0.5, float("inf"), 1e300, 10**400, Fraction(1, 3), np.float32(2.0), np.int64(3)]
+)
 def test_timeouts(timeout: Any) -> None:
     base, experts = net_and_experts()
     engine = pf.stack(base, experts)

@@ -17,7 +17,10 @@ def cached(name: str, label: str) -> Path:
         CheckpointError: no Hub id, or the cache does not hold it; says how to get a directory.
     """
     if not _ID.fullmatch(name) or name.endswith(".safetensors"):
-        raise CheckpointError(f"{label} ({name}): no such file or directory")
+        raise CheckpointError(
+            f"{label} ({name}): no such file or directory; pass a model's directory, a .safetensors file, or the id of "
+            "a model that the local Hugging Face cache holds, such as org/name"
+        )
     try:
         from huggingface_hub import snapshot_download
 
