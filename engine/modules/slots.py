@@ -96,9 +96,10 @@ def as_timeout(timeout: Any) -> float | None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(f"got timeout={timeout!r}, expected a number of seconds, or None to wait for ever")
-    if not timeout >= 0:
+    seconds: Any = timeout
+    if not seconds >= 0:
         raise ValueError(f"got timeout={timeout!r}, expected at least 0 seconds, or None to wait for ever")
-    return float(timeout) if timeout <= threading.TIMEOUT_MAX else None
+    return float(seconds) if seconds <= threading.TIMEOUT_MAX else None
 
 
 def current_user() -> Hashable:
