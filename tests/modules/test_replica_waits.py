@@ -105,6 +105,22 @@ def test_a_request_that_is_dropped_while_it_fills_leaves_a_ready_slot(
     assert not users.ask("three", "a").given.done()  # "two" came first
 
 
+def test_in_a_forked_process_the_one_who_forked_keeps_its_pins_alone() -> None:
+    slots = Slots(3)
+    own = slots.acquire("own", nothing)
+    other = threading.Thread(target=slots.acquire, args=("other", nothing))
+    other.start()
+    other.join()
+    halfway = slots.ask("halfway")  # somebody was filling it
+    assert halfway.fills
+    slots.after_fork()
+    assert [slots.acquire(key, nothing, 0).given.result().number for key in ("halfway", "new")] == [2, 1]
+    with pytest.raises(TimeoutError):
+        slots.acquire("one more", nothing, 0)
+    slots.release(own)
+    assert slots.acquire("one more", nothing, 0).given.result() is own.given.result()
+
+
 @pytest.mark.parametrize(
     "check",
     [

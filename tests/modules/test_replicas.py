@@ -260,22 +260,6 @@ def test_a_forked_process_switches_and_has_replicas() -> None:
     assert done.returncode == 0, f"{done.returncode} {done.stderr}"
 
 
-def test_in_a_forked_process_the_one_who_forked_keeps_its_pins_alone() -> None:
-    slots = Slots(3)
-    own = slots.acquire("own", nothing)
-    other = threading.Thread(target=slots.acquire, args=("other", nothing))
-    other.start()
-    other.join()
-    halfway = slots.ask("halfway")  # somebody was filling it
-    assert halfway.fills
-    slots.after_fork()
-    assert [slots.acquire(key, nothing, 0).given.result().number for key in ("halfway", "new")] == [2, 1]
-    with pytest.raises(TimeoutError):
-        slots.acquire("one more", nothing, 0)
-    slots.release(own)
-    assert slots.acquire("one more", nothing, 0).given.result() is own.given.result()
-
-
 def test_generation_by_replicas_of_a_hugging_face_model() -> None:
     base = tiny_gpt2()
     engine = pf.stack(base, {"cola": tiny_gpt2(1), "sst2": tiny_gpt2(2)}, replicas=2)
