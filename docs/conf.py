@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 import paretofuse
 
 project = "ParetoFuse"
@@ -29,3 +34,21 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_title = f"ParetoFuse {release}"
 html_show_sphinx = False
+html_math_renderer = "mathml"
+
+
+def setup(app: Sphinx) -> None:
+    """Formulas as MathML, which browsers show by themselves: MathJax would be fetched from elsewhere."""
+    app.add_html_math_renderer("mathml", (inline_formula, None), (block_formula, None))
+
+
+def inline_formula(page: HTML5Translator, node: nodes.math) -> None:
+    """A formula in a line."""
+    page.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_formula(page: HTML5Translator, node: nodes.math_block) -> None:
+    """A formula by itself."""
+    page.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode

@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def planes(self) -> dict[str, dict[str, PlaneInfo]]:
-        """Each expert's planes by tensor: their format, bytes and error. An absent one leaves the tensor unchanged."""
+        """Each expert's planes by tensor, with format, bytes and error. An absent one leaves the tensor unchanged."""
         return {
             objective: {name: PlaneInfo(p.format, nbytes(p), p.error) for name, p in own.items()}
             for objective, own in zip(self.objectives, self._stack.planes, strict=True)

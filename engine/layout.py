@@ -93,13 +93,9 @@ class Layout:
 
     @cached_property
     def group_index(self) -> dict[str, int]:
-        """Row of the routing weights for each stored name of a merged tensor; static tensors take row G."""
+        """Row of the routing weights [G, E] for each routed tensor, by its stored name."""
         rows = {group: row for row, group in enumerate(self.groups)}
-        return {
-            t.name: len(rows) if t.group is None else rows[t.group]
-            for t in self.tensors
-            if t.role != "constant"
-        }
+        return {t.name: rows[t.group] for t in self.tensors if t.group is not None}
 
     @cached_property
     def row_spans(self) -> dict[str, slice]:

@@ -151,11 +151,10 @@ def _rows(
 def _ours(engine: pf.Engine, weights: Tensor) -> tuple[Callable[[], object], Callable[[], object], Any]:
     """Our switch of the live module, and the plan alone; the third is what the plan writes to."""
     specs = engine.layout.with_role("routed")
-    rows = {spec.name: engine.layout.group_index[spec.name] for spec in specs}
     outputs = {
         spec.name: torch.empty(spec.shape, dtype=engine._stack.base[spec.name].dtype) for spec in specs
     }
-    merger = native_merger(specs, rows, engine._stack, [outputs])
+    merger = native_merger(specs, engine.layout.group_index, engine._stack, [outputs])
     return lambda: engine.switch(weights=weights), lambda: merger(weights[None].contiguous()), outputs
 
 

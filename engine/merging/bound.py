@@ -54,9 +54,7 @@ class BoundStack:
         self, stack: Stack, backend: str | None, shardings: Mapping[str, Sharding] | None = None
     ) -> None:
         self.layout = stack.layout
-        self.rows = {
-            spec.name: self.layout.group_index[spec.name] for spec in self.layout.with_role("routed")
-        }
+        self.rows = self.layout.group_index
         self._static_rows = {spec.name: 0 for spec in self.layout.with_role("static")}
         self._static_weights = torch.full(
             (1, 1, len(self.layout.objectives)), self.layout.static_weight, dtype=torch.float32

@@ -63,8 +63,10 @@ def write_adapter(
     modules = dict(blueprint.make().named_modules())
     config = json.loads(blueprint.files.get("config.json", b"{}"))
     base_name = str(config.get("_name_or_path") or "")
-    full = torch.cat([routing, torch.full_like(routing[:1], stack.layout.static_weight)])  # [G + 1, P]
-    weights = {name: full[row] for name, row in stack.layout.group_index.items()}
+    layout = stack.layout
+    weights = {name: routing[row] for name, row in layout.group_index.items()}
+    for spec in layout.with_role("static"):
+        weights[spec.name] = torch.full_like(routing[0], layout.static_weight)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     refused: list[str] = []
     wrong = size = 0.0

@@ -46,7 +46,7 @@ def split_stack() -> tuple[Engine, Stack]:
 def test_each_device_has_its_own_flat_buffers() -> None:
     engine, stack = split_stack()
     places = {name: tensor.device for name, tensor in stack.base.items()}
-    viewed, inputs = flatten(stack, engine.layout.group_index, places)
+    viewed, inputs = flatten(stack, {name: 0 for name in places}, places)
     kinds = [(flat.bucket.device.type, flat.bucket.specs[0].role) for flat in inputs]
     assert sorted(kinds) == [("cpu", "routed"), ("cpu", "static"), ("meta", "routed")]
     for flat in inputs:
