@@ -58,6 +58,7 @@ def test_of_several_that_nobody_holds_the_least_recently_used_goes_first() -> No
     for name in "abca":  # b is now the least recently used, then c
         with engine.replica({name: 0.6, "abc"["bca".index(name)]: 0.4}) as used[name]:
             pass
+    assert len({id(module) for module in used.values()}) == 3  # empty ones go before all
     for preference, expected in ((FIRST, used["b"]), (SECOND, used["c"]), (THIRD, used["a"])):
         with engine.replica(preference) as replaced:
             assert replaced is expected
