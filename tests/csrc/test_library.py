@@ -275,6 +275,24 @@ def test_replicas_are_pinned_and_the_least_recently_used_goes_first(library: Lib
     c.release()
 
 
+def test_of_several_that_nobody_holds_the_least_recently_used_goes_first(
+    library: Library, store: Path
+) -> None:
+    engine = library.open(store, replicas=3)
+
+    def place(preference: list[float]) -> int:
+        replica = engine.acquire(preference)
+        found = int(replica.view("second.weight").data)
+        replica.release()
+        return found
+
+    kinds = {"a": [0.6, 0.4, 0.0], "b": [0.0, 0.6, 0.4], "c": [0.4, 0.0, 0.6]}
+    places = {name: place(kinds[name]) for name in "abca"}  # b is now the least recently used, then c
+    assert len(set(places.values())) == 3  # empty ones go before all
+    new = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    assert [place(preference) for preference in new] == [places[name] for name in "bca"]
+
+
 def test_acquire_waits_for_a_release_and_for_nothing_else(library: Library, store: Path) -> None:
     engine = library.open(store, replicas=1)
     held = engine.acquire([1.0, 0.0, 0.0])
