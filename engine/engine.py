@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.batched.module import batched_module
-from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.modules.factory import dense_module, live_module
 from paretofuse.engine.modules.heads import Heads, bind_heads, with_head
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import Merge, ReplicaPool
@@ -24,7 +24,6 @@ from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.weights import check_one, is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.adapter import write_adapter
-from paretofuse.engine.stacking.skeleton import materialize
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 
@@ -34,7 +33,7 @@ class Engine:
 
     Attributes:
         layout: the tensor table.
-        routers: the trained part; `routers(preference)` gives the routing weights [G, E].
+        routers: the trained part; `routers(preference)` gives the routing weights, [G, E] or [G + R, E].
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
         notes: what happened while stacking or loading that one should know, a sentence each.
@@ -63,6 +62,7 @@ class Engine:
         self.routers = routers.to(device)
         self._bound = BoundStack(stack, backend, blueprint.shardings)
         self.notes = (*notes, *self._bound.notes)
+        self._bound.check_rows(routers.width)
         self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
         self._stack = self._bound.stack
         self._live: LiveModule | None = None
@@ -113,8 +113,7 @@ class Engine:
         Conv1D, nn.MultiheadAttention) are thin layers of ours that mix their weight on the way into the product:
         their merged weights are never stored. It is a module apart, so that the live module stays an ordinary one.
         On the CPU each merges its weight when it runs, and again in the backward pass, from deltas that may stay
-        mapped from a store; on GPUs the weight stays in registers. The "reference" backend first copies these layers'
-        deltas into one tensor each.
+        mapped from a store; on GPUs the weight stays in registers. The "reference" backend copies the deltas first.
         """
         return self._fused_module().module
 
@@ -129,10 +128,7 @@ class Engine:
 
     @property
     def preference(self) -> dict[str, float] | None:
-        """What the live module was last merged for, by objective.
-
-        None before the first switch, and after one to given `weights=`.
-        """
+        """What the live module was last merged for, by objective; None before a switch, and after given `weights=`."""
         return None if self._at_preference is None else dict(self._at_preference)
 
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
@@ -214,13 +210,9 @@ class Engine:
         self._stack.head(head)
         skeleton = self._blueprint(head).make()
         states = self.merge_state_dict(preference, weights=weights, head=head)
-        constants = {spec.name for spec in self.layout.with_role("constant")}
-        free = set(self._stack.heads.get(head or "", {}))
-        built = [
-            materialize(skeleton, state, "the merged tensors", any_shape=free, constants=constants)
-            for state in (states if isinstance(states, list) else [states])
-        ]
-        return built if isinstance(states, list) else built[0]
+        if isinstance(states, list):
+            return [dense_module(self._stack, skeleton, state, head) for state in states]
+        return dense_module(self._stack, skeleton, states, head)
 
     def merge_state_dict(
         self,
@@ -319,7 +311,7 @@ class Engine:
                 `engine.fused_module` with `materialize=False`.
 
         Returns:
-            float64 [M, G, E].
+            float64 [M, G, E] or [M, G + R, E].
 
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
@@ -379,18 +371,28 @@ class Engine:
         self._live = self._fused = self._trained = self._at_preference = None
         self._at_weights = False
         self._pool = ReplicaPool(len(self._pool), self.device)
-        merged: nn.Module = self.merge(preference, head=head)
-        return merged
+        return self.merge(preference, head=head)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         """Sizes at a glance, and what the live module is merged for."""
         routed = sum(spec.numel for spec in self.layout.with_role("routed"))
         total = sum(spec.numel for spec in self.layout.tensors)
+        at = "given as weights" if self._at_weights else self._at_preference
         return (
             f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {len(self.groups)} groups, "
-            f"{routed:,} of {total:,} parameters routed, backend={self.backend!r}, device={str(self.device)!r}, "
-            f"preference={'given as weights' if self._at_weights else self._at_preference})"
+            f"{routed:,} of {total:,} parameters routed, {self.routers.size}, backend={self.backend!r}, "
+            f"device={str(self.device)!r}, preference={at})"
         )
+
+    def set_family(self, family: str) -> None:
+        """Give the routers row coefficients ("rows"), zero so that merges stay as they are, or none ("scalar").
+
+        Raises:
+            ValueError: no such family, a backend without row coefficients, or some that are not zero would be lost.
+        """
+        if family == "rows":
+            self._bound.check_rows(len(self.groups) + self.layout.row_count)
+        self.routers.set_family(family)
 
     def _live_module(self) -> LiveModule:
         if self._live is None:
@@ -398,7 +400,7 @@ class Engine:
         return self._live
 
     def _fused_module(self) -> LiveModule:
-        if self._fused is None:
+        if self._fused is None or self._fused.width != self.routers.width:  # another family since
             self._fused = self._build_live(fused=True)
         return self._fused
 
@@ -413,8 +415,7 @@ class Engine:
     @torch.no_grad()
     def _at(self, preference: Preference) -> Tensor:
         """The routing weights [1, G, E] of one preference."""
-        weights: Tensor = self.routers(preference)
-        return weights.unsqueeze(0)
+        return self.routers(preference).unsqueeze(0)  # type: ignore[no-any-return]
 
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:
         """What a replica holds for a preference, as the routers are now."""
@@ -430,8 +431,7 @@ class Engine:
 
     def _build_live(self, *, fused: bool, weights: Tensor | None = None) -> LiveModule:
         """A module bound to its mergers, merged at routing weights or at equal preferences."""
-        if weights is None:
-            weights = self._at([1 / len(self.objectives)] * len(self.objectives))
+        weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if weights is None else weights
         live = live_module(self._bound, self.blueprint.make(), weights, fused=fused)
         heads = self._stack.heads
         bind_heads(live.module, Heads(heads, {head: self._blueprint(head).make for head in heads}))

@@ -50,10 +50,12 @@ def merge_tensor_reference(
 ) -> Tensor:
     """Merge one tensor: base + sum_e weights_row[e] * deltas[e], accumulated in float32 and rounded once.
 
+    Differentiable in the weights.
+
     Args:
         base: any shape.
         deltas: one for each expert, of the base's shape; None where the expert leaves the tensor unchanged.
-        weights_row: [E].
+        weights_row: [E], or [E, rows]: one for each row.
         dtype: of the result.
 
     Returns:
@@ -62,7 +64,8 @@ def merge_tensor_reference(
     merged = base.to(torch.float32, copy=True)
     for weight, delta in zip(weights_row.to(torch.float32), deltas, strict=True):
         if delta is not None:
-            merged += weight * delta.to(torch.float32)
+            own = weight if weight.dim() == 0 else weight.view(-1, *[1] * (delta.dim() - 1))
+            merged += own * delta.to(torch.float32)
     return merged.to(dtype)
 
 
@@ -175,7 +178,7 @@ def routed_rows_reference(
         x: [B, P, I].
         base: [O, I].
         deltas: [E, O, I], or each [O, I].
-        weights: [B, E].
+        weights: [B, E], or [B, E, O]: one for each output.
         bias: [B, O] or None.
         accumulate: of the mixing; float64, with x in float64, for a truth to test against.
 
@@ -184,7 +187,8 @@ def routed_rows_reference(
     """
     y = (x @ base.to(x.dtype).T).to(accumulate)
     for e, delta in enumerate(deltas):
-        y = y + weights[:, e, None, None].to(accumulate) * (x @ delta.to(x.dtype).T).to(accumulate)
+        own = weights[:, e].to(accumulate).reshape(len(x), 1, -1)
+        y = y + own * (x @ delta.to(x.dtype).T).to(accumulate)
     if bias is not None:
         y = y + bias[:, None, :].to(accumulate)
     return y.to(x.dtype)

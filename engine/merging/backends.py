@@ -1,11 +1,12 @@
 """Merging: one contract, three makers.
 
-    out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, R, P] float32
+    out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, G, P] float32
 
 A merger is bound to its base, planes and outputs once and called with weights as often as one likes: the routing
-weights (R = G) for routed tensors, the one row of the static weight (R = 1) for static ones. It always starts
-from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++ core (CPU), "triton" one launch for
-the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by a silent fallback.
+weights for routed tensors, behind which the row coefficients may follow (`Routers`), the one row of the static weight
+for static ones. It always starts from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++
+core (CPU), "triton" one launch for the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by
+a silent fallback.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from paretofuse.engine.layout import TILE, TensorSpec, columns_of
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
 from paretofuse.engine.planes.plane import memories, merged_tensor
+from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.kernels.routed_merge import routed_merge
 
 Merger = Callable[[Tensor], None]
-"""Takes weights float32 [K, R, P] on the merger's device and rewrites its outputs."""
+"""Takes weights float32 [K, G, P] or [K, G + R, P] on the merger's device and rewrites its outputs."""
 
 MergerMaker = Callable[
     [Sequence[TensorSpec], Mapping[str, int], Stack, Sequence[Mapping[str, Tensor]]], Merger
@@ -72,7 +74,7 @@ def reference_merger(
 
     Args:
         specs: the tensors to merge.
-        rows: the row of the weights that each tensor takes; of all that take some, so that it tells R.
+        rows: the row of the weights that each tensor takes; of all that take some, so that it tells G.
         stack: base and deltas.
         out: for each preference, the tensors to write, by name.
     """
@@ -81,9 +83,9 @@ def reference_merger(
         for spec in specs:
             planes = [own.get(spec.name) for own in stack.planes]
             for k, tensors in enumerate(out):
-                row = weights[k, rows[spec.name]]
+                own = coefficients(weights[k], rows[spec.name], stack.layout.row_spans.get(spec.name))
                 tensors[spec.name].copy_(
-                    merged_tensor(stack.base[spec.name], planes, row, TO_TORCH[spec.dtype])
+                    merged_tensor(stack.base[spec.name], planes, own, TO_TORCH[spec.dtype])
                 )
 
     return merge
@@ -97,6 +99,8 @@ def native_merger(
     Args: as `reference_merger`'s.
     """
 
+    groups = len(set(rows.values()))
+    spans = [stack.layout.row_spans[spec.name] if spec.group and spec.numel else slice(0) for spec in specs]
     plan = MergePlan(
         base=[stack.base[spec.name].data_ptr() for spec in specs],
         planes=[memories([own.get(spec.name) for own in stack.planes]) for spec in specs],
@@ -106,12 +110,21 @@ def native_merger(
         base_dtypes=[spec.dtype for spec in specs],
         out_dtypes=[TO_NAME[out[0][spec.name].dtype] for spec in specs],
         plane_count=len(stack.planes),
-        row_count=len(set(rows.values())),
+        row_count=groups,
     )
     addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)
 
     def merge(weights: Tensor, _keep_alive: object = (stack, out)) -> None:
-        plan.run(weights.numpy(), addresses, threads=torch.get_num_threads())
+        by_row = None
+        if weights.shape[1] > groups:  # [P, rows] of each preference and tensor, as the core reads them
+            own = [[w[span].T.contiguous() for span in spans] for w in weights]
+            by_row = np.array([[t.data_ptr() for t in row] for row in own], np.uint64)
+        plan.run(
+            weights[:, :groups].contiguous().numpy(),
+            addresses,
+            row_weights=by_row,
+            threads=torch.get_num_threads(),
+        )
 
     return merge
 

@@ -30,8 +30,8 @@ from paretofuse.engine.stacking.stack import Stack, lasting
 class BoundStack:
     """A stack's tensors and what merges them.
 
-    Routed tensors take the routing weights [K, G, E]. Static tensors take the static weight for every expert, which is
-    known here and nowhere else.
+    Routed tensors take the routing weights [K, G, E], or with row coefficients [K, G + R, E]. Static tensors take the
+    static weight for every expert, which is known here and nowhere else.
 
     Args:
         stack: its tensors may lie on several devices.
@@ -84,6 +84,21 @@ class BoundStack:
                 f"got one process's shards of {next(iter(self.shardings))!r} and others, expected whole tensors for "
                 f"{what}; stack the unsharded models for that"
             )
+
+    def check_rows(self, width: int) -> None:
+        """Check that what merges here reads routing weights [width, E].
+
+        Raises:
+            ValueError: they have row coefficients, and a backend does not know them, or the tensors are shards.
+        """
+        if width <= len(self.layout.groups):
+            return
+        if self.flat:
+            raise ValueError(
+                'got row coefficients (family="rows") with the Triton backend, whose kernels do not read them yet; '
+                "pass backend='reference' (on the CPU backend='native'), or stay with family='scalar'"
+            )
+        self.check_whole("row coefficients")
 
     @lasting()
     def merge(self, weights: Tensor) -> list[dict[str, Tensor]]:
@@ -162,6 +177,7 @@ class BoundStack:
 
         def merge_all(weights: Tensor) -> None:
             self.stack.check()
+            self.check_rows(weights.shape[1])
             for device, merge in parts:
                 merge(weights.to(device))
 

@@ -92,7 +92,7 @@ class MergePlan:
         weights: npt.NDArray[np.float32],
         out: Sequence[Sequence[int]] | npt.NDArray[np.uint64],
         *,
-        row_weights: Sequence[Sequence[int]] | None = None,
+        row_weights: Sequence[Sequence[int]] | npt.NDArray[np.uint64] | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> str:

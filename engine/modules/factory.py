@@ -16,7 +16,16 @@ from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, i
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
 from paretofuse.engine.stacking.sharding import shard
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
-from paretofuse.engine.stacking.stack import lasting
+from paretofuse.engine.stacking.stack import Stack, lasting
+
+
+def dense_module(
+    stack: Stack, skeleton: nn.Module, state: Mapping[str, Tensor], head: str | None
+) -> nn.Module:
+    """A new model of merged tensors by name, with an objective's own tensors in whatever shape they have."""
+    constants = {spec.name for spec in stack.layout.with_role("constant")}
+    free = set(stack.heads.get(head or "", {}))
+    return materialize(skeleton, state, "the merged tensors", any_shape=free, constants=constants)
 
 
 @lasting()
@@ -26,7 +35,8 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: the first routing weights, [1, G, E].
+        weights: the first routing weights, [1, G, E]; with row coefficients [1, G + R, E], for which a fused module is
+            then made.
         fused: whether linear layers give way to those of `routed/layers.py`.
     """
     routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
@@ -52,7 +62,8 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     return LiveModule(
         module,
         bound.routed_merger(merged, out, [stored]),
-        {spec.name: bound.rows[spec.name] for spec in merged},
+        {spec.name for spec in merged},
+        bound.layout,
         bound.stack.planes,
         weights,
         deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
@@ -65,13 +76,10 @@ def _mixed_weight(
     bound: BoundStack, mixes: Mapping[torch.device, Tensor], layer: nn.Module, name: str
 ) -> MixedWeight:
     """The weight of a fused layer, given the routing weights [G, E] on each device."""
-    base, row = bound.stack.base[name], bound.rows[name]
+    base, row, span = bound.stack.base[name], bound.rows[name], bound.layout.row_spans[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
     if bound.backends[base.device] == "native":
         planes = [own.get(name) for own in bound.stack.planes]
         release = partial(bound.stack.release, [name])
-        return LayerwiseWeight(base, planes, mix, row, transposed, release)
-    deltas = bound.deltas[name]
-    if transposed:
-        base, deltas = base.T, deltas.mT
-    return RoutedWeight(base, deltas, mix, row)
+        return LayerwiseWeight(base, planes, mix, row, transposed, release, span)
+    return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

@@ -1,10 +1,11 @@
 """Gradients of the routing weights, by hooks on the live module's parameters.
 
     dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
+    dLoss/dC[row, e] = <dLoss/dW_p[row], D_e,p[row]>                       where rows have coefficients
 
-Each parameter's gradient is reduced to E numbers as soon as autograd has it, and freed: nothing of size E x N, and
-never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the Triton
-kernels': fixed order and no atomics, so the same bits every time.
+Each parameter's gradient is reduced to E numbers (for each row) as soon as autograd has it, and freed: nothing of size
+E x N, and never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the
+Triton kernels': fixed order and no atomics, so the same bits every time.
 """
 
 from __future__ import annotations
@@ -16,20 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import TILE, columns_of, place, tile_groups
+from paretofuse.engine.layout import TILE, Layout, columns_of, place, rows_of, tile_groups
 from paretofuse.engine.merging import native
 from paretofuse.engine.planes.plane import Plane, memories
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 
 class GradientCollector:
-    """Collects dLoss/dL [G, E] (float64) during backward passes.
+    """Collects dLoss/dL [G, E], or with row coefficients [G + R, E], float64, during backward passes.
 
     Args:
         parameters: the routed parameters by stored name.
-        rows: each one's row in L.
+        layout: tells where in L each one's coefficients lie.
         planes: for each expert, its planes by name; an absent one contributes zero.
-        groups: G.
         check: called as a backward pass begins; what it raises ends the pass.
         deltas: the planes as one dense tensor [P, *shape] of each parameter whose gradient the Triton kernels reduce.
         mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
@@ -38,20 +38,20 @@ class GradientCollector:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        rows: Mapping[str, int],
+        layout: Layout,
         planes: Sequence[Mapping[str, Plane]],
-        groups: int,
         check: Callable[[], None],
         *,
         deltas: Mapping[str, Tensor] | None = None,
         mixes: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = dict(parameters)
-        self._rows = rows
+        self._layout = layout
         self._planes = planes
         self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
-        self._kernels = _kernel_sums(self._parameters, rows, deltas or {}, groups)
+        groups = len(layout.groups)
+        self._kernels = _kernel_sums(self._parameters, layout.group_index, deltas or {}, groups)
         self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
         self._check = check
@@ -66,9 +66,11 @@ class GradientCollector:
             mix.register_post_accumulate_grad_hook(self._take_mix)
 
     def arm(self, routing_weights: Tensor) -> None:
-        """From now on each backward pass through the module goes on into these routing weights [G, E]."""
+        """From now on each backward pass through the module goes on into these routing weights."""
         for leaf in self._leaves:
             leaf.requires_grad_(True)
+        if routing_weights.shape != self._pending.shape:  # rows have coefficients now
+            self._pending = self._pending.new_zeros(routing_weights.shape)
         self._forget()
         self._routing_weights = routing_weights
 
@@ -79,7 +81,7 @@ class GradientCollector:
         self._routing_weights = None
 
     def jacobian(self, losses: Sequence[Tensor]) -> Tensor:
-        """dLoss_m/dL for each loss, float64 [M, G, E]; the routers' own gradients stay as they are.
+        """dLoss_m/dL for each loss, float64 [M, *L.shape]; the routers' own gradients stay as they are.
 
         Raises:
             ValueError: there are no losses, one is no scalar or depends on no routed weight, or `check` says so.
@@ -111,7 +113,7 @@ class GradientCollector:
         return torch.stack(rows)
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
-        row = self._rows[name]
+        row, span = self._layout.group_index[name], self._layout.row_spans[name]
         planes = [own.get(name) for own in self._planes]
 
         def reduce(parameter: Tensor) -> None:
@@ -121,8 +123,13 @@ class GradientCollector:
             self._enter_pass()
             if name in self._kernels:
                 self._kernels[name].add(name, gradient)
-            else:
-                self._pending[row] += inner_products(gradient, planes).to(self._pending.device)
+                return
+            by_row = len(self._pending) > len(self._layout.groups)
+            sums = inner_products(gradient, planes, by_row).to(self._pending.device)  # [E] or [E, rows]
+            if by_row:
+                self._pending[span] += sums.T
+                sums = sums.sum(1)
+            self._pending[row] += sums
 
         return reduce
 
@@ -160,7 +167,7 @@ class GradientCollector:
         self._pass, self._reached = None, False
 
     def _take(self) -> Tensor:
-        """What was collected, float64 [G, E]; collecting starts anew."""
+        """What was collected, float64 of L's shape; collecting starts anew."""
         total = self._pending.clone()
         self._pending.zero_()
         for sums in dict.fromkeys(self._kernels.values()):
@@ -242,20 +249,28 @@ class _KernelSums:
         return total
 
 
-def inner_products(gradient: Tensor, planes: Sequence[Plane | None]) -> Tensor:
-    """<gradient, plane_j> for every plane, float64 [P]; None counts as zero. Reads the gradient once on the CPU."""
+def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by_row: bool = False) -> Tensor:
+    """<gradient, plane_j> for every plane; None counts as zero. Reads the gradient once on the CPU.
+
+    Returns:
+        float64 [P], or by row [P, rows].
+    """
     if gradient.is_sparse:
         gradient = gradient.to_dense()
     if gradient.device.type != "cpu" or gradient.dtype not in TO_NAME or not any(planes):
-        zero = gradient.new_zeros((), dtype=torch.float64)
-        return torch.stack([zero if plane is None else plane.inner(gradient.detach()) for plane in planes])
+        gradient = gradient.detach()
+        zero = gradient.new_zeros(rows_of(gradient.shape) if by_row else (), dtype=torch.float64)
+        return torch.stack(
+            [zero if p is None else p.inner_rows(gradient) if by_row else p.inner(gradient) for p in planes]
+        )
     gradient = gradient.contiguous()
     sums = native.inner(
         gradient.data_ptr(),
         memories(planes),
         gradient.numel(),
         grad_dtype=TO_NAME[gradient.dtype],
-        columns=columns_of(tuple(gradient.shape)),
+        columns=columns_of(gradient.shape),
+        by_row=by_row,
         threads=torch.get_num_threads(),
     )
     return torch.from_numpy(sums)

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.layout import Layout
 from paretofuse.engine.merging.backends import Merger
 from paretofuse.engine.modules.bindings import Bindings
 from paretofuse.engine.modules.gradient import GradientCollector
@@ -25,12 +26,14 @@ class LiveModule:
 
     Args:
         module: the module; its merged tensors are the mergers' outputs.
-        merge_routed: rewrites the routed tensors, from weights [1, G, E]; static tensors are merged already.
-        rows: each routed tensor's row in the routing weights.
+        merge_routed: rewrites the routed tensors, from weights [1, G, E] or [1, G + R, E]; static tensors are merged
+            already.
+        names: the routed tensors that it rewrites.
+        layout: the tensor table.
         planes: for each expert, its planes by name.
-        weights: the first routing weights, [1, G, E].
+        weights: the first routing weights, [1, G, E] or [1, G + R, E].
         deltas: the planes as one dense tensor of each parameter whose gradient the Triton kernels shall reduce.
-        mixes: the routing weights [G, E] that a fused module's layers read, rewritten with every merge; one for
+        mixes: the routing weights that a fused module's layers read, rewritten with every merge; one for
             each device.
         free: names of parameters that no merger writes and that users may replace (heads).
     """
@@ -39,7 +42,8 @@ class LiveModule:
         self,
         module: nn.Module,
         merge_routed: Merger,
-        rows: Mapping[str, int],
+        names: Collection[str],
+        layout: Layout,
         planes: tuple[dict[str, Plane], ...],
         weights: Tensor,
         *,
@@ -50,17 +54,17 @@ class LiveModule:
         self.module = module
         self._deltas = deltas or {}
         self._mixes = mixes
-        self._groups = weights.shape[1]
+        self.width = weights.shape[1]
         self._merge_routed = merge_routed
-        self._rows = rows
+        self._layout = layout
         self._planes = planes
         stored = stored_tensors(module)
-        self._routed = {name: stored[name] for name in rows}
+        self._routed = {name: stored[name] for name in names}
         # What training may change besides the routed weights (BatchNorm's statistics) starts anew at each switch.
         self._restored = [
             (tensor, tensor.clone())
             for name, tensor in stored.items()
-            if name not in rows and not isinstance(tensor, nn.Parameter)
+            if name not in self._routed and not isinstance(tensor, nn.Parameter)
         ]
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -75,7 +79,7 @@ class LiveModule:
         parameters = {n: t for n, t in self._routed.items() if isinstance(t, nn.Parameter)}
         deltas = {name: delta for name, delta in self._deltas.items() if name in parameters}
         return GradientCollector(
-            parameters, self._rows, self._planes, self._groups, self.check, deltas=deltas, mixes=self._mixes
+            parameters, self._layout, self._planes, self.check, deltas=deltas, mixes=self._mixes
         )
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import by_row
+from paretofuse.engine.planes.plane import by_row, row_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,10 @@ class Dense:
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
         return torch.dot(gradient.double().flatten(), self.values.double().flatten())
+
+    def inner_rows(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return row_sums(gradient, self.decode())
 
     def memory(self) -> Memory:
         """See `Plane`."""

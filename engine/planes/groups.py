@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from paretofuse.engine.layout import TILE
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import by_row
+from paretofuse.engine.planes.plane import by_row, row_sums
 
 SMALLEST = 32
 """Elements that the kernels take at a time: a step never crosses from one scale to the next."""
@@ -113,6 +113,10 @@ class Quantized:
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
         return torch.dot(gradient.double().flatten(), self.decode().double().flatten())
+
+    def inner_rows(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return row_sums(gradient, self.decode())
 
     def memory(self) -> Memory:
         """See `Plane`."""

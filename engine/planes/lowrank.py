@@ -92,8 +92,16 @@ class LowRank:
 
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`: sum of B * (G A^T)."""
+        return self._products(gradient).sum()
+
+    def inner_rows(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return self._products(gradient).sum(1)
+
+    def _products(self, gradient: Tensor) -> Tensor:
+        """B * (G A^T), float64 [rows, rank]."""
         rows = gradient.reshape(len(self.b), -1)
-        return (self.b.double() * (rows.double() @ self.a.double().T)).sum()
+        return self.b.double() * (rows.double() @ self.a.double().T)
 
     def memory(self) -> Memory:
         """See `Plane`."""

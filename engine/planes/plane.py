@@ -67,6 +67,10 @@ class Plane(Protocol):
         """The plain reference of the routing weights' gradient: <gradient, plane> in float64, []."""
         ...
 
+    def inner_rows(self, gradient: Tensor) -> Tensor:
+        """The same for each row of the tensor, float64 [rows]."""
+        ...
+
     def memory(self) -> Memory:
         """Itself by address, for the C++ core."""
         ...
@@ -97,6 +101,12 @@ def to(plane: Plane, device: torch.device) -> Plane:
 def by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A weight [] or [rows] that broadcasts over a tensor of this shape."""
     return weight if weight.dim() == 0 else weight.view(-1, *[1] * (len(shape) - 1))
+
+
+def row_sums(gradient: Tensor, decoded: Tensor) -> Tensor:
+    """sum over a row of gradient * decoded, for each row: float64 [rows]."""
+    products = gradient.double() * decoded.double()
+    return products.flatten(1).sum(1) if products.dim() > 1 else products.sum().view(1)
 
 
 def memories(planes: Sequence[Plane | None]) -> list[Memory | None]:

@@ -5,6 +5,13 @@
 "identity" starts at L = r, so that a one-hot preference starts as exactly that expert; "sqrt" at L = sqrt(r). Both
 keep the MLP's last layer at zero. "constant" is PWEMoE's own start (Tang et al., arXiv 2406.09770): no residual, all
 weights drawn with standard deviation 0.01 and the last bias at the task-arithmetic coefficient.
+
+The family "rows" has a coefficient for each row of each routed tensor besides, linear in the preference and zero at
+the start; R is the number of rows of all routed tensors:
+
+    coefficient of plane e in row i of a tensor of group g: L(r)[g, e] + C(r)[i, e]    C(r)[i, e] = sum_m r_m S[m, e, i]
+
+L and C are one tensor [G + R, E] everywhere, the groups first, so that whatever takes routing weights takes both.
 """
 
 from __future__ import annotations
@@ -17,10 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.layout import Layout
 from paretofuse.engine.routing.preference import as_preference, is_grid
 
 INITS = ("identity", "sqrt", "constant")
 """What the MLP's output is added to: the preference r, its square root, or nothing."""
+
+
+FAMILIES = ("scalar", "rows")
+"""What has a coefficient of its own: each group alone, or each row of each routed tensor as well."""
+
+
+def check_family(family: str) -> None:
+    """ValueError unless it is one of FAMILIES."""
+    if family not in FAMILIES:
+        raise ValueError(f"got family={family!r}, expected one of {', '.join(FAMILIES)}")
 
 
 def check_init(init: str) -> None:
@@ -43,16 +61,36 @@ class GroupedLinear(nn.Module):
         return product.squeeze(-1) + self.bias.to(x.dtype)
 
 
+class RowCoefficients(nn.Module):
+    """S [M, E, R]: for each objective, plane and row what that objective's share of the preference adds."""
+
+    def __init__(self, objectives: int, planes: int, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(objectives, planes, rows, dtype=torch.float32))
+
+    def forward(self, r: Tensor) -> Tensor:
+        """[..., M] -> [..., R, E], summed in the dtype of r and in the order of the objectives, as in C++."""
+        own = self.weight.to(r.dtype)
+        total = r[..., 0, None, None] * own[0]
+        for m in range(1, len(own)):
+            total = total + r[..., m, None, None] * own[m]
+        return total.mT
+
+
 class Routers(nn.Module):
-    """All routers of an engine; the only trained parameters, a few hundred numbers.
+    """All routers of an engine; the only trained parameters, a few hundred numbers, or thousands with those of rows.
 
     Args:
         groups: names of the routing groups, G of them.
         objectives: names of the objectives, E of them.
         init: "identity", "sqrt" or "constant".
         constant: start value of every weight for init "constant".
+        rows: rows of all routed tensors, R of them (`Layout.row_count`).
+        family: "scalar" or "rows".
         seed: seed of the initial values; they do not touch torch's global random state.
     """
+
+    rows: RowCoefficients | None
 
     def __init__(
         self,
@@ -61,6 +99,8 @@ class Routers(nn.Module):
         init: str = "identity",
         *,
         constant: float = 0.3,
+        rows: int = 0,
+        family: str = "scalar",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -72,11 +112,49 @@ class Routers(nn.Module):
         count, hidden = len(self.objectives), 2 * len(self.objectives)
         self.hidden = GroupedLinear(len(self.groups), count, hidden)
         self.output = GroupedLinear(len(self.groups), hidden, count)
+        self._row_count = rows
+        self.rows = None
+        self.set_family(family)
         self.reset(seed)
+
+    @property
+    def family(self) -> str:
+        """One of FAMILIES."""
+        return "scalar" if self.rows is None else "rows"
+
+    def set_family(self, family: str) -> None:
+        """Have row coefficients, all zero so that every merge stays as it is, or have none.
+
+        Raises:
+            ValueError: no such family, or coefficients that are not zero would be lost.
+        """
+        check_family(family)
+        if family == self.family:
+            return
+        if self.rows is not None and bool(self.rows.weight.any()):
+            raise ValueError(
+                'got family="scalar" for routers whose row coefficients are trained and would be lost; stay with '
+                'family="rows", or zero engine.routers.rows.weight first'
+            )
+        count, device = len(self.objectives), self.output.bias.device
+        self.rows = RowCoefficients(count, count, self._row_count).to(device) if family == "rows" else None
+
+    @property
+    def width(self) -> int:
+        """Length of the first axis of routing weights: G, or G + R with row coefficients."""
+        return len(self.groups) + (0 if self.rows is None else self._row_count)
+
+    @property
+    def size(self) -> str:
+        """Family, trained numbers and their bytes, for people."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"family={self.family!r} with {count:,} trained numbers ({4 * count:,} bytes)"
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> None:
-        """Draw the initial values anew."""
+        """Draw the initial values anew; row coefficients start at zero."""
+        if self.rows is not None:
+            self.rows.weight.zero_()
         generator = torch.Generator().manual_seed(seed)
         if self.init == "constant":
             for layer in (self.hidden, self.output):
@@ -103,7 +181,8 @@ class Routers(nn.Module):
                 to 1.
 
         Returns:
-            float32 [G, E] or [K, G, E].
+            float32 [G, E] or [K, G, E]; with row coefficients [G + R, E] or [K, G + R, E], the groups first and then
+            the rows of all routed tensors in the layout's order.
 
         Raises:
             ValueError: a preference is not valid.
@@ -121,8 +200,24 @@ class Routers(nn.Module):
             weights = weights + r
         elif self.init == "sqrt":
             weights = weights + r.sqrt()
+        if self.rows is not None:
+            weights = torch.cat([weights, self.rows(r.squeeze(-2))], -2)
         return weights.to(torch.float32)
 
     def extra_repr(self) -> str:
         """Shown by print."""
-        return f"groups={len(self.groups)}, objectives={list(self.objectives)}, init={self.init!r}"
+        return (
+            f"groups={len(self.groups)}, objectives={list(self.objectives)}, init={self.init!r}, {self.size}"
+        )
+
+
+def routers_for(layout: Layout, init: str, family: str) -> Routers:
+    """The routers of a model, as they are before any training."""
+    return Routers(
+        layout.groups,
+        layout.objectives,
+        init,
+        constant=layout.static_weight,
+        rows=layout.row_count,
+        family=family,
+    )

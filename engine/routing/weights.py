@@ -1,4 +1,7 @@
-"""Routing weights from what users give: a preference or several, or the weights themselves."""
+"""Routing weights from what users give: a preference or several, or the weights themselves.
+
+With row coefficients, [G, E] below is [G + R, E] (see `Routers`); weights given without them have none.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,25 @@ def rows_of(
     return _checked(routers, weights)
 
 
+def coefficients(weights: Tensor, group: int, span: slice | None) -> Tensor:
+    """What multiplies the planes of one tensor: [..., P], or [..., P, rows] where the weights have row coefficients.
+
+    Args:
+        weights: routing weights [..., G, P] or [..., G + R, P].
+        group: the tensor's row of them.
+        span: where its row coefficients lie (`Layout.row_spans`); None for a tensor that has none.
+    """
+    own = weights[..., group, :]
+    if span is None or weights.shape[-2] < span.stop:
+        return own
+    return own.unsqueeze(-1) + weights[..., span, :].mT
+
+
+def part_of_span(span: slice | None, first: int, last: int) -> slice | None:
+    """Where the row coefficients of a tensor's rows first .. last lie."""
+    return None if span is None else slice(span.start + first, span.start + last)
+
+
 def _only_one_given(what: str, preference: Any, weights: Any) -> None:
     if (preference is None) == (weights is None):
         got = "neither" if weights is None else "both"
@@ -71,11 +93,14 @@ def _only_one_given(what: str, preference: Any, weights: Any) -> None:
 
 
 def _checked(routers: Routers, weights: Tensor) -> Tensor:
-    device, expected = routers.output.bias.device, [len(routers.groups), len(routers.objectives)]
+    device, count = routers.output.bias.device, len(routers.objectives)
+    groups, width = len(routers.groups), routers.width
     routing = weights.to(device=device, dtype=torch.float32)
-    if list(routing.shape[-2:]) != expected or routing.dim() not in (2, 3):
+    if list(routing.shape[-2:]) not in ([groups, count], [width, count]) or routing.dim() not in (2, 3):
+        rows = "" if width == groups else f", or with row coefficients [G + R, E] = {[width, count]}"
         raise ValueError(
-            f"got weights of shape {list(routing.shape)}, expected [G, E] = {expected} or [K, G, E]"
+            f"got weights of shape {list(routing.shape)}, expected [G, E] = {[groups, count]}{rows}; with [K, ...] "
+            "for several"
         )
     if not torch.isfinite(routing).all():
         raise ValueError("got routing weights with NaN or infinity, expected finite numbers")

@@ -22,6 +22,7 @@ from paretofuse.engine.errors import some
 from paretofuse.engine.layout import columns_of, rows_of
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.safetensors_file import SafetensorsWriter
@@ -46,7 +47,7 @@ def write_adapter(
     Args:
         path: the directory; replaced where it holds an adapter, and only then.
         stack: its planes.
-        routing: the routing weights [G, P].
+        routing: the routing weights [G, P] or [G + R, P].
         blueprint: the model's structure, which tells how modules hold their weights, and its name.
         rank: cut every module's factors to this rank; None keeps their sum.
 
@@ -64,7 +65,9 @@ def write_adapter(
     config = json.loads(blueprint.files.get("config.json", b"{}"))
     base_name = str(config.get("_name_or_path") or "")
     layout = stack.layout
-    weights = {name: routing[row] for name, row in layout.group_index.items()}
+    weights = {
+        name: coefficients(routing, row, layout.row_spans[name]) for name, row in layout.group_index.items()
+    }
     for spec in layout.with_role("static"):
         weights[spec.name] = torch.full_like(routing[0], layout.static_weight)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -130,8 +133,12 @@ def _all_low_rank(planes: Sequence[Plane | None]) -> bool:
 def _factors(
     planes: Sequence[Plane | None], weights: Tensor, rank: int | None
 ) -> tuple[Tensor, Tensor, float, float] | None:
-    """B and A of the weighted sum, and the squares of what a cut loses and of the whole; None for vectors."""
-    active = [(w, p) for w, p in zip(weights.tolist(), planes, strict=True) if p is not None and w != 0]
+    """B and A of the weighted sum, and the squares of what a cut loses and of the whole; None for vectors.
+
+    Weights are [P] or [P, rows].
+    """
+    columns = weights.cpu().unsqueeze(-1)  # [P, 1] or [P, rows, 1]
+    active = [(w, p) for w, p in zip(columns, planes, strict=True) if p is not None and bool(w.any())]
     shape = next(plane.shape for plane in planes if plane is not None)
     if len(shape) != 2:
         return None

@@ -17,7 +17,7 @@ from paretofuse.engine.planes.choose import may_be_small
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.parts import parts_of, plane_from
 from paretofuse.engine.planes.plane import Plane
-from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.routers import Routers, routers_for
 from paretofuse.engine.stacking.deltas import (
     base_blocks,
     delta_blocks,
@@ -133,6 +133,10 @@ def write(
         ValueError: the path exists and is not a store, or is a trained one whose training would be lost.
         OSError: writing failed; what was there before is untouched.
     """
+    if routers.family != "scalar":
+        raise ValueError(
+            f"got family={routers.family!r}, expected scalar routers, as stores hold no row coefficients yet"
+        )
     # The widest elements first, so that every tensor of the file is aligned to its own element size.
     specs = sorted(layout.tensors, key=lambda spec: -ITEM_SIZE[spec.dtype])
     # Quantized planes are whole words, so that what follows them is aligned too.
@@ -185,7 +189,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
         store.release if device.type == "cpu" else lambda names: None,
         store.check_unchanged if device.type == "cpu" else lambda: None,
     )
-    routers = Routers(layout.groups, layout.objectives, store.init, constant=layout.static_weight)
+    routers = routers_for(layout, store.init, "scalar")
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})
     return stack, routers
 

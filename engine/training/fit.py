@@ -47,6 +47,9 @@ def fit(
     accumulate: int = 1,
     regularization: float = 0.0,
     validation: Validation | None = None,
+    family: str | None = None,
+    row_lr: float | None = None,
+    row_shrinkage: float | None = None,
     materialize: bool = True,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -84,6 +87,11 @@ def fit(
         regularization: adds this times the mean over groups of `|L(r) - L_start(r)|^2`, L_start being the routing
             weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
         validation: sweep held-out data now and then, keep the best routers, and stop early.
+        family: "rows" to train a coefficient for each row of each routed tensor as well (`engine.routers.rows`, zero at
+            the start), "scalar" for one for each group alone; None for the family that the engine has.
+        row_lr: learning rate of the row coefficients at the start, 0.03 unless told; it falls as `lr` does.
+        row_shrinkage: each step takes this share, times their learning rate, of the row coefficients away; 0 unless
+            told. Against overfitting where data is small.
         materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
             less memory, more time, the same gradients. The live module is then neither built nor changed.
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
@@ -125,8 +133,16 @@ def fit(
         accumulate=accumulate,
         seed=seed,
         regularization=regularization,
+        family=engine.routers.family if family is None else family,
+        row_lr=3e-2 if row_lr is None else row_lr,
+        row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
     )
     settings.check()
+    if settings.family == "scalar" and not (row_lr is None and row_shrinkage is None):
+        raise ValueError(
+            f"got row_lr={row_lr} and row_shrinkage={row_shrinkage} for routers without row coefficients; pass "
+            'family="rows", or leave them out'
+        )
     check_number("checkpoint_every", checkpoint_every, 1)
     if validation is not None and not isinstance(validation, Validation):
         raise TypeError(
@@ -137,6 +153,7 @@ def fit(
     matched = _match(as_objectives(objectives), engine.objectives)
     solver = get_solver(method, options)
     path = _checkpoint_path(checkpoint)
+    engine.set_family(settings.family)
     run = Run(engine, matched, solver, settings, validation, materialize)
     first = rank_and_size()[0] == 0
     records: list[Record] = []

@@ -24,7 +24,7 @@ from paretofuse.engine.training.batches import Batches
 from paretofuse.engine.training.checkpoint import damaged, like, read_checkpoint, write_checkpoint
 from paretofuse.engine.training.identity import differences, plain
 from paretofuse.engine.training.random_state import gpus_of, random_states, set_random_states
-from paretofuse.engine.training.settings import Settings, check_number
+from paretofuse.engine.training.settings import ROWS_ONLY, Settings, check_number
 from paretofuse.engine.training.smoothing import LossAtEqualPreference
 from paretofuse.engine.training.validation import EarlyStopping, Validation
 
@@ -91,7 +91,7 @@ class Run:
         self.solver = solver
         self.settings = settings
         self.gpus = gpus_of([engine.device, *(p.device for p in self.trained.module.parameters())])
-        self.optimizer = torch.optim.Adam(engine.routers.parameters(), lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self._parameter_groups(), lr=settings.lr)
         self.sampler = make_sampler(
             settings.sampler,
             len(objectives),
@@ -128,7 +128,8 @@ class Run:
         directions = directions / len(rays) + self._pull(weights.detach(), rays)
         weights.backward(directions.to(device=weights.device, dtype=weights.dtype))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(step)
+            group["lr"] = self.settings.rate(step, group["start"])
+        self._shrink_rows(step)
         self.optimizer.step()
         if self.early_stopping is not None:
             self.early_stopping.validate(step + 1)
@@ -227,8 +228,27 @@ class Run:
         set_random_states(random, self.gpus)
         self.engine.routers.load_state_dict(trained)
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The routers' parameters, each with the learning rate that it starts from; row coefficients last."""
+        rows = self.engine.routers.rows
+        own = [] if rows is None else [rows.weight]
+        rest = [p for p in self.engine.routers.parameters() if all(p is not row for row in own)]
+        return [
+            {"params": params, "start": start}
+            for params, start in ((rest, self.settings.lr), (own, self.settings.row_lr))
+            if params
+        ]
+
+    @torch.no_grad()
+    def _shrink_rows(self, step: int) -> None:
+        """Take a share of the row coefficients away: decoupled weight decay (Loshchilov and Hutter, 1711.05101)."""
+        rows = self.engine.routers.rows
+        if rows is not None:
+            rate = self.settings.rate(step, self.settings.row_lr)
+            rows.weight.mul_(1 - rate * self.settings.row_shrinkage)
+
     def _measure(self, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [M] and Jacobian [M, G, E] at one preference: means over `accumulate` batches, float64 on the CPU.
+        """Losses [M] and Jacobian [M, *L.shape] at one preference: means over `accumulate` batches, float64 on the CPU.
 
         Several processes take the batches in turn, and sum; the result does not depend on how many they are.
         """
@@ -236,7 +256,8 @@ class Run:
         rank, size = rank_and_size()
         module = self.trained.module
         self.trained.train_at(ray)
-        sums = torch.zeros(len(self.objectives), 1 + len(engine.groups) * len(ray), dtype=torch.float64)
+        width = engine.routers.width
+        sums = torch.zeros(len(self.objectives), 1 + width * len(ray), dtype=torch.float64)
         for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
             for index in range(count):
                 batch = stream.take()  # by every process, so that all streams stand at the same place
@@ -247,10 +268,10 @@ class Run:
                 row[0] += loss.item() / count
                 row[1:] += self._jacobian(loss / count, objective.name).flatten().cpu()
         sums = sum_over_ranks(sums, "training")
-        return sums[:, 0], sums[:, 1:].reshape(-1, len(engine.groups), len(ray))
+        return sums[:, 0], sums[:, 1:].reshape(-1, width, len(ray))
 
     def _jacobian(self, loss: Tensor, name: str) -> Tensor:
-        """One loss's gradient in the routing weights, [1, G, E]; what is wrong with it is told with its name."""
+        """One loss's gradient in the routing weights, [1, *L.shape]; what is wrong with it is told with its name."""
         try:
             return self.engine.jacobian([loss])
         except ValueError as error:
@@ -263,7 +284,7 @@ class Run:
 
         Args:
             losses: [K, M].
-            jacobians: [K, M, G, E].
+            jacobians: [K, M, *L.shape].
         """
         for index, objective in enumerate(self.objectives):
             if losses[:, index].any() and not jacobians[:, index].any():
@@ -274,15 +295,17 @@ class Run:
                 )
 
     def _pull(self, weights: Tensor, rays: Tensor) -> Tensor:
-        """Gradient of regularization * mean over preferences and groups of |L(r) - L_start(r)|^2; [K, G, E] or 0.
+        """Gradient of regularization * mean over preferences and groups of |L(r) - L_start(r)|^2, of L's shape, or 0.
 
-        A mean over groups, because each group's share of a loss's gradient falls with their number.
+        A mean over groups, because each group's share of a loss's gradient falls with their number. Row coefficients
+        have a shrinkage of their own.
         """
         strength = self.settings.regularization
         if not strength:
             return torch.zeros(())
         with torch.no_grad():
             moved: Tensor = (weights - self.start(rays)).cpu().double()
+            moved[:, len(self.engine.groups) :] = 0
         return 2 * strength * moved / (len(rays) * len(self.engine.groups))
 
     def _record(self, step: int, preferences: np.ndarray, losses: Tensor) -> Record:
@@ -295,6 +318,8 @@ class Run:
 
     def _describe(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run, as JSON gives it back; not the steps."""
+        # Runs without row coefficients are described as ever, so that their older checkpoints resume.
+        left_out = {"steps", *(ROWS_ONLY if self.settings.family == "scalar" else ())}
         described = {
             "objectives": self.engine.objectives,
             "groups": self.engine.groups,
@@ -305,7 +330,7 @@ class Run:
             "validation": None if self.early_stopping is None else self.early_stopping.identity(),
             "batches": {stream.name: stream.length for stream in self.streams},
             "train_mode": self.trained.module.training,
-            **{name: value for name, value in asdict(self.settings).items() if name != "steps"},
+            **{name: value for name, value in asdict(self.settings).items() if name not in left_out},
         }
         return {name: plain(value) for name, value in described.items()}
 

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, fields
 
 from paretofuse.engine.distributed import rank_and_size
+from paretofuse.engine.routing.routers import check_family
 from paretofuse.engine.routing.sampling import SamplerName
+
+ROWS_ONLY = ("family", "row_lr", "row_shrinkage")
+"""The settings that runs without row coefficients do not have."""
 
 _LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0}
 """The whole numbers among the settings, and the least that each may be."""
@@ -26,18 +30,28 @@ class Settings:
     accumulate: int
     seed: int
     regularization: float = 0.0
+    family: str = "scalar"
+    row_lr: float = 3e-2
+    row_shrinkage: float = 0.0
 
     def check(self) -> None:
         """Raise TypeError unless each is of its kind, and ValueError unless it is in its range."""
-        for name in (field.name for field in fields(self) if field.name != "sampler"):
+        for name in (field.name for field in fields(self) if field.name not in ("sampler", "family")):
             check_number(name, getattr(self, name), _LEAST.get(name))
-        for name in ("lr", "alpha"):
+        check_family(self.family)
+        for name in ("lr", "alpha", "row_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
-        if not self.regularization >= 0:
-            raise ValueError(f"got regularization={self.regularization}, expected a number of at least 0")
+        for name in ("regularization", "row_shrinkage"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"got {name}={getattr(self, name)}, expected a number of at least 0")
+        if self.row_lr * self.row_shrinkage > 1:
+            raise ValueError(
+                f"got row_shrinkage={self.row_shrinkage} at row_lr={self.row_lr}, expected at most 1 / row_lr, where a "
+                "step takes all of the row coefficients away"
+            )
         size = rank_and_size()[1]
         if self.accumulate < size:
             raise ValueError(
@@ -45,9 +59,10 @@ class Settings:
                 f"needs one; pass accumulate={size} or more"
             )
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step (from 0): a cosine from lr down to lr * lr_end."""
-        return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
+    def rate(self, step: int, start: float | None = None) -> float:
+        """The learning rate of a step (from 0): a cosine from the start (`lr` unless told) down to its lr_end."""
+        start = self.lr if start is None else start
+        return start * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
 
 def check_number(name: str, value: object, least: int | None = None) -> None:

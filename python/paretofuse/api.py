@@ -21,7 +21,7 @@ from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.groups import Route
-from paretofuse.engine.routing.routers import Routers, check_init
+from paretofuse.engine.routing.routers import check_family, check_init, routers_for
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
@@ -41,6 +41,7 @@ def stack(
     *,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
+    family: str = "scalar",
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -68,6 +69,8 @@ def stack(
             "lowrank:99%" (factors of a rank, or of an energy, by SVD); "auto": LoRA experts as their own factors, int8
             where the merged tensor is as exact as with dense planes. With all but dense ones LoRA experts stay
             factors, and vectors (norms, biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
+        family: "scalar" for one coefficient for each group and expert, a few hundred trained numbers; "rows" for one
+            for each row of each routed tensor besides, linear in the preference and zero at the start: thousands.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.
@@ -83,8 +86,9 @@ def stack(
         TypeError: a model is of no known kind.
     """
     place = None if device is None else _device(device)
+    check_family(family)
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
-    routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
+    routers = routers_for(plan.layout, init, family)
     with _threads_for(plan):
         built = build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
@@ -105,6 +109,7 @@ def stack_to_store(
     dtype: torch.dtype | str | None = None,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
+    family: str = "scalar",
     heads: Sequence[str] = (),
     allow_misfit: bool = False,
     force: bool = False,
@@ -123,8 +128,9 @@ def stack_to_store(
     Raises:
         as `stack`, and OSError when writing fails.
     """
+    check_family(family)
     plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
-    routers = Routers(plan.layout.groups, plan.layout.objectives, init, constant=static_weight)
+    routers = routers_for(plan.layout, init, family)
     parts = persist.streamed(plan, progress)
     with _threads_for(plan):
         persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)

@@ -113,20 +113,22 @@ def test_merged_writes_every_element() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # opcheck's own copies
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_operators_keep_torchs_rules(transposed: bool) -> None:
+def test_the_operators_keep_torchs_rules(transposed: bool, by_row: bool) -> None:
     layer, mix = random_layer(6, 5, 3, torch.float32, torch.float32, transposed)
     layer = LayerwiseWeight(
         layer.base, [*layer.planes, *every_small_format(layer.base)], mix, 1, transposed, lambda: None
     )
     x = torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
-    weights = torch.rand(len(layer.planes), requires_grad=True)
+    count, rows = len(layer.planes), len(layer.base)
+    weights = torch.rand((count, rows) if by_row else (count,), requires_grad=True)
     arguments = (x, layer.base, *layer._parts, weights, bias, transposed)
     torch.library.opcheck(torch.ops.paretofuse.layerwise_linear, arguments)
     torch.library.opcheck(
         torch.ops.paretofuse.layerwise_weights_grad,
-        (torch.randn(4, 6), x.detach(), *layer._parts, transposed),
+        (torch.randn(4, 6), x.detach(), *layer._parts, transposed, by_row),
     )
 
 

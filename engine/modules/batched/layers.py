@@ -7,7 +7,7 @@ into a model. All of it may run in many threads at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import local
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretofuse.engine.merging.flat import Deltas
+from paretofuse.engine.routing.weights import coefficients, part_of_span
 from paretofuse.engine.stacking.stack import lasting
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_rows import routed_rows
@@ -33,12 +34,12 @@ class RowMix:
     """The routing weights of a batch, a set for each row; inside `PerRow`, of one row.
 
     Args:
-        weights: [B, G, E] float32. Gradients of backward passes are carried on into its graph, of any number of
-            passes.
+        weights: [B, G, E], or with row coefficients [B, G + R, E], float32. Gradients of backward passes are carried on
+            into its graph, of any number of passes.
     """
 
     def __init__(self, weights: Tensor) -> None:
-        self._all = weights.detach().transpose(0, 1).contiguous()  # [G, B, E]
+        self._all = weights.detach().transpose(0, 1).contiguous()  # [G, B, E] or [G + R, B, E]
         self._inside = local()  # what `only` says, in each thread
         self.mixed: dict[str, Tensor] = {}
         if weights.requires_grad:
@@ -53,7 +54,7 @@ class RowMix:
 
     @property
     def weights(self) -> Tensor:
-        """[G, B, E]; inside `PerRow` [G, 1, E]."""
+        """[G, B, E], or [G + R, B, E]; inside `PerRow` 1 is for B."""
         row: Tensor | None = getattr(self._inside, "weights", None)
         return self._all if row is None else row
 
@@ -70,7 +71,7 @@ class RowMix:
 
     @contextmanager
     def only(self, weights: Tensor) -> Iterator[None]:
-        """Inside, the layers mix by one row's weights [G, E], in this thread."""
+        """Inside, the layers mix by one row's weights [G, E] or [G + R, E], in this thread."""
         outer = getattr(self._inside, "weights", None)
         self._inside.weights = weights.unsqueeze(1)
         try:
@@ -78,9 +79,10 @@ class RowMix:
         finally:
             self._inside.weights = outer
 
-    def row(self, group: int, device: torch.device) -> Tensor:
-        """[B, E], contiguous."""
-        return self.weights[group].to(device)
+    def of(self, group: int, span: slice | None, device: torch.device) -> Tensor:
+        """A tensor's coefficients, [B, E], contiguous, or [B, E, rows]; see `coefficients`."""
+        own = coefficients(self.weights.transpose(0, 1), group, span)
+        return own.to(device)
 
     def batch(self, x: Tensor, layer: str) -> Tensor:
         """A layer's input with a row for each preference; one row is meant for all, as position ids are.
@@ -108,6 +110,7 @@ class RowTensor:
         base: [*shape].
         planes: of shape [*shape]; None for a tensor that is not routed, whose rows are all `base`.
         group: its row of the routing weights.
+        span: where its row coefficients lie in them (`Layout.row_spans`).
         mix: the weights.
     """
 
@@ -115,6 +118,7 @@ class RowTensor:
     base: Tensor
     planes: Deltas | None
     group: int
+    span: slice | None
     mix: RowMix
 
     def __call__(self) -> Tensor:
@@ -129,9 +133,9 @@ class RowTensor:
         return self.mix.mixed[self.name]
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each expert that changes the tensor, its weights [B] and its delta [*shape]."""
+        """For each expert that changes the tensor, its weights [B] or [B, rows] and its delta [*shape]."""
         if self.planes is not None:
-            weights = self.mix.row(self.group, self.base.device).unbind(1)
+            weights = self.mix.of(self.group, self.span, self.base.device).unbind(1)
             yield from (
                 (w, delta) for w, delta in zip(weights, self.planes, strict=True) if delta is not None
             )
@@ -139,7 +143,8 @@ class RowTensor:
     def _mixed(self) -> Tensor:
         mixed = self.base.float().unsqueeze(0)
         for weight, delta in self.parts():
-            mixed = mixed + weight.view(-1, *[1] * self.base.dim()) * delta.float()
+            shape = (len(weight), -1, *[1] * (self.base.dim() - 1))[: 1 + self.base.dim()]
+            mixed = mixed + weight.reshape(shape) * delta.float()
         return mixed.to(self.base.dtype)
 
 
@@ -152,6 +157,8 @@ class RowsWeight:
         base: [O, I].
         planes: each [O, I], in the base's layout; None for a weight that is not routed.
         group: its row of the routing weights.
+        span: where its row coefficients lie in them (`Layout.row_spans`).
+        transposed: whether these rows are the I inputs, as in transformers' Conv1D, rather than the O outputs.
         bias: gives [B, O], or None.
         mix: the weights.
     """
@@ -160,6 +167,8 @@ class RowsWeight:
     base: Tensor
     planes: Deltas | None
     group: int
+    span: slice | None
+    transposed: bool
     bias: Callable[[], Tensor] | None
     mix: RowMix
 
@@ -171,31 +180,49 @@ class RowsWeight:
         if self.planes is None:
             y = F.linear(x, self.base)
             y = y if own is None else y + own.view(len(own), *[1] * (y.dim() - 2), -1).to(y.dtype)
-        elif isinstance(self.planes, Tensor):
-            y = routed_rows(x, self.base, self.planes, self.mix.row(self.group, x.device), own)
         else:
-            y = self._apart(x, self.planes, own)
+            weights = self.mix.of(self.group, self.span, x.device)
+            if isinstance(self.planes, Tensor) and weights.dim() == 2:
+                y = routed_rows(x, self.base, self.planes, weights, own)
+            else:
+                y = self._apart(x, self.planes, weights, own)
         return y.squeeze(0) if one else y
 
-    def _apart(self, x: Tensor, deltas: Sequence[Tensor | None], bias: Tensor | None) -> Tensor:
-        """By PyTorch, product by product, from deltas that lie apart; x [B, ..., I]."""
+    def _apart(self, x: Tensor, deltas: Deltas, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """By PyTorch, product by product: from deltas that lie apart, or with coefficients for each row.
+
+        Args:
+            x: [B, ..., I].
+            deltas: see `planes`.
+            weights: [B, E] or [B, E, rows].
+            bias: [B, O] or None.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        present = [e for e, delta in enumerate(deltas) if delta is not None]
-        weights = self.mix.row(self.group, x.device)[:, present]
+        weights = weights[:, [e for e, delta in enumerate(deltas) if delta is not None]]
+        planes = [delta for delta in deltas if delta is not None]
         rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
-        y = routed_rows_reference(rows, self.base, [d for d in deltas if d is not None], weights, bias)
+        if weights.dim() == 3 and self.transposed:
+            # A row of the weight goes with an input, so the inputs are weighted before the product, not its results.
+            mixed = (rows @ self.base.to(x.dtype).T).float()
+            for weight, delta in zip(weights.unbind(1), planes, strict=True):
+                mixed = (
+                    mixed + ((weight.unsqueeze(1) * rows.float()).to(x.dtype) @ delta.to(x.dtype).T).float()
+                )
+            y = (mixed if bias is None else mixed + bias.unsqueeze(1).float()).to(x.dtype)
+        else:
+            y = routed_rows_reference(rows, self.base, planes, weights, bias)
         return y.view(*x.shape[:-1], -1)
 
     def part(self, first: int, last: int) -> RowsWeight:
-        """The weight and bias of outputs first .. last, as a view."""
+        """The weight and bias of outputs first .. last, as a view; not of a transposed weight."""
         bias, planes = self.bias, self.planes
         if isinstance(planes, Tensor):
             planes = planes[:, first:last]
         elif planes is not None:
             planes = [None if delta is None else delta[first:last] for delta in planes]
         return RowsWeight(
-            self.layer, self.base[first:last], planes, self.group,
+            self.layer, self.base[first:last], planes, self.group, part_of_span(self.span, first, last), False,
             None if bias is None else lambda: bias()[:, first:last], self.mix,
         )  # fmt: skip
 
@@ -229,7 +256,13 @@ class RowEmbedding(nn.Module):
             ids = mixed.mix.batch(ids, self.layer)
         found = F.embedding(ids, mixed.base).float()
         for weight, delta in mixed.parts():
-            found = found + weight.view(-1, *[1] * ids.dim()) * F.embedding(ids, delta).float()
+            if weight.dim() == 2:  # [B, V]: each id's own
+                one = mixed.mix.count == 1
+                own = weight[0][ids] if one else weight.gather(1, ids.flatten(1)).view(ids.shape)
+                own = own.unsqueeze(-1)
+            else:
+                own = weight.view(-1, *[1] * ids.dim())
+            found = found + own * F.embedding(ids, delta).float()
         return found.to(mixed.base.dtype).view(*ids.shape, -1)
 
 
@@ -262,7 +295,7 @@ class RowConv(nn.Module):
         y = first.float()
         for weight, delta in mixed.parts():
             part = self.conv._conv_forward(x, delta.to(mixed.base.dtype), None)
-            y = y + weight.view(-1, 1, *space) * part.float()
+            y = y + weight.reshape(len(weight), -1, *space) * part.float()
         if self.row_bias is not None:
             y = y + self.row_bias().float().view(mixed.mix.count, -1, *space)
         return cast(Tensor, y.to(first.dtype))

@@ -204,10 +204,11 @@ class _Builder:
         """A tensor of the module, mixed for each row if it is routed."""
         name = self._names.get(id(tensor))
         if name is None:
-            return RowTensor("", tensor, None, 0, self._mix)
+            return RowTensor("", tensor, None, 0, None, self._mix)
         if name not in self._tensors:
             base, planes = self._bound.stack.base[name], self._bound.deltas.where_they_lie(name)
-            self._tensors[name] = RowTensor(name, base, planes, self._bound.rows[name], self._mix)
+            group, span = self._bound.rows[name], self._bound.layout.row_spans[name]
+            self._tensors[name] = RowTensor(name, base, planes, group, span, self._mix)
         return self._tensors[name]
 
     def _refuse(self, path: str, layer: nn.Module) -> None:
@@ -247,14 +248,15 @@ class _Builder:
     def _weight(self, path: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> RowsWeight:
         mixed = self._tensor(weight)
         base, planes = mixed.base, mixed.planes
-        if is_conv1d(layer):
+        transposed = is_conv1d(layer)
+        if transposed:
             base = base.T
             if isinstance(planes, Tensor):
                 planes = planes.mT
             elif planes is not None:
                 planes = [None if delta is None else delta.T for delta in planes]
         own = None if bias is None else self._tensor(bias)
-        return RowsWeight(path, base, planes, mixed.group, own, self._mix)
+        return RowsWeight(path, base, planes, mixed.group, mixed.span, transposed, own, self._mix)
 
 
 @lasting()
@@ -281,7 +283,7 @@ def batched_module(
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: [B, G, E] float32.
+        weights: [B, G, E] or [B, G + R, E] float32.
         isolate: run the whole model under `torch.vmap`, so that each row is a batch of its own.
         head: an objective's own tensors, which take the place of the base's.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paretofuse.engine.routing.weights import coefficients, part_of_span
 from paretofuse.kernels.reference import merge_tensor_reference
 from paretofuse.kernels.routed_linear import routed_linear
 
@@ -37,26 +38,47 @@ class RoutedWeight:
     """One weight for the whole batch.
 
     Args:
-        base: [O, I].
-        deltas: [E, O, I], in the base's layout.
-        mix: [G, E] float32, the routing weights of the whole model; rewritten in place.
+        base: [O, I], or [I, O] if transposed.
+        deltas: [E, *base.shape].
+        mix: [G, E] or [G + R, E] float32, the routing weights of the whole model; rewritten in place.
         row: the weight's row of `mix`.
+        transposed: whether base and deltas are [I, O], as transformers' Conv1D keeps them.
+        span: where its row coefficients lie in `mix` (`Layout.row_spans`).
     """
 
-    def __init__(self, base: Tensor, deltas: Tensor, mix: Tensor, row: int) -> None:
+    def __init__(
+        self, base: Tensor, deltas: Tensor, mix: Tensor, row: int, transposed: bool, span: slice | None
+    ) -> None:
         self.base, self.deltas, self.mix, self.row = base, deltas, mix, row
+        self.transposed, self.span = transposed, span
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., I] -> [..., O], differentiable in x, the routing weights and the bias."""
-        return routed_linear(x, self.base, self.deltas, self.mix[self.row], bias)
+        """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
+
+        The kernels know no row coefficients: with those the weight is merged by PyTorch first.
+        """
+        weights = coefficients(self.mix, self.row, self.span)
+        if weights.dim() == 2:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return F.linear(x, self._mixed(x.dtype), None if bias is None else bias.to(x.dtype))
+        base, deltas = (self.base.T, self.deltas.mT) if self.transposed else (self.base, self.deltas)
+        return routed_linear(x, base, deltas, weights, bias)
 
     def part(self, first: int, last: int) -> RoutedWeight:
-        """The weight of outputs first .. last, as a view."""
-        return RoutedWeight(self.base[first:last], self.deltas[:, first:last], self.mix, self.row)
+        """The weight of outputs first .. last, as a view; not of a transposed weight."""
+        base, deltas = self.base[first:last], self.deltas[:, first:last]
+        return RoutedWeight(base, deltas, self.mix, self.row, False, part_of_span(self.span, first, last))
 
     def dense(self) -> Tensor:
         """Mixed anew each time, differentiable in the routing weights."""
-        return merge_tensor_reference(self.base, list(self.deltas), self.mix[self.row], self.base.dtype)
+        return self._mixed(self.base.dtype)
+
+    def _mixed(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]."""
+        weights = coefficients(self.mix, self.row, self.span)
+        mixed = merge_tensor_reference(self.base, list(self.deltas), weights, dtype)
+        return mixed.T if self.transposed else mixed
 
 
 class RoutedLinear(nn.Module):

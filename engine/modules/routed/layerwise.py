@@ -1,7 +1,7 @@
 """Training layer by layer on the CPU: a linear layer's weight is merged when the layer runs, used, and forgotten.
 
     forward     W = W0 + sum_j L[g, j] D_j        y = x W^T + bias        W is freed
-    backward    W once more for dx = dy W, freed; then dL[g, e] = <dy^T x, D_e>
+    backward    W once more for dx = dy W, freed; then dL[g, e] = <dy^T x, D_e>, or by row where rows have coefficients
 
 So a model's peak memory above its activations is base, deltas and one layer's weight. Base and deltas are read where
 they lie, which may be files mapped from a store: nothing is stacked or copied, and their pages are handed back to the
@@ -28,6 +28,7 @@ from paretofuse.engine.modules.gradient import inner_products
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
 from paretofuse.engine.planes.plane import Plane, memories, merged_tensor
+from paretofuse.engine.routing.weights import coefficients, part_of_span
 
 Release = Callable[[], None]
 """Hands the pages of a layer's base and deltas back to the system, where they are mapped from a file."""
@@ -47,7 +48,7 @@ def merged(base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype:
     Args:
         base: contiguous, float32, bfloat16 or float16.
         planes: of the base's shape; None counts as zero.
-        weights: [P] float32.
+        weights: [P] float32, or [P, rows]: one for each row.
         dtype: of the result.
     """
     out = torch.empty(base.shape, dtype=dtype)
@@ -64,8 +65,14 @@ def merged(base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype:
         plane_count=len(planes),
         row_count=1,
     )
-    row = np.ascontiguousarray(weights.detach().numpy(), np.float32)
-    plan.run(row.reshape(1, 1, -1), [[out.data_ptr()]], threads=torch.get_num_threads())
+    given = np.ascontiguousarray(weights.detach().numpy(), np.float32)
+    by_row = weights.dim() == 2
+    plan.run(
+        np.zeros((1, 1, len(planes)), np.float32) if by_row else given.reshape(1, 1, -1),
+        [[out.data_ptr()]],
+        row_weights=[[given.ctypes.data]] if by_row else None,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
@@ -107,22 +114,25 @@ def _weights_grad(
     factors: Sequence[Tensor],
     sizes: Sequence[int],
     transposed: bool,
+    by_row: bool,
 ) -> Tensor:
-    """<dLoss/dW, plane_j> for every plane, float32 [P]; grad [M, O], x [M, I].
+    """<dLoss/dW, plane_j> for every plane, float32 [P], or by row [P, rows]; grad [M, O], x [M, I].
 
     dLoss/dW = left^T right as W lies in memory. A low-rank plane needs no such product: <left^T right, B A> is the sum
-    over the M tokens of (left B) * (right A^T).
+    over the M tokens of (left B) * (right A^T), and a row of it is that of B * (left^T (right A^T)).
     """
     with torch.autocast("cpu", enabled=False):
         left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
         planes = _planes(values, factors, sizes, (left.shape[1], right.shape[1]))
-        sums = torch.zeros(len(planes))
+        sums = torch.zeros(len(planes), left.shape[1]) if by_row else torch.zeros(len(planes))
         for j, plane in enumerate(planes):
-            if isinstance(plane, LowRank):
-                sums[j] = ((left @ plane.b.float()) * (right @ plane.a.float().T)).sum()
+            if not isinstance(plane, LowRank):
+                continue
+            b, low = plane.b.float(), right @ plane.a.float().T  # [rows, rank], [M, rank]
+            sums[j] = (b * (left.T @ low)).sum(1) if by_row else ((left @ b) * low).sum()
         rest = [None if isinstance(plane, LowRank) else plane for plane in planes]
         if any(rest) and left.numel() and right.numel():
-            sums += inner_products(left.T @ right, rest).float()
+            sums += inner_products(left.T @ right, rest, by_row).float()
     return sums
 
 
@@ -134,8 +144,10 @@ def _(
     factors: Sequence[Tensor],
     sizes: Sequence[int],
     transposed: bool,
+    by_row: bool,
 ) -> Tensor:
-    return x.new_empty((len(values),), dtype=torch.float32)
+    rows = (x if transposed else grad).shape[1]
+    return x.new_empty((len(values), rows) if by_row else (len(values),), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,7 +169,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         [None] * count,
         [None] * count,
         None,
-        ops.layerwise_weights_grad(grad, x, *planes, ctx.transposed) if need_weights else None,
+        ops.layerwise_weights_grad(grad, x, *planes, ctx.transposed, weights.dim() == 2)
+        if need_weights
+        else None,
         grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
         None,
     )
@@ -172,10 +186,11 @@ class LayerwiseWeight:
     Args:
         base: [O, I], or [I, O] if transposed; contiguous.
         planes: one for each expert, as the base lies; None where the expert leaves the weight unchanged.
-        mix: [G, E] float32, the routing weights of the whole model; rewritten in place.
+        mix: [G, E] or [G + R, E] float32, the routing weights of the whole model; rewritten in place.
         row: the weight's row of `mix`.
         transposed: whether base and planes are [I, O], as transformers' Conv1D keeps them.
         release: called when base and planes were used for the last time in a pass.
+        span: where its row coefficients lie in `mix` (`Layout.row_spans`).
     """
 
     def __init__(
@@ -186,8 +201,9 @@ class LayerwiseWeight:
         row: int,
         transposed: bool,
         release: Release,
+        span: slice | None = None,
     ) -> None:
-        self.base, self.mix, self.row, self.transposed = base, mix, row, transposed
+        self.base, self.mix, self.row, self.transposed, self.span = base, mix, row, transposed, span
         self.planes = list(planes)
         self._release = release
         none = base.new_empty(0)
@@ -208,7 +224,7 @@ class LayerwiseWeight:
                 f"got an input of shape {list(x.shape)} and {x.dtype} to a routed linear layer, expected [..., {ins}] "
                 "of float32, bfloat16 or float16"
             )
-        weights = self.mix[self.row]
+        weights = coefficients(self.mix, self.row, self.span)
         tracked = weights.requires_grad and not torch.compiler.is_compiling()
         if tracked:  # its gradient is the last thing that the backward pass asks of base and deltas
             weights.register_hook(lambda gradient: self._release())
@@ -222,9 +238,13 @@ class LayerwiseWeight:
     def part(self, first: int, last: int) -> LayerwiseWeight:
         """The weight of outputs first .. last, as a view; not of a transposed weight."""
         planes = [None if plane is None else part_of(plane, first, last) for plane in self.planes]
-        return LayerwiseWeight(self.base[first:last], planes, self.mix, self.row, False, self._release)
+        return LayerwiseWeight(
+            self.base[first:last], planes, self.mix, self.row, False, self._release,
+            part_of_span(self.span, first, last),
+        )  # fmt: skip
 
     def dense(self) -> Tensor:
         """[O, I], merged anew each time, for code that asks a layer for its weight."""
-        weight = merged_tensor(self.base, self.planes, self.mix[self.row], self.base.dtype)
+        weights = coefficients(self.mix, self.row, self.span)
+        weight = merged_tensor(self.base, self.planes, weights, self.base.dtype)
         return weight.T if self.transposed else weight
