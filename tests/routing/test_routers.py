@@ -123,3 +123,32 @@ def test_what_is_refused() -> None:
         routers([0.5, 0.2, 0.2])
     with pytest.raises(ValueError, match=r"got no preferences \[0, E\]"):
         routers(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_row_coefficients_follow_the_groups_and_are_the_formula(seed: int) -> None:
+    routers = Routers(GROUPS, NAMES, rows=7, family="rows", seed=seed)
+    assert routers.rows is not None
+    scalar = Routers(GROUPS, NAMES, rows=7, seed=seed)
+    grid = torch.from_numpy(np.random.default_rng(seed).dirichlet([0.7] * 3, 4))
+    start = routers(grid)
+    assert start.shape == (4, 2 + 7, 3) == (4, routers.width, 3)
+    assert torch.equal(start[:, :2], scalar(grid))
+    assert (start[:, 2:] == 0).all()
+    with torch.no_grad():
+        routers.rows.weight.copy_(torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(seed)))
+    s = routers.rows.weight.detach().numpy().astype(np.float64)
+    several = routers(grid)
+    for r, row in zip(grid.numpy(), several, strict=True):
+        expected = [[sum(r[m] * s[m, e, i] for m in range(3)) for e in range(3)] for i in range(7)]
+        np.testing.assert_allclose(row[2:].detach().numpy(), expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(routers(r).detach().numpy(), row.detach().numpy())
+    several[:, 2:].square().sum().backward()
+    exact = torch.from_numpy(s).requires_grad_()
+    torch.einsum("km,mei->kei", grid, exact).square().sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(routers.rows.weight.grad, exact.grad.float())
+    assert "family='rows' with 139 trained numbers (556 bytes)" in repr(routers)
+    assert was_trained("identity", arrays(routers))
+    routers.reset(seed)
+    assert not was_trained("identity", arrays(routers))
