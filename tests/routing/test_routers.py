@@ -148,7 +148,7 @@ def test_row_coefficients_follow_the_groups_and_are_the_formula(seed: int) -> No
     torch.einsum("km,mei->kei", grid, exact).square().sum().backward()
     assert exact.grad is not None
     torch.testing.assert_close(routers.rows.weight.grad, exact.grad.float())
-    assert "family='rows' with 139 trained numbers (556 bytes)" in repr(routers)
+    assert "family='rows' with 153 trained numbers (612 bytes)" in repr(routers)
     assert was_trained("identity", arrays(routers))
     routers.reset(seed)
     assert not was_trained("identity", arrays(routers))
