@@ -88,6 +88,7 @@ SETTINGS = (
     Setting("ours, corner every 4", OURS_STACK, {**OURS_FIT, "corner_every": 4}),
     Setting("ours, regularization 0.1", OURS_STACK, {**OURS_FIT, "regularization": 1e-1}),
     Setting("ours, early stop", OURS_STACK, OURS_FIT, stop=True),
+    Setting("ours, rows", {**OURS_STACK, "family": "rows"}, OURS_FIT),
     Setting("ours, epo", OURS_STACK, {**OURS_FIT, "method": "epo"}),
     Setting(
         "ours, 4 preferences a step, a quarter of the steps",

@@ -36,6 +36,8 @@ BASE = "base.safetensors"
 ROUTERS = "routers.safetensors"
 
 _BLOCK = 1 << 20
+ROWS = "rows.weight"
+"""The routers' parameter that the family "rows" has besides those of the family "scalar"."""
 _ZERO_AT_START = {"constant": ("hidden.bias",)}
 """Router parameters that `Routers.reset` sets to zero, by init; these for all others."""
 
@@ -118,6 +120,11 @@ class Store:
         return cls(Path(path), _C.Store(path))
 
     @property
+    def family(self) -> str:
+        """What has coefficients of its own: "scalar" (each group) or "rows" (each row of routed tensors as well)."""
+        return "rows" if ROWS in self.routers else "scalar"
+
+    @property
     def trained(self) -> bool:
         """Whether the routers are another than those that `pf.stack` starts with, or a training is recorded."""
         return self.training is not None or was_trained(self.init, self.routers)
@@ -128,7 +135,7 @@ class Store:
         return self.checksums[ROUTERS][1]
 
     def routing_weights(self, preference: np.ndarray) -> np.ndarray:
-        """The routers at a preference [E], as from `as_preference`: the routing weights, float32 [G, E].
+        """The routers at a preference [E], as from `as_preference`: routing weights, float32 [G, E] or [G + R, E].
 
         Computed in float64 and rounded once, as the routers in torch are. Raises ValueError for no preference.
         """
@@ -206,7 +213,7 @@ class Store:
 
 def was_trained(init: str, routers: Mapping[str, np.ndarray]) -> bool:
     """Whether router parameters that start at zero are zero no more."""
-    zero = _ZERO_AT_START.get(init, ("output.weight", "output.bias"))
+    zero = (*_ZERO_AT_START.get(init, ("output.weight", "output.bias")), ROWS)
     return any(routers[name].any() for name in zero if name in routers)
 
 

@@ -318,7 +318,6 @@ class Run:
 
     def _describe(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run, as JSON gives it back; not the steps."""
-        # Runs without row coefficients are described as ever, so that their older checkpoints resume.
         left_out = {"steps", *(ROWS_ONLY if self.settings.family == "scalar" else ())}
         described = {
             "objectives": self.engine.objectives,
@@ -352,7 +351,8 @@ class Run:
     def _check_same(self, path: Path, theirs: Any) -> None:
         if not isinstance(theirs, Mapping):
             raise damaged(path, "it does not say whose run it is")
-        different = list(differences(theirs, self._identity))
+        # Checkpoints from before there were families are of scalar runs.
+        different = list(differences({"family": "scalar", **theirs}, self._identity))
         if different:
             raise ValueError(
                 f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or name "

@@ -9,7 +9,7 @@ from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.routing.routers import check_family
 from paretofuse.engine.routing.sampling import SamplerName
 
-ROWS_ONLY = ("family", "row_lr", "row_shrinkage")
+ROWS_ONLY = ("row_lr", "row_shrinkage")
 """The settings that runs without row coefficients do not have."""
 
 _LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0}

@@ -63,6 +63,26 @@ def test_experts_side_by_side_are_exact(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, engine.merge_state_dict(R)[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_row_coefficients_scale_rows_of_b(tmp_path: Path, rank: int | None) -> None:
+    base = tiny_gpt2()
+    engine = gpt2_with_loras(tmp_path)
+    engine.set_family("rows")
+    assert engine.routers.rows is not None
+    with torch.no_grad():
+        engine.routers.rows.weight.copy_(torch.randn(engine.routers.rows.weight.shape))
+    error = engine.export_adapter(R, tmp_path / "adapter", rank=rank)
+    if rank is None:
+        assert error == 0
+        check(engine, base, tmp_path / "adapter")
+        return
+    start, whole = base.state_dict(), engine.merge_state_dict(R)
+    cut = unloaded(base, tmp_path / "adapter")
+    wrong = sum((whole[n] - tensor).square().sum() for n, tensor in cut.items())
+    size = sum((whole[n] - start[n]).square().sum() for n in cut)
+    assert error == pytest.approx(float((wrong / size).sqrt()), rel=1e-3)
+
+
 def test_embeddings_and_modules_of_different_ranks(tmp_path: Path) -> None:
     torch.manual_seed(3)
     base = Mixed()
