@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,6 +27,7 @@ from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack, build, on_cpu
+from paretofuse.engine.stacking.threads import one_thread
 from paretofuse.engine.store.reader import Store
 
 
@@ -251,19 +252,10 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     return (*plan.notes, *plan.norms.notes(expert.label for expert in plan.experts.values()))
 
 
-@contextmanager
-def _threads_for(plan: Plan) -> Iterator[None]:
-    """Let torch make dense planes with one thread: that waits for memory, and more threads only wait for each other.
-
-    Beside another busy process, two took ten times as long as one. Other planes are computed, by all threads.
-    """
-    threads = torch.get_num_threads()
-    if plan.planes.kind == "dense":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _threads_for(plan: Plan) -> AbstractContextManager[None]:
+    """All of torch's threads where planes are computed: those that are neither dense nor an adapter's own factors."""
+    computed = plan.planes.kind != "dense" and not all(e.factors for e in plan.experts.values())
+    return nullcontext() if computed else one_thread()
 
 
 def _device(device: str | torch.device) -> torch.device:

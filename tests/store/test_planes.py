@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.routers import Routers
-from paretofuse.engine.stacking import persist
+from paretofuse.engine.stacking import persist, sources
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.store.reader import Store
@@ -152,6 +155,26 @@ def test_lora_experts_are_megabytes_and_merge_without_torch(tmp_path: Path) -> N
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     expected = pf.load(store).merge_state_dict(R)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file is read")
+def test_lora_experts_cost_no_pass_over_the_base_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, read = Two(), Counter[str]()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    experts = {
+        f"e{i}": lora(base, tmp_path / f"e{i}", i, 3, target_modules=["first", "second"]) for i in range(3)
+    }
+    plain = sources._read_into
+
+    def count(descriptor: int, buffer: bytearray) -> int:
+        read[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] += len(buffer)
+        return plain(descriptor, buffer)
+
+    monkeypatch.setattr(sources, "_read_into", count)
+    stack_to_store(tmp_path / "base.safetensors", experts, tmp_path / "store", planes="auto")
+    assert read["base.safetensors"] == sum(t.numel() * t.element_size() for t in base.state_dict().values())
 
 
 def test_the_command_line_stacks_and_tells_planes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
