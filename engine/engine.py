@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.adapter import write_adapter
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
-from paretofuse.engine.stacking.threads import one_thread
 
 
 class Engine:

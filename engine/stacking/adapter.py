@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
+from paretofuse.engine.stacking.threads import one_thread
 from paretofuse.engine.store.safetensors_file import SafetensorsWriter
 
 CONFIG = "adapter_config.json"
@@ -77,7 +79,8 @@ def write_adapter(
         planes = [own.get(name) for own in stack.planes]
         if not any(planes):
             continue
-        factors = None if rank is None and not _all_low_rank(planes) else _factors(planes, row, rank)
+        with one_thread() if rank is None else nullcontext():  # else an SVD is computed
+            factors = None if rank is None and not _all_low_rank(planes) else _factors(planes, row, rank)
         module, _, attribute = name.rpartition(".")
         kind = type(modules.get(module)).__name__
         if factors is None or attribute != "weight" or kind not in ("Linear", *_TRANSPOSED):
