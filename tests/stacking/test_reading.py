@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import paretofuse as pf
+from paretofuse.api import stack_to_store
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.stacking import sources
 from paretofuse.engine.stacking.sources import from_safetensors
@@ -115,3 +116,27 @@ def test_deltas_whose_squares_vanish_or_overflow_are_kept(tmp_path: Path, dtype:
     merged = engine.merge_state_dict([1.0])
     for name, tensor in expert.items():
         assert torch.equal(merged[name], tensor.to(dtype).float())
+
+
+def test_blocks_are_made_by_one_thread_and_planes_by_all(tmp_path: Path) -> None:
+    """Beside another busy process, two threads that wait for each other took ten times as long as one."""
+    from safetensors.torch import save_file
+
+    for size, name in enumerate(("base", "a")):
+        save_file({"w": torch.full((64, 64), float(size))}, tmp_path / f"{name}.safetensors")
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for planes, expected in (("dense", 1), ("int8", 3)):
+            threads: set[int] = set()
+            stack_to_store(
+                tmp_path / "base.safetensors",
+                {"a": tmp_path / "a.safetensors"},
+                tmp_path / "store",
+                planes=planes,
+                progress=lambda _, threads=threads: threads.add(torch.get_num_threads()),
+            )
+            assert threads == {expected}
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)

@@ -107,7 +107,7 @@ class Front:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What one should know about the front, a sentence each: metrics that run against their preferences."""
+        """What one should know about the front, a sentence each, such as metrics that run against their preferences."""
         note = against_preferences(
             self.preferences, self.values, self.objectives, self.metrics, self.directions
         )
