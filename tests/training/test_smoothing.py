@@ -40,12 +40,12 @@ def test_it_follows_a_fall_and_forgets() -> None:
     np.testing.assert_allclose(smoothed.value(), [0.5, 1.0], atol=5e-3)  # exp(-300 / 50) is left of the first
 
 
-@pytest.mark.parametrize("objectives", [2, 4])
+@pytest.mark.parametrize("objectives", [2, 4, 8])
 def test_it_is_the_weighted_regression(objectives: int) -> None:
     """Against a least-squares solve over all steps at once: the ridge is a further row for each slope."""
     rng = np.random.default_rng(objectives)
     draws, losses = rng.dirichlet([1.0] * objectives, 30), rng.random((30, objectives))
-    draws[3] = np.eye(objectives)[0]  # so far from the middle that only the least weight is left
+    draws[3] = np.eye(objectives)[0]  # of 8, so far from the middle that only the least weight is left
     smoothed = LossAtEqualPreference(objectives)
     for preference, own in zip(draws, losses, strict=True):
         smoothed.add(preference, own)
