@@ -137,12 +137,15 @@ def test_csv_and_tensorboard_logs(tmp_path: Path) -> None:
     with (tmp_path / "not" / "there" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss/left"]) for row in rows] == [r["loss/left"] for r in records]
-    pf.fit(engine, objectives, steps=3, log=tmp_path / "board", progress=False)
+    records = pf.fit(engine, objectives, steps=3, log=tmp_path / "board", progress=False)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    assert len(events.Scalars("loss/left")) == 3
+    assert set(events.Tags()["scalars"]) == set(records[0]) - {"step"}
+    for name in events.Tags()["scalars"]:
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records]
 
 
 @pytest.mark.parametrize(
