@@ -70,7 +70,7 @@ def merge_store(
         numbers = as_preference(preference, store.layout.objectives).tolist()
         shares = dict(zip(store.layout.objectives, numbers, strict=True))
     if verify:
-        store.verify()
+        store.verify(threads=threads)
     with termination_raises():
         return store.core.merge(
             routing,

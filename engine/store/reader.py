@@ -172,11 +172,12 @@ class Store:
         """
         self.core.check_unchanged()
 
-    def verify(self, progress: Progress | None = None) -> None:
+    def verify(self, progress: Progress | None = None, threads: int | None = None) -> None:
         """Read every file and compare its size and checksum with the manifest.
 
         Args:
             progress: called with the bytes checked and the bytes in all, from several threads in turn.
+            threads: how many read; up to four unless told.
 
         Raises:
             StoreError: a file was altered, truncated or is missing; names it.
@@ -206,7 +207,7 @@ class Store:
                     "or create the store again"
                 )
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
             for _ in pool.map(check, self.checksums):
                 pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.layout import Layout
-from paretofuse.engine.store.reader import Store
+from paretofuse.engine.store import reader
+from paretofuse.engine.store.reader import Store, sha256_of
 from paretofuse.engine.store.writer import StoreWriter
 from tests.support.stores import LAYOUT, OBJECTIVES, SPECS, untrained, write_store
 
@@ -46,6 +48,24 @@ def test_any_safetensors_tool_reads_the_parts(store: Path) -> None:
     for name, tensor in theirs.items():
         raw = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
         np.testing.assert_array_equal(raw.numpy(), opened.deltas[0][name].data)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_verification_takes_as_many_threads_as_it_is_told(
+    store: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: set[str] = set()
+    gate = threading.Barrier(threads)
+
+    def met(path: Path, count: Callable[[int], None] | None = None) -> str:
+        if threading.current_thread().name not in names:
+            names.add(threading.current_thread().name)
+            gate.wait(60)  # passes only where so many threads are at work at once
+        return sha256_of(path, count)
+
+    monkeypatch.setattr(reader, "sha256_of", met)
+    Store.open(store).verify(threads=threads)
+    assert len(names) == threads
 
 
 def test_verify_reports_progress_and_finds_one_changed_bit(store: Path) -> None:
@@ -166,7 +186,8 @@ def test_the_store_and_the_merge_need_no_torch(tmp_path: Path) -> None:
 import sys
 import paretofuse.cli, paretofuse.cli.doctor
 from paretofuse.engine.routing.preference import simplex_grid
-from paretofuse.engine.store.reader import Store
+from paretofuse.engine.store import reader
+from paretofuse.engine.store.reader import Store, sha256_of
 from paretofuse.engine.merging.disk import merge_store
 Store.open({str(tmp_path / "store")!r}).verify()
 merge_store({str(tmp_path / "store")!r}, {{"cola": 1}}, {str(tmp_path / "out")!r}, head="cola")

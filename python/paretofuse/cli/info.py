@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from paretofuse.cli.options import add_store, add_verify
+from paretofuse.cli.options import add_store, add_threads, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="list every plane: its format, bytes and error of the merged update",
     )
     add_verify(parser)
+    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> Result:
         from paretofuse.engine.store import reader
 
         with bytes_bar(options, "verify") as progress:
-            reader.Store.open(options.store).verify(progress)
+            reader.Store.open(options.store).verify(progress, options.threads)
         text = f"{text}\nchecksums     all files are as they were written"
         document["verified"] = True
     return text, document, 0

@@ -63,7 +63,7 @@ def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str], command: 
 def test_stack_merge_info(
     capsys: pytest.CaptureFixture[str], models: Path, store: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = call(capsys, "info", store, "--verify", "--json")
+    code, out, _ = call(capsys, "info", store, "--verify", "--threads", 1, "--json")
     info = json.loads(out)
     assert code == 0
     assert info["objectives"] == list(EXPERTS)
