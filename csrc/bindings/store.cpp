@@ -154,8 +154,9 @@ py::dict model_files_of(const Store& store, const std::string& head) {
 Array<float> routing_weights_of(const Store& store, const Preference& preference) {
   check_preference(preference, store.manifest.objectives);
   const Weights weights = store.routers.evaluate(preference);
-  const std::vector<std::size_t> shape = {store.manifest.groups.size(), store.manifest.objectives.size()};
-  return Array<float>(shape, weights.values.data());
+  const std::size_t experts = store.manifest.objectives.size();
+  return Array<float>(std::vector<std::size_t>{weights.values.size() / experts, experts},
+                      weights.values.data());
 }
 
 Merged merge(const Store& store, const Array<float>& weights, const Path& path, const std::string& head,

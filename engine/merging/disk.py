@@ -50,7 +50,7 @@ def merge_store(
         out: a directory (the weights, the model's own files and a model card, README.md), or a path that ends in
             .safetensors. An earlier merge there is replaced, and nothing else is. A directory's weights of more than
             5 GB are cut into several files with an index, as transformers cuts them.
-        weights: routing weights [G, E] instead of a preference.
+        weights: routing weights instead of a preference, [G, E], or [G + R, E] where rows have coefficients.
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
         isa: forces an instruction set, see `paretofuse doctor`.
@@ -86,15 +86,19 @@ def merge_store(
 
 
 def _routing_weights(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
-    """The routing weights of a preference, or the given ones, float32 [G, E]."""
-    shape = (len(store.layout.groups), len(store.layout.objectives))
+    """The routing weights of a preference, or the given ones, float32 [G, E] or [G + R, E]."""
+    groups, experts = len(store.layout.groups), len(store.layout.objectives)
+    shapes = [(groups, experts)]
+    if store.family == "rows":
+        shapes.append((groups + store.layout.row_count, experts))
     if (preference is None) == (weights is None):
         raise ValueError("got both or neither of a preference and weights, expected one of them")
     if preference is not None:
         weights = store.routing_weights(as_preference(preference, store.layout.objectives))
     weights = np.asarray(weights, dtype=np.float32)
-    if weights.shape != shape or not np.isfinite(weights).all():
+    if weights.shape not in shapes or not np.isfinite(weights).all():
         raise ValueError(
-            f"got routing weights of shape {weights.shape}, expected finite numbers of shape {shape}"
+            f"got routing weights of shape {weights.shape}, expected finite numbers of shape "
+            f"{' or '.join(map(str, shapes))}"
         )
     return np.ascontiguousarray(weights)

@@ -133,10 +133,6 @@ def write(
         ValueError: the path exists and is not a store, or is a trained one whose training would be lost.
         OSError: writing failed; what was there before is untouched.
     """
-    if routers.family != "scalar":
-        raise ValueError(
-            f"got family={routers.family!r}, expected scalar routers, as stores hold no row coefficients yet"
-        )
     # The widest elements first, so that every tensor of the file is aligned to its own element size.
     specs = sorted(layout.tensors, key=lambda spec: -ITEM_SIZE[spec.dtype])
     # Quantized planes are whole words, so that what follows them is aligned too.
@@ -189,7 +185,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
         store.release if device.type == "cpu" else lambda names: None,
         store.check_unchanged if device.type == "cpu" else lambda: None,
     )
-    routers = routers_for(layout, store.init, "scalar")
+    routers = routers_for(layout, store.init, store.family)
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})
     return stack, routers
 

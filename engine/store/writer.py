@@ -23,6 +23,7 @@ from paretofuse.engine.store.reader import (
     BASE,
     MANIFEST,
     ROUTERS,
+    ROWS,
     Store,
     describe_training,
     sha256_of,
@@ -107,6 +108,7 @@ class StoreWriter:
         self._model_files: list[str] = []
         self._head_files: dict[str, list[str]] = {}
         self._init: str | None = None
+        self._by_row = False
         self._training: dict[str, Any] | None = None
         self._records: dict[str, Future[dict[str, Any]]] = {}
         # One thread checksums and syncs a finished file while the next one is written.
@@ -164,6 +166,8 @@ class StoreWriter:
             if array.dtype != np.float32:
                 raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
         self._init, self._training = init, _plain(training)
+        self._by_row = ROWS in parameters
+        self._keep_training(training is not None or was_trained(init, parameters))
         entries = [
             (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
         ]
@@ -232,7 +236,8 @@ class StoreWriter:
             raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
         document = {
             "format": "paretofuse",
-            "version": 2 if self._planes else 1,  # older programs read the stores that they can
+            # Older programs read the stores that they can.
+            "version": 2 if self._planes or self._by_row else 1,
             "created_by": f"paretofuse {own_version()}",
             "objectives": self.objectives,
             "static_weight": layout.static_weight,
@@ -243,7 +248,7 @@ class StoreWriter:
             "model": {"class": model_class, "files": self._model_files, "heads": self._head_files},
             "files": {path: record.result() for path, record in self._records.items()},
         }
-        if self._planes:
+        if document["version"] == 2:
             document["planes"] = self._planes
         if self._training is not None:
             document["training"] = self._training

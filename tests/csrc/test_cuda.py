@@ -228,6 +228,16 @@ def refused(engine: cpplib.Engine, *arguments: Any) -> str:
     return str(caught.value)
 
 
+def test_row_coefficients_are_refused_and_not_left_out(
+    library: Library, driver: Driver, kernels: Path, tmp_path: Path
+) -> None:
+    net_store(tmp_path / "store", family="rows")
+    engine = library.open(tmp_path / "store")
+    with pytest.raises(LibraryError, match=r"got row coefficients .*; merge on the CPU"):
+        engine.cuda(kernels, driver.path)
+    driver.check()
+
+
 def test_no_driver(library: Library, release: Path, kernels: Path, store: Path, tmp_path: Path) -> None:
     engine = library.open(store)
     assert "install NVIDIA's driver, or merge on the CPU" in refused(
@@ -377,6 +387,9 @@ def test_wrong_arguments_reach_no_driver(
             cuda.switch(preference)
     with pytest.raises(LibraryError, match="routing weights"):
         cuda.switch_weights(np.zeros(2, np.float32))
+    rows = np.zeros((len(engine.names("group")) + pf.load(store).layout.row_count, 3), np.float32)
+    with pytest.raises(LibraryError, match="got row coefficients"):
+        cuda.switch_weights(rows)
     with pytest.raises(LibraryError, match="which the store does not have"):
         cuda.view("nothing")
     with pytest.raises(LibraryError, match="got 3 bytes at null"):

@@ -22,6 +22,7 @@ from paretofuse.engine.merging.disk import merge_store
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tests.store.test_planes import mixed_store
+from tests.store.test_row_coefficients import rows_store
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.models import net_and_experts, tiny_gpt2
@@ -97,6 +98,38 @@ def test_planes_of_every_format_give_the_bits_of_the_python_engine(
             replica = engine.acquire(preference)
             assert_same_bits({name: replica.view(name).array() for name in engine.names("tensor")}, truth)
             replica.release()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_coefficients_give_the_bits_of_the_python_engine(
+    library: Library, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = rows_store(tmp_path / "store", dtype)
+    python, opened = pf.load(path, backend="native"), Store.open(path)
+    engine = library.open(path, threads=2)
+    rows, groups = python.layout.row_count, len(python.groups)
+    for preference in ([0.2, 0.8], [1.0, 0.0]):
+        weights = engine.routing_weights(preference, rows)
+        assert weights.tobytes() == opened.routing_weights(np.array(preference)).tobytes()
+        truth = python.merge_state_dict(weights=torch.from_numpy(weights))
+        engine.switch(preference)
+        assert_same_bits(engine.tensors(), truth)
+        engine.write(tmp_path / "merged.safetensors")
+        written = safetensors.torch.load_file(tmp_path / "merged.safetensors")
+        assert_same_bits({name: bits(tensor) for name, tensor in written.items()}, truth)
+        replica = engine.acquire(preference)
+        assert_same_bits({name: replica.view(name).array() for name in engine.names("tensor")}, truth)
+        replica.release()
+        one = {"odd.weight": np.full_like(bits(truth["odd.weight"]), 7)}
+        engine.merge_into(preference, one)
+        assert_same_bits(one, truth)
+        engine.switch_weights(weights[:groups])
+        scalar = python.merge_state_dict(weights=torch.from_numpy(weights[:groups]))
+        assert_same_bits(engine.tensors(), scalar)
+        with pytest.raises(LibraryError, match=f"{groups} \\+ {rows} rows"):
+            engine.switch_weights(weights[: groups + 1])
+        with pytest.raises(LibraryError, match=f"expected {weights.size}"):
+            engine.routing_weights(preference)  # room for those of the groups alone
 
 
 @pytest.mark.parametrize("kind", STORES)

@@ -185,9 +185,9 @@ class Engine:
         assert name(self.handle, ctypes.c_uint64(count)) is None
         return [name(self.handle, ctypes.c_uint64(i)).decode() for i in range(count)]
 
-    def routing_weights(self, preference: Sequence[float]) -> npt.NDArray[np.float32]:
-        """[G, E]."""
-        shape = (len(self.names("group")), len(self.names("objective")))
+    def routing_weights(self, preference: Sequence[float], rows: int = 0) -> npt.NDArray[np.float32]:
+        """[G, E], or [G + R, E] where R rows have coefficients."""
+        shape = (len(self.names("group")) + rows, len(self.names("objective")))
         out = np.full(shape, np.nan, np.float32)
         self.library.call(
             "routing_weights", self.handle, *doubles(preference), ctypes.c_void_p(out.ctypes.data),

@@ -51,7 +51,8 @@ class PARETOFUSE_API TimeoutError : public std::runtime_error {
 // How much each objective matters, in the order of Engine::objectives: numbers >= 0 that sum to 1.
 using Preference = std::vector<double>;
 
-// Routing weights [groups, objectives], row by row.
+// Routing weights [groups, objectives], row by row. Where rows have coefficients of their own, these follow:
+// [rows of all routed tensors in the manifest's order, objectives].
 struct Weights {
   std::vector<float> values;
 };

@@ -85,7 +85,7 @@ PARETOFUSE_C_API uint64_t paretofuse_tensor_count(const paretofuse_engine* engin
 PARETOFUSE_C_API const char* paretofuse_tensor_name(const paretofuse_engine* engine, uint64_t index);
 
 /* preference: one number for each objective, `length` in all. weights: groups x objectives numbers, row by
- * row; `count` must be their number. */
+ * row, and where rows have coefficients rows x objectives more; `count` must be their number. */
 PARETOFUSE_C_API paretofuse_status paretofuse_routing_weights(const paretofuse_engine* engine,
                                                               const double* preference, uint64_t length,
                                                               float* weights, uint64_t count);

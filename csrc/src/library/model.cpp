@@ -109,29 +109,41 @@ MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
                    static_cast<std::int64_t>(store_.manifest.objectives.size()), rows_.count());
 }
 
-void Model::run(const MergePlan& plan, const std::vector<float>& rows, const std::vector<void*>& out) const {
-  if (!out.empty()) plan.run(rows.data(), 1, out.data(), threads_, isa_);
+void Model::run(const MergePlan& plan, const std::vector<std::size_t>& tensors, const Weights& weights,
+                const std::vector<void*>& out) const {
+  if (out.empty()) return;
+  std::vector<std::vector<float>> own;
+  std::vector<const float*> addresses;
+  for (const std::size_t number : tensors) {
+    const TensorSpec& spec = store_.manifest.tensors[number];
+    const std::int64_t count = places_[number].nbytes > 0 ? rows_of(spec.shape) : 0;
+    own.push_back(rows_.of_rows(weights, spec, 0, count));
+    addresses.push_back(own.back().empty() ? nullptr : own.back().data());
+  }
+  plan.run(rows_.at(weights).data(), 1, out.data(), threads_, isa_,
+           rows_.by_row(weights) ? addresses.data() : nullptr);
 }
 
 void Model::merge_statics() const {
   std::call_once(statics_merged_, [this] {
     std::vector<void*> out;
+    if (static_.empty()) return;
     for (const std::size_t number : static_) out.push_back(statics_->data() + places_[number].offset);
-    run(plan(static_), rows_.of_statics(), out);
+    plan(static_).run(rows_.of_statics().data(), 1, out.data(), threads_, isa_);
   });
 }
 
 void Model::merge(const Weights& weights, std::byte* routed) const {
-  const std::vector<float> rows = rows_.at(weights);
+  rows_.at(weights);  // checks them before anything is written
   store_.check_unchanged();
   merge_statics();
   std::vector<void*> out;
   for (const std::size_t number : routed_) out.push_back(routed + places_[number].offset);
-  run(*routed_plan_, rows, out);
+  run(*routed_plan_, routed_, weights, out);
 }
 
 void Model::merge_into(const Weights& weights, const std::vector<Target>& targets) const {
-  const std::vector<float> rows = rows_.at(weights);
+  rows_.at(weights);  // checks them before anything is written
   std::vector<std::size_t> merged;
   std::vector<void*> out;
   for (const Target& target : targets) {
@@ -147,7 +159,7 @@ void Model::merge_into(const Weights& weights, const std::vector<Target>& target
     out.push_back(target.data);
   }
   store_.check_unchanged();
-  run(plan(merged), rows, out);
+  run(plan(merged), merged, weights, out);
   for (const Target& target : targets) {
     const Place& place = places_[index(target.name)];
     if (place.role != Role::constant || place.nbytes == 0) continue;

@@ -58,7 +58,8 @@ class Model {
   void merge_statics() const;
   // The plan that merges some tensors.
   MergePlan plan(const std::vector<std::size_t>& tensors) const;
-  void run(const MergePlan& plan, const std::vector<float>& rows, const std::vector<void*>& out) const;
+  void run(const MergePlan& plan, const std::vector<std::size_t>& tensors, const Weights& weights,
+           const std::vector<void*>& out) const;
 
   Store store_;
   int threads_;

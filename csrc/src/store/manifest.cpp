@@ -14,6 +14,8 @@
 namespace paretofuse {
 namespace {
 
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 48;  // more than any file can hold
+
 constexpr std::int64_t kVersion = 2;  // 1: all planes are dense
 
 // Becomes a StoreError with the manifest's path.
@@ -127,7 +129,13 @@ void parse_tensors(const Json& document, Manifest* manifest) {
     for (const std::string& name : own) {
       if (!names.insert(name).second) fail("tensor " + shown(name) + " appears twice in the tensor table");
     }
-    if (spec.role == Role::routed && groups.insert(spec.group).second) manifest->groups.push_back(spec.group);
+    if (spec.role == Role::routed) {
+      if (groups.insert(spec.group).second) manifest->groups.push_back(spec.group);
+      const std::int64_t rows = rows_of(spec.shape);
+      if (rows > kMaxRows - manifest->rows) fail("tensor " + shown(spec.name) + " has too many rows");
+      spec.first_row = manifest->rows;
+      manifest->rows += rows;
+    }
     manifest->tensors.push_back(std::move(spec));
   }
 }

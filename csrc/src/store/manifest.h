@@ -25,6 +25,7 @@ struct TensorSpec {
   std::string group;  // empty unless routed
   std::string delta_dtype;
   std::vector<std::string> aliases;  // further names of the same tensor
+  std::int64_t first_row = 0;        // of a routed tensor, among the rows of all of them
 };
 
 // Size in bytes and SHA-256 (hexadecimal) of one file of the store.
@@ -38,7 +39,8 @@ struct Manifest {
   std::vector<std::string> groups;  // in the order of their first tensor
   double static_weight;
   std::vector<TensorSpec> tensors;
-  std::string init;  // what the routers add to: "identity", "sqrt" or "constant"
+  std::int64_t rows = 0;  // of all routed tensors together
+  std::string init;       // what the routers add to: "identity", "sqrt" or "constant"
   // Paths relative to the store.
   std::string base;
   std::string routers;

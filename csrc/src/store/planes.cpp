@@ -32,6 +32,8 @@ std::vector<std::int64_t> cut(const std::vector<std::int64_t>& shape, std::int64
 
 }  // namespace
 
+std::int64_t rows_of(const std::vector<std::int64_t>& shape) { return shape.size() > 1 ? shape[0] : 1; }
+
 std::int64_t columns_of(const std::vector<std::int64_t>& shape) {
   return product(shape, shape.size() > 1 ? 1 : 0);
 }

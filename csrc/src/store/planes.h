@@ -39,6 +39,9 @@ std::array<PlanePart, 2> plane_parts(const std::string& name, const std::vector<
 Format plane_format(const std::string& name);
 const char* plane_format_name(Format format);
 
+// A tensor's rows: the size of its first dimension; one of a scalar or a vector.
+std::int64_t rows_of(const std::vector<std::int64_t>& shape);
+
 // Elements of one of a tensor's rows: of its first dimension; all of a scalar's or a vector's.
 std::int64_t columns_of(const std::vector<std::int64_t>& shape);
 

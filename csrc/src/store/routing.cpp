@@ -32,7 +32,7 @@ double affine(const float* weights, const std::vector<double>& x, float bias) {
 
 }  // namespace
 
-Routers::Routers(const std::string& init, std::size_t groups, std::size_t experts,
+Routers::Routers(const std::string& init, std::size_t groups, std::size_t experts, std::int64_t rows,
                  std::map<std::string, RouterParameter> parameters)
     : groups_(groups), experts_(experts), parameters_(std::move(parameters)) {
   if (init != "identity" && init != "sqrt" && init != "constant") {
@@ -44,16 +44,17 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t expert
   const std::int64_t h =
       bias != parameters_.end() && bias->second.shape.size() == 2 ? bias->second.shape[1] : 0;
   hidden_ = static_cast<std::size_t>(h);
-  const std::map<std::string, std::vector<std::int64_t>> expected = {{"hidden.weight", {g, h, e}},
-                                                                     {"hidden.bias", {g, h}},
-                                                                     {"output.weight", {g, e, h}},
-                                                                     {"output.bias", {g, e}}};
+  std::map<std::string, std::vector<std::int64_t>> expected = {{"hidden.weight", {g, h, e}},
+                                                               {"hidden.bias", {g, h}},
+                                                               {"output.weight", {g, e, h}},
+                                                               {"output.bias", {g, e}}};
+  if (by_row()) expected["rows.weight"] = {e, e, rows};
   for (const auto& [name, shape] : expected) {
     const auto found = parameters_.find(name);
     if (found == parameters_.end() || found->second.shape != shape) {
       throw std::invalid_argument("the router parameters lack '" + name + "' of a shape that fits " +
-                                  std::to_string(groups) + " groups and " + std::to_string(experts) +
-                                  " experts");
+                                  std::to_string(groups) + " groups, " + std::to_string(experts) +
+                                  " experts and " + std::to_string(rows) + " rows");
     }
   }
   if (parameters_.size() != expected.size()) throw std::invalid_argument("unknown router parameters");
@@ -66,7 +67,8 @@ Weights Routers::evaluate(const Preference& preference) const {
   const float* b2 = parameters_.at("output.bias").values.data();
   Weights weights;
   if (groups_ == 0) return weights;
-  weights.values.reserve(groups_ * experts_);
+  const std::size_t rows = by_row() ? static_cast<std::size_t>(parameters_.at("rows.weight").shape[2]) : 0;
+  weights.values.reserve((groups_ + rows) * experts_);
   std::vector<double> hidden(hidden_);
   for (std::size_t g = 0; g < groups_; ++g) {
     for (std::size_t h = 0; h < hidden_; ++h) {
@@ -82,7 +84,23 @@ Weights Routers::evaluate(const Preference& preference) const {
       weights.values.push_back(static_cast<float>(mixed));
     }
   }
+  if (by_row()) add_rows(preference, &weights);
   return weights;
+}
+
+void Routers::add_rows(const Preference& preference, Weights* weights) const {
+  const RouterParameter& parameter = parameters_.at("rows.weight");
+  const auto rows = static_cast<std::size_t>(parameter.shape[2]);
+  const float* s = parameter.values.data();  // [E, E, R]
+  for (std::size_t row = 0; row < rows; ++row) {
+    for (std::size_t e = 0; e < experts_; ++e) {
+      double sum = preference[0] * static_cast<double>(s[e * rows + row]);
+      for (std::size_t m = 1; m < experts_; ++m) {
+        sum += preference[m] * static_cast<double>(s[(m * experts_ + e) * rows + row]);
+      }
+      weights->values.push_back(static_cast<float>(sum));
+    }
+  }
 }
 
 void check_preference(const Preference& preference, const std::vector<std::string>& objectives) {

@@ -99,7 +99,8 @@ Routers read_routers(const Directory& directory, const Manifest& manifest) {
     parameters[entry.name] = std::move(parameter);
   }
   try {
-    return Routers(manifest.init, manifest.groups.size(), manifest.objectives.size(), std::move(parameters));
+    return Routers(manifest.init, manifest.groups.size(), manifest.objectives.size(), manifest.rows,
+                   std::move(parameters));
   } catch (const std::invalid_argument& error) {
     throw StoreError(file.file.path() + ": " + error.what() + kAgain);
   }

@@ -90,8 +90,11 @@ std::vector<Output> outputs_of(const Store& store, const std::string& head) {
 }
 
 // Elements of a tensor that pieces of it are a multiple of: its planes' groups and rows stay whole.
-std::int64_t unit_of(const Store& store, const TensorSpec* spec) {
+std::int64_t unit_of(const Store& store, const TensorSpec* spec, bool by_row) {
   std::int64_t unit = 1;
+  if (by_row && spec != nullptr && spec->role == Role::routed) {
+    unit = std::max<std::int64_t>(1, columns_of(spec->shape));
+  }
   for (std::size_t e = 0; spec != nullptr && e < store.experts.size(); ++e) {
     const Plane plane = store.plane(e, *spec);
     if (plane.values == nullptr || plane.format == Format::Dense) continue;
@@ -102,12 +105,12 @@ std::int64_t unit_of(const Store& store, const TensorSpec* spec) {
 
 // Cuts the output into batches, the pieces of each one after the other.
 std::vector<std::vector<Piece>> batches_of(const Store& store, const std::vector<Output>& outputs,
-                                           std::int64_t batch_bytes) {
+                                           bool by_row, std::int64_t batch_bytes) {
   std::vector<std::vector<Piece>> batches(1);
   std::int64_t position = 0;
   for (const Output& output : outputs) {
     const std::int64_t count = output.entry->nbytes / item(output);
-    const std::int64_t unit = unit_of(store, output.spec);
+    const std::int64_t unit = unit_of(store, output.spec, by_row);
     std::int64_t begin = 0;
     do {
       std::int64_t room = (batch_bytes - position) / item(output);
@@ -131,12 +134,18 @@ std::vector<std::vector<Piece>> batches_of(const Store& store, const std::vector
 class Merge {
  public:
   Merge(const Store& store, const Weights& weights, const WriteOptions& options)
-      : store_(store), options_(options), rows_(store.manifest), weights_(rows_.at(weights)) {}
+      : store_(store),
+        options_(options),
+        rows_(store.manifest),
+        weights_(weights),
+        table_(rows_.at(weights)) {}
 
   void fill(const std::vector<Piece>& batch, std::byte* buffer) {
     std::vector<Segment> segments;
     std::vector<Plane> planes;
     std::vector<void*> out;
+    std::vector<std::vector<float>> own;
+    std::vector<const float*> row_weights;
     for (const Piece& piece : batch) {
       const Output& output = *piece.output;
       if (output.spec == nullptr) {
@@ -154,11 +163,16 @@ class Merge {
         planes.push_back(plane_from(store_.plane(e, spec), piece.begin, columns));
       }
       out.push_back(buffer + piece.position);
+      const std::int64_t length = piece.end - piece.begin;
+      own.push_back(length == 0 ? std::vector<float>()
+                                : rows_.of_rows(weights_, spec, piece.begin / columns, length / columns));
+      row_weights.push_back(own.back().empty() ? nullptr : own.back().data());
     }
     if (!segments.empty()) {
       const auto experts = static_cast<std::int64_t>(store_.experts.size());
       const MergePlan plan(std::move(segments), std::move(planes), experts, rows_.count());
-      isa_ = plan.run(weights_.data(), 1, out.data(), options_.threads, options_.isa);
+      isa_ = plan.run(table_.data(), 1, out.data(), options_.threads, options_.isa,
+                      rows_.by_row(weights_) ? row_weights.data() : nullptr);
     }
     for (const Piece& piece : batch) release(piece);
   }
@@ -193,7 +207,8 @@ class Merge {
   const Store& store_;
   const WriteOptions& options_;
   const WeightRows rows_;
-  const std::vector<float> weights_;  // of all rows
+  const Weights& weights_;
+  const std::vector<float> table_;
   std::string isa_;
 };
 
@@ -212,7 +227,8 @@ void write_batch(SafetensorsWriter& writer, const std::vector<Piece>& batch, con
 std::string write_weights(const Store& store, const Weights& weights, const std::vector<Output>& outputs,
                           const std::string& path, const WriteOptions& options,
                           const std::function<void(std::int64_t)>& advance) {
-  const std::vector<std::vector<Piece>> batches = batches_of(store, outputs, options.batch_bytes);
+  const std::vector<std::vector<Piece>> batches =
+      batches_of(store, outputs, WeightRows(store.manifest).by_row(weights), options.batch_bytes);
   std::int64_t room = 0;
   for (const std::vector<Piece>& batch : batches) {
     if (!batch.empty()) room = std::max(room, batch.back().position + nbytes(batch.back()));

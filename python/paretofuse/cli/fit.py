@@ -44,6 +44,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--preferences-per-step", type=count, default=1, metavar="N",
         help="preferences that share a step; each costs as much as a step with one (default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--family", choices=("scalar", "rows"),
+        help="rows: train a coefficient for each row of routed tensors as well (default: what the store has)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--row-lr", type=float, metavar="RATE", help="learning rate of row coefficients (default: 0.03)"
+    )
+    parser.add_argument(
+        "--row-shrinkage", type=float, metavar="SHARE",
+        help="share of the row coefficients, times their rate, that each step takes away (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add_entry(
         parser, "--validation", "called without arguments; returns a paretofuse.Validation, which stops early"
@@ -74,6 +85,9 @@ def run(options: argparse.Namespace) -> Result:
         steps=options.steps,
         lr=options.lr,
         preferences_per_step=options.preferences_per_step,
+        family=options.family,
+        row_lr=options.row_lr,
+        row_shrinkage=options.row_shrinkage,
         seed=options.seed,
         validation=validation,
         checkpoint=options.checkpoint,

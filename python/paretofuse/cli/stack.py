@@ -50,6 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: auto)",
     )  # fmt: skip
     parser.add_argument(
+        "--family", choices=("scalar", "rows"), default="scalar",
+        help="rows: a trained coefficient for each row of routed tensors besides one for each group (default: scalar)",
+    )  # fmt: skip
+    parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace) -> Result:
             dtype=options.dtype,
             delta_dtype=options.delta_dtype,
             planes=options.planes,
+            family=options.family,
             heads=options.head,
             force=options.force,
             allow_misfit=options.allow_misfit,

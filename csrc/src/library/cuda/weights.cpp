@@ -14,6 +14,12 @@ std::size_t bytes(std::int64_t count, DType dtype) {
   return static_cast<std::size_t>(count * item_size(dtype));
 }
 
+void refuse_rows() {
+  throw std::invalid_argument(
+      "got row coefficients (family rows), which the GPU's kernels do not read; merge on the CPU (switch_to, "
+      "merge_into), or train routers of the family scalar");
+}
+
 const void* pointer(DeviceAddress address) { return reinterpret_cast<const void*>(address); }
 
 }  // namespace
@@ -37,6 +43,7 @@ CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions
                                 std::string(plane_format_name(planes.begin()->second.format)) +
                                 ", which the GPU's kernels do not read; stack it with --planes dense");
   }
+  if (model->store().routers.by_row()) refuse_rows();
   for (const TensorSpec& spec : manifest.tensors) {
     views.push_back({nullptr, model->store().base.find(spec.name)->nbytes, spec.dtype, spec.shape});
   }
@@ -151,6 +158,7 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
 
 void CudaWeights::State::merge(const Weights& chosen, void* stream) {
   const std::vector<float> table = model->rows().at(chosen);
+  if (model->rows().by_row(chosen)) refuse_rows();
   const CurrentContext current(*context);
   const CudaDriver& driver = context->driver();
   int capturing = 0;
