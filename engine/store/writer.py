@@ -167,7 +167,6 @@ class StoreWriter:
                 raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
         self._init, self._training = init, _plain(training)
         self._by_row = ROWS in parameters
-        self._keep_training(training is not None or was_trained(init, parameters))
         entries = [
             (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
         ]
