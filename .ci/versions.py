@@ -2,6 +2,7 @@
 
     python .ci/versions.py                          all, one after the other, each in an environment of its own
     python .ci/versions.py --only 3.12 lowest       some
+    python .ci/versions.py --only triton-3.6        the kernels alone, their whole static proof too, with that Triton
     python .ci/versions.py -- tests/store -x        other arguments for pytest than the default, all quick tests
 
 "lowest" is the oldest Python with the oldest allowed torch, numpy and so on, those of the users' extras too. A
@@ -26,6 +27,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 USERS_EXTRAS = ("hf", "openclip", "plot", "torchjd")
 QUICK = ["-q", "-n", "2", "-m", "not slow and not long", "--ignore", "tests/test_style.py", "tests"]
 LOWEST = "lowest"
+TRITON = "triton-3.6"
+"""Of a ready-made image with torch 2.11; the interpreter of that Triton needs NumPy before 2.4."""
+TRITON_PINS = ["torch==2.11.*", "triton==3.6.*", "numpy==2.3.*"]
+KERNELS = ["-q", "-m", "", "tests/kernels"]
 
 
 def claimed() -> list[str]:
@@ -74,19 +79,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = [*claimed(), LOWEST]
+    runs = [*claimed(), LOWEST, TRITON]
     parser.add_argument("--only", nargs="+", choices=runs, default=runs, metavar="RUN", help=", ".join(runs))
     options = parser.parse_args(words[:at])
     results = {}
     for name in options.only:
-        python = interpreter(claimed()[0] if name == LOWEST else name)
+        python = interpreter({LOWEST: claimed()[0], TRITON: claimed()[-1]}.get(name, name))
         print(f"== {name}: {python or 'no interpreter'}", flush=True)
         if python is None:
             results[name] = "MISSING: not tried, no such Python on this machine"
             continue
+        constraints = {LOWEST: lowest_requirements(), TRITON: TRITON_PINS}.get(name, [])
         # Old releases warn of each other's ways, which is no fault of ours.
-        constraints, lenient = (lowest_requirements(), ["-W", "default"]) if name == LOWEST else ([], [])
-        passed = run(python, constraints, [*lenient, *(words[at + 1 :] or QUICK)])
+        lenient = ["-W", "default"] if constraints else []
+        tests = words[at + 1 :] or (KERNELS if name == TRITON else QUICK)
+        passed = run(python, constraints, [*lenient, *tests])
         results[name] = "passed" if passed else "FAILED"
     print("\n".join(f"{name}: {result}" for name, result in results.items()))
     return 0 if set(results.values()) == {"passed"} else 1

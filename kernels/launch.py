@@ -105,10 +105,10 @@ class GradConfig:
 
 
 GRAD_CONFIGS = {
-    "wide deltas": GradConfig(e_chunk=2, threads=32),
+    "wide deltas": GradConfig(e_chunk=1, threads=32),
     "narrow deltas": GradConfig(e_chunk=4, threads=32),
 }
-"""Every configuration of the gradient, by the size of a delta: each has 16 wide loads in flight per thread."""
+"""Every configuration of the gradient, by the size of a delta: what a warp's registers hold at once without a spill."""
 
 
 def grad_use(itemsize: int) -> str:
@@ -146,7 +146,7 @@ LINEAR_CONFIGS = {
     "few rows, few experts": LinearConfig(
         rows=16, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
     ),
-    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=4, warps=4, stages=2),
+    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
     "many rows, few experts": LinearConfig(
         rows=128, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
     ),
@@ -238,7 +238,7 @@ ROWS_CONFIGS = {
     "many rows": RowsConfig(rows=64, outs=128, ins=64, warps=8, stages=3),
     "few rows, wide planes": RowsConfig(rows=16, outs=64, ins=64, warps=4, stages=3),
     "many rows, wide planes": RowsConfig(rows=64, outs=128, ins=32, warps=8, stages=3),
-    "float32": RowsConfig(rows=32, outs=32, ins=32, warps=4, stages=2),
+    "float32": RowsConfig(rows=32, outs=32, ins=16, warps=4, stages=2),
 }
 """Every configuration of the kernels with a preference for each row, by the shape it is for; wide planes as above.
 

@@ -44,6 +44,9 @@ NVIDIA_LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_90": (64, 32, 228 << 10), "sm
 """Of a multiprocessor: warps, blocks, bytes of shared memory."""
 NVIDIA_REGISTERS, NVIDIA_RESERVED = 65536, 1 << 10
 """Registers of a multiprocessor; bytes of shared memory that each block takes besides its own."""
+IN_FLIGHT = 12 << 10
+"""Bytes that a program of the merge asks for at least before it waits. Up to 18 KB, of a base and eight experts in two
+bytes, it asks for all; for more, compilers differ."""
 AMD_LIMITS = (32, 64 << 10)
 """MI300X: waves and LDS of a compute unit; each of its 4 SIMDs has 512 registers a lane for at most 8 waves."""
 
@@ -92,8 +95,9 @@ class Finding:
         found = [f"{self.spills} spilled"] if self.spills else []
         if self.least_loads and self.wide_loads != self.least_loads:
             found.append(f"loads {self.wide_loads} bytes in 128-bit accesses, expected {self.least_loads}")
-        if self.kernel.startswith("merge_at_most") and self.in_flight not in (0, self.wide_loads):
-            found.append(f"waits with {self.in_flight} bytes asked for, expected all {self.wide_loads}")
+        floor = self.wide_loads if self.wide_loads <= 18 << 10 else IN_FLIGHT
+        if self.kernel.startswith("merge_at_most") and 0 < self.in_flight < floor:
+            found.append(f"waits with {self.in_flight} bytes asked for, expected at least {floor}")
         # The compiler may write out several turns of the loop over preferences, each with stores of its own.
         if self.least_stores and (
             self.wide_stores < self.least_stores or self.wide_stores % self.least_stores
