@@ -145,3 +145,17 @@ def test_preferences_to_sweep(name: str, objectives: int) -> None:
     np.testing.assert_allclose(sample_preferences(objectives, 23, name), first, atol=1e-15)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least 1"):
         sample_preferences(objectives, 0, name)  # type: ignore[arg-type]
+
+
+def test_alpha_of_either_side_needs_dirichlet() -> None:
+    for alpha in (0.5, 2.0):
+        with pytest.raises(ValueError, match=f"got alpha={alpha} for 'low_discrepancy'"):
+            make_sampler("low_discrepancy", 2, 0, alpha=alpha)
+
+
+def test_the_sequence_begins_at_its_first_point() -> None:
+    """Its place in a checkpoint counts from 0."""
+    sampler = make_sampler("low_discrepancy", 3, 0)
+    assert sampler.state() == {"drawn": 0}
+    sampler.draw(5)
+    assert sampler.state() == {"drawn": 5}
