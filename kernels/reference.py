@@ -187,7 +187,8 @@ def routed_rows_reference(
     """
     y = (x @ base.to(x.dtype).T).to(accumulate)
     for e, delta in enumerate(deltas):
-        own = weights[:, e].to(accumulate).reshape(len(x), 1, -1)
+        own = weights[:, e].to(accumulate)
+        own = own[:, None, None] if own.ndim == 1 else own[:, None]  # [B, 1, 1 or O]
         y = y + own * (x @ delta.to(x.dtype).T).to(accumulate)
     if bias is not None:
         y = y + bias[:, None, :].to(accumulate)

@@ -1,4 +1,4 @@
-"""Every contender of `benchmarks.gpu.bench`, in Triton's interpreter; `test_kernels_in_interpreter.py` runs it."""
+"""Every contender of `benchmarks.gpu.bench`, in Triton's interpreter; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import Contender, Tools, grad_case, merge_case
 from benchmarks.harness.record import BenchmarkError, MissingContender
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 
 class LikePWEMoE:

@@ -1,4 +1,4 @@
-"""The engine on the Triton backend, in Triton's interpreter; `test_kernels_in_interpreter.py` runs it."""
+"""The engine on the Triton backend, in Triton's interpreter; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paretofuse.engine.merging.flat import FlatOutputs
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 R = [0.2, 0.3, 0.5]
 

@@ -1,4 +1,4 @@
-"""Fused training on the Triton backend, in Triton's interpreter; `test_kernels_in_interpreter.py` runs it."""
+"""Fused training on the Triton backend, in Triton's interpreter; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paretofuse.engine.modules import gradient
 from tests.support.models import net_and_experts
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 R = [0.2, 0.3, 0.5]
 

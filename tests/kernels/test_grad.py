@@ -1,4 +1,4 @@
-"""The routed gradient: its CPU form, what it refuses, and the GPU; `test_kernels_in_interpreter.py` does the rest."""
+"""The routed gradient: its CPU form, what it refuses, and the GPU; `test_in_interpreter.py` does the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routed gradient in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+"""The routed gradient in Triton's interpreter, against float64; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from paretofuse.kernels.routed_merge import routed_merge
 from tests.support.kernels import routed_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

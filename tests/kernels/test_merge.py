@@ -1,4 +1,4 @@
-"""The merge kernel: its references, what it refuses, and the GPU. `test_kernels_in_interpreter.py` does the rest."""
+"""The merge kernel: its references, what it refuses, and the GPU. `test_in_interpreter.py` does the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The merge kernel in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+"""The merge kernel in Triton's interpreter, against float64; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paretofuse.kernels.reference import routed_merge_reference
 from paretofuse.kernels.routed_merge import merge_launch, routed_merge
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

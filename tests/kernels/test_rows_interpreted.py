@@ -1,4 +1,4 @@
-"""The preference-per-row kernels in Triton's interpreter, against float64; `test_kernels_in_interpreter.py` runs it."""
+"""The preference-per-row kernels in Triton's interpreter, against float64; `test_in_interpreter.py` runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_rows import routed_rows, rows_launch, run_weights_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a child process of test_kernels_in_interpreter.py", allow_module_level=True)
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
