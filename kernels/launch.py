@@ -146,7 +146,7 @@ LINEAR_CONFIGS = {
     "few rows, few experts": LinearConfig(
         rows=16, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
     ),
-    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
+    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=1, warps=4, stages=2),
     "many rows, few experts": LinearConfig(
         rows=128, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
     ),
