@@ -9,6 +9,7 @@ divides the tile of 1024, so that a tile has whole groups.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -29,7 +30,7 @@ _BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(ABC):
     """A plane of quantized numbers; the formats say how they are packed.
 
     Attributes:
@@ -52,14 +53,14 @@ class Quantized:
     """Numbers in a byte."""
 
     @staticmethod
+    @abstractmethod
     def pack(quantized: Tensor) -> Tensor:
         """Whole numbers from -limit to limit, float32 [n], packed [ceil(n / per_byte)]."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def unpack(packed: Tensor) -> Tensor:
         """The whole numbers, float32 [n], or one more."""
-        raise NotImplementedError
 
     @classmethod
     def encode(cls, delta: Tensor, group: int) -> Quantized:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import safetensors.torch
 import torch
@@ -21,14 +20,10 @@ import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
 from paretofuse.engine.store.reader import Store
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, SafetensorsWriter
-from tests.store.test_planes import mixed_store
-from tests.store.test_row_coefficients import rows_store
 from tests.support import cpplib
-from tests.support.cpplib import Library, LibraryError
+from tests.support.cpplib import Array, Library, LibraryError, assert_same_bits, bits
 from tests.support.models import net_and_experts, tiny_gpt2
 from tests.support.process import run
-
-Array = npt.NDArray[np.generic]
 
 
 def trained(engine: pf.Engine, seed: int) -> pf.Engine:
@@ -56,20 +51,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return net_store(tmp_path_factory.mktemp("stores") / "net")
 
 
-def bits(tensor: torch.Tensor) -> Array:
-    """A tensor as NumPy; bfloat16 as its bits."""
-    array: Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def assert_same_bits(got: dict[str, Array], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() <= expected.keys()
-    for name, array in got.items():
-        truth = bits(expected[name])
-        assert (array.dtype, array.shape) == (truth.dtype, truth.shape), name
-        assert array.tobytes() == truth.tobytes(), name
-
-
 STORES: dict[str, Callable[[Path], Path]] = {
     "float32": lambda path: net_store(path),
     "one expert": lambda path: net_store(path, count=1),
@@ -78,58 +59,6 @@ STORES: dict[str, Callable[[Path], Path]] = {
     "bfloat16 deltas": lambda path: net_store(path, delta_dtype=torch.bfloat16, route="tensor"),
     "static weights": lambda path: net_store(path, route=lambda n: "one" if "first" in n else None),
 }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planes_of_every_format_give_the_bits_of_the_python_engine(
-    library: Library, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    path = mixed_store(tmp_path / "store", dtype)
-    python = pf.load(path, backend="native")
-    for threads in (1, 3):
-        engine = library.open(path, threads=threads)
-        for preference in ([0.2, 0.8], [1.0, 0.0]):
-            engine.switch(preference)
-            truth = python.merge_state_dict(preference)
-            assert_same_bits(engine.tensors(), truth)
-            engine.write(tmp_path / "merged.safetensors")
-            written = safetensors.torch.load_file(tmp_path / "merged.safetensors")
-            assert_same_bits({name: bits(tensor) for name, tensor in written.items()}, truth)
-            replica = engine.acquire(preference)
-            assert_same_bits({name: replica.view(name).array() for name in engine.names("tensor")}, truth)
-            replica.release()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_coefficients_give_the_bits_of_the_python_engine(
-    library: Library, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    path = rows_store(tmp_path / "store", dtype)
-    python, opened = pf.load(path, backend="native"), Store.open(path)
-    engine = library.open(path, threads=2)
-    rows, groups = python.layout.row_count, len(python.groups)
-    for preference in ([0.2, 0.8], [1.0, 0.0]):
-        weights = engine.routing_weights(preference, rows)
-        assert weights.tobytes() == opened.routing_weights(np.array(preference)).tobytes()
-        truth = python.merge_state_dict(weights=torch.from_numpy(weights))
-        engine.switch(preference)
-        assert_same_bits(engine.tensors(), truth)
-        engine.write(tmp_path / "merged.safetensors")
-        written = safetensors.torch.load_file(tmp_path / "merged.safetensors")
-        assert_same_bits({name: bits(tensor) for name, tensor in written.items()}, truth)
-        replica = engine.acquire(preference)
-        assert_same_bits({name: replica.view(name).array() for name in engine.names("tensor")}, truth)
-        replica.release()
-        one = {"odd.weight": np.full_like(bits(truth["odd.weight"]), 7)}
-        engine.merge_into(preference, one)
-        assert_same_bits(one, truth)
-        engine.switch_weights(weights[:groups])
-        scalar = python.merge_state_dict(weights=torch.from_numpy(weights[:groups]))
-        assert_same_bits(engine.tensors(), scalar)
-        with pytest.raises(LibraryError, match=f"{groups} \\+ {rows} rows"):
-            engine.switch_weights(weights[: groups + 1])
-        with pytest.raises(LibraryError, match=f"expected {weights.size}"):
-            engine.routing_weights(preference)  # room for those of the groups alone
 
 
 @pytest.mark.parametrize("kind", STORES)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from tests.support.process import ROOT, run
 
@@ -34,6 +35,8 @@ BUILDS = {
     ),
 }
 """Every build of csrc that tests share, with its options."""
+
+Array = npt.NDArray[np.generic]
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "BOOL": np.bool_}
 """NumPy types of safetensors dtypes; BF16 as its bits."""
@@ -91,6 +94,20 @@ def install(prefix: Path) -> Path:
     """Install the release build as its users would; returns the prefix."""
     run(cmake(), "--install", build("release"), "--prefix", prefix)
     return prefix
+
+
+def bits(tensor: torch.Tensor) -> Array:
+    """A tensor as NumPy; bfloat16 as its bits."""
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def assert_same_bits(got: dict[str, Array], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() <= expected.keys()
+    for name, array in got.items():
+        truth = bits(expected[name])
+        assert (array.dtype, array.shape) == (truth.dtype, truth.shape), name
+        assert array.tobytes() == truth.tobytes(), name
 
 
 class View(ctypes.Structure):
