@@ -37,6 +37,9 @@ ORDER = [
     ["paretofuse.engine.engine", "paretofuse.engine.solvers", "paretofuse.engine.evaluation"],
     ["paretofuse.engine.training"],
     ["paretofuse"],
+    ["paretofuse.serving"],
+    ["paretofuse.cli"],
+    ["paretofuse.__main__"],
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 PACKAGES = {"paretofuse", "paretofuse.engine", "paretofuse.kernels"}

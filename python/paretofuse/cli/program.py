@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import paretofuse
-from paretofuse.cli import adapter, completion, doctor, export, fit, info, merge, stack, sweep
+from paretofuse.cli import adapter, completion, doctor, export, fit, info, merge, serve, stack, sweep
 from paretofuse.cli.running import Result, in_options
 
 COMMANDS: dict[str, Any] = {
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Any] = {
     "info": info,
     "merge": merge,
     "sweep": sweep,
+    "serve": serve,
     "adapter": adapter,
     "export": export,
     "doctor": doctor,

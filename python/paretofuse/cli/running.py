@@ -38,13 +38,15 @@ def entry_point(option: str, text: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def load_engine(options: argparse.Namespace) -> Engine:
-    """The engine that the options of `add_engine` name."""
+def load_engine(options: argparse.Namespace, *, replicas: int = 2) -> Engine:
+    """The engine that the options of `add_engine` name; `replicas` as `pf.load` takes it."""
     import paretofuse
 
     module = entry_point("--module", options.module)() if options.module else None
     use_threads(options)
-    return paretofuse.load(options.store, device=options.device, module=module, verify=options.verify)
+    return paretofuse.load(
+        options.store, device=options.device, module=module, replicas=replicas, verify=options.verify
+    )
 
 
 def use_threads(options: argparse.Namespace) -> None:

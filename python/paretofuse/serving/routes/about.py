@@ -1,0 +1,85 @@
+"""Whether the server lives, what it serves, the front, and the default preference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from paretofuse.serving.errors import refused
+from paretofuse.serving.schemas import (
+    FrontDocument,
+    FrontPoint,
+    Metric,
+    Model,
+    ModelList,
+    PreferenceDocument,
+    SetPreference,
+    Status,
+)
+from paretofuse.serving.state import State
+
+
+def about_routes(state: State) -> APIRouter:
+    """GET /healthz, /readyz, /v1/models, /v1/front; PUT /v1/preference."""
+    router = APIRouter()
+
+    @router.get("/healthz")
+    async def healthz() -> Status:
+        """The process answers."""
+        return Status()
+
+    @router.get("/readyz")
+    async def readyz() -> Status:
+        """Requests are taken."""
+        return Status()
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        """The one model that there is, at any preference."""
+        return ModelList(data=[Model(id=state.model.name, created=state.created)])
+
+    @router.get("/v1/front")
+    async def front() -> FrontDocument:
+        """What was measured at which preference, and the default preference."""
+        return FrontDocument(
+            model=state.model.name,
+            task=state.model.task,
+            objectives=list(state.preferences.objectives),
+            default=state.preferences.default,
+            **_measured(state),
+        )
+
+    @router.put("/v1/preference")
+    async def set_preference(body: SetPreference) -> PreferenceDocument:
+        """The preference of requests that name none, from now on."""
+        with refused("preference"):
+            state.preferences.default = state.preferences.resolve(wanted(body.preference))
+        return PreferenceDocument(preference=state.preferences.default)
+
+    return router
+
+
+def wanted(preference: Any) -> dict[str, Any] | None:
+    """A request's preference as `Preferences.resolve` takes it."""
+    if preference is None or isinstance(preference, dict):
+        return preference
+    return {name: value for name, value in preference.model_dump().items() if value is not None}
+
+
+def _measured(state: State) -> dict[str, Any]:
+    """The front's metrics and points."""
+    front = state.preferences.front
+    if front is None:
+        return {"metrics": {}, "points": []}
+    metrics = {
+        name: Metric(maximize=larger) for name, larger in zip(front.metrics, front.directions, strict=True)
+    }
+    points = [
+        FrontPoint(
+            preference=dict(zip(front.objectives, shares, strict=True)),
+            values=dict(zip(front.metrics, values, strict=True)),
+        )
+        for shares, values in zip(front.preferences.tolist(), front.values.tolist(), strict=True)
+    ]
+    return {"metrics": metrics, "points": points}

@@ -1,0 +1,170 @@
+"""What requests and answers look like; the names are OpenAI's, but for `preference`. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Bounds(_Strict):
+    """A preference by what its point of the front reaches."""
+
+    at_most: Annotated[dict[Name, Number], Field(max_length=64)] | None = None
+    at_least: Annotated[dict[Name, Number], Field(max_length=64)] | None = None
+    best: Name | None = None
+
+
+Preference = Annotated[dict[Name, Share], Field(min_length=1, max_length=256)] | Bounds
+"""{"news": 0.7, "poems": 0.3}, or {"at_most": {"news": 30.0}, "best": "poems"}."""
+
+
+class _Asks(_Strict):
+    """What every request has."""
+
+    model: Name | None = None
+    preference: Preference | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+
+
+class SetPreference(_Strict):
+    """The default for requests that name none."""
+
+    preference: Preference
+
+
+class StreamOptions(_Strict):
+    """OpenAI's."""
+
+    include_usage: bool = False
+
+
+class Sampling(_Asks):
+    """How tokens are chosen, and when to end."""
+
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=200)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+        | None
+    ) = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """As a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, as a list."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class Usage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    preference: dict[str, float]
+
+
+class Model(BaseModel):
+    """One line of /v1/models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "paretofuse"
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class FrontPoint(BaseModel):
+    """A preference and what was measured there."""
+
+    preference: dict[str, float]
+    values: dict[str, float]
+
+
+class Metric(BaseModel):
+    """Which way is better."""
+
+    maximize: bool
+
+
+class FrontDocument(BaseModel):
+    """The answer of GET /v1/front; without a front there are no points and no metrics."""
+
+    object: Literal["front"] = "front"
+    model: str
+    task: str
+    objectives: list[str]
+    metrics: dict[str, Metric]
+    default: dict[str, float]
+    points: list[FrontPoint]
+    base: dict[str, float] | None = None
+
+
+class PreferenceDocument(BaseModel):
+    """The answer of PUT /v1/preference."""
+
+    preference: dict[str, float]
+
+
+class Status(BaseModel):
+    """The answer of /healthz and /readyz."""
+
+    status: Literal["ok"] = "ok"
