@@ -74,7 +74,7 @@ def task_of(engine: Engine) -> str:
     from transformers.models.auto import modeling_auto as tables
 
     name = (engine.blueprint.model_class or "").rpartition(".")[2]
-    known = {
+    known: dict[str, Any] = {
         "text-generation": tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "text-classification": tables.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "image-classification": tables.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,

@@ -29,7 +29,8 @@ def completion_routes(state: State) -> APIRouter:
         with refused("preference"):
             preference = state.preferences.resolve(wanted(body.preference))
         tokenizer = state.model.processor
-        choices, asked, given = [], 0, 0
+        choices: list[CompletionChoice] = []
+        asked = given = 0
         async with state.model.engine.areplica(preference, timeout=state.limits.timeout) as module:
             for prompt in body.prompts():
                 ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
