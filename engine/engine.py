@@ -29,11 +29,11 @@ from paretofuse.engine.stacking.stack import Stack
 
 
 class Engine:
-    """One base and E experts, ready to become any mixture of them. Made by `pf.stack` and `pf.load`.
+    """One base and P planes, ready to become any mixture of them. Made by `pf.stack` and `pf.load`.
 
     Attributes:
         layout: the tensor table.
-        routers: the trained part; `routers(preference)` gives the routing weights, [G, E] or [G + R, E].
+        routers: the trained part; `routers(preference)` gives the routing weights, [G, P] or [G + R, P].
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
         notes: what happened while stacking or loading that one should know, a sentence each.
@@ -74,8 +74,13 @@ class Engine:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The experts' names, in the order of every [.., E] axis."""
+        """The objectives' names, in the order of every [.., M] axis."""
         return self.layout.objectives
+
+    @property
+    def experts(self) -> dict[str, str | None]:
+        """Each plane's objective, or None, by the plane's name; in the order of every [.., P] axis."""
+        return {member.plane: member.objective for member in self.layout.members}
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -91,8 +96,8 @@ class Engine:
     def planes(self) -> dict[str, dict[str, PlaneInfo]]:
         """Each expert's planes by tensor, with format, bytes and error. An absent one leaves the tensor unchanged."""
         return {
-            objective: {name: PlaneInfo(p.format, nbytes(p), p.error) for name, p in own.items()}
-            for objective, own in zip(self.objectives, self._stack.planes, strict=True)
+            expert: {name: PlaneInfo(p.format, nbytes(p), p.error) for name, p in own.items()}
+            for expert, own in zip(self.layout.planes, self._stack.planes, strict=True)
         }
 
     @property
@@ -132,7 +137,7 @@ class Engine:
         return None if self._at_preference is None else dict(self._at_preference)
 
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
-        """Rewrite the live module in place for a preference, or for given routing weights [G, E].
+        """Rewrite the live module in place for a preference, or for given routing weights [G, P].
 
         No parameter's address changes. Invalid input changes nothing.
 
@@ -193,12 +198,12 @@ class Engine:
         weights: Tensor | None = None,
         head: str | None = None,
     ) -> Any:
-        """A new, independent dense model for a preference, or for given routing weights [G, E].
+        """A new, independent dense model for a preference, or for given routing weights [G, P].
 
         Args:
-            preference: by objective name, or in the order of `objectives`; a tensor or array [K, E], such as
+            preference: by objective name, or in the order of `objectives`; a tensor or array [K, M], such as
                 `pf.simplex_grid` makes, gives a list of K models.
-            weights: routing weights instead, [G, E] or [K, G, E].
+            weights: routing weights instead, [G, P] or [K, G, P].
             head: the objective whose own tensors the model gets.
 
         Returns:
@@ -242,7 +247,7 @@ class Engine:
                 merged weight nor its gradient; the routers' gradients are the same.
 
         Returns:
-            The routing weights [G, E], part of the routers' graph: `weights.backward(gradient)` carries a gradient
+            The routing weights [G, P], part of the routers' graph: `weights.backward(gradient)` carries a gradient
             that a solver made of `jacobian` into the routers.
 
         Raises:
@@ -257,7 +262,7 @@ class Engine:
         weights: Tensor = self.routers(preference)
         if weights.dim() != 2:
             raise ValueError(
-                f"got preferences of shape {list(weights.shape[:-2])} x E, expected one of shape [E]"
+                f"got preferences of shape {list(weights.shape[:-2])} x M, expected one of shape [M]"
             )
         live.write(weights.detach().unsqueeze(0))
         live.collector.arm(weights)
@@ -287,8 +292,8 @@ class Engine:
         decide what to do (transformers' attention masks) or keeps a cache (`use_cache=False`) cannot run so.
 
         Args:
-            preferences: one for each row, [B, E], or a list of what `merge` takes.
-            weights: routing weights instead, [B, G, E]; gradients flow into them.
+            preferences: one for each row, [B, M], or a list of what `merge` takes.
+            weights: routing weights instead, [B, G, P]; gradients flow into them.
             isolate: see above.
             head: the objective whose own head all rows have.
 
@@ -311,7 +316,7 @@ class Engine:
                 `engine.fused_module` with `materialize=False`.
 
         Returns:
-            float64 [M, G, E] or [M, G + R, E].
+            float64 [M, G, P] or [M, G + R, P].
 
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
@@ -377,9 +382,11 @@ class Engine:
         """Sizes at a glance, and what the live module is merged for."""
         routed = sum(spec.numel for spec in self.layout.with_role("routed"))
         total = sum(spec.numel for spec in self.layout.tensors)
+        several = self.layout.planes != self.objectives
+        others = f"{len(self.layout.planes)} planes {list(self.layout.planes)}, " if several else ""
         at = "given as weights" if self._at_weights else self._at_preference
         return (
-            f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {len(self.groups)} groups, "
+            f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {others}{len(self.groups)} groups, "
             f"{routed:,} of {total:,} parameters routed, {self.routers.size}, backend={self.backend!r}, "
             f"device={str(self.device)!r}, preference={at})"
         )
@@ -414,7 +421,7 @@ class Engine:
 
     @torch.no_grad()
     def _at(self, preference: Preference) -> Tensor:
-        """The routing weights [1, G, E] of one preference."""
+        """The routing weights [1, G, P] of one preference."""
         return self.routers(preference).unsqueeze(0)  # type: ignore[no-any-return]
 
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:

@@ -68,18 +68,54 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A plane's place in the mixture.
+
+    Attributes:
+        plane: its name: the expert's.
+        objective: the objective that it belongs to; None where it belongs to none.
+        share: what it starts with of its objective's preference, 1 / k for each of k experts; 0 without an objective.
+    """
+
+    plane: str
+    objective: str | None
+    share: float
+
+
+@dataclass(frozen=True)
 class Layout:
     """The tensor table of a stack, with everything about it that is not numbers.
 
     Attributes:
-        objectives: the experts' names, in the order of every [.., E] axis.
+        objectives: the objectives' names, in the order of every [.., M] axis.
         tensors: every stored tensor, in file order.
-        static_weight: the constant weight of every expert in static tensors.
+        static_weight: the constant weight of an objective's experts in static tensors, shared out among them.
+        members: every plane, in the order of every [.., P] axis; none given: an expert for each objective, of its name.
     """
 
     objectives: tuple[str, ...]
     tensors: tuple[TensorSpec, ...]
     static_weight: float
+    members: tuple[Member, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in the members."""
+        if not self.members:
+            object.__setattr__(self, "members", one_for_each(self.objectives))
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """The planes' names."""
+        return tuple(member.plane for member in self.members)
+
+    @property
+    def static_weights(self) -> list[float]:
+        """Each plane's weight in static tensors, [P]."""
+        return [self.static_weight * member.share for member in self.members]
+
+    def first_expert(self, objective: str) -> str:
+        """The first of an objective's planes, whose head the objective has."""
+        return next(member.plane for member in self.members if member.objective == objective)
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -93,7 +129,7 @@ class Layout:
 
     @cached_property
     def group_index(self) -> dict[str, int]:
-        """Row of the routing weights [G, E] for each routed tensor, by its stored name."""
+        """Row of the routing weights [G, P] for each routed tensor, by its stored name."""
         rows = {group: row for row, group in enumerate(self.groups)}
         return {t.name: rows[t.group] for t in self.tensors if t.group is not None}
 
@@ -114,6 +150,11 @@ class Layout:
     def with_role(self, *roles: Role) -> tuple[TensorSpec, ...]:
         """The tensors of the given roles, in file order."""
         return tuple(t for t in self.tensors if t.role in roles)
+
+
+def one_for_each(objectives: Sequence[str]) -> tuple[Member, ...]:
+    """An expert for each objective, of its name."""
+    return tuple(Member(name, name, 1.0) for name in objectives)
 
 
 def rows_of(shape: Sequence[int]) -> int:

@@ -107,13 +107,26 @@ py::list specs_of(const Store& store) {
   return specs;
 }
 
+// (plane, objective or None, share) of every plane.
+py::list members_of(const Store& store) {
+  py::list members;
+  for (const Member& own : store.manifest.members) {
+    py::object objective = py::none();
+    if (own.objective >= 0) {
+      objective = py::str(store.manifest.objectives[static_cast<std::size_t>(own.objective)]);
+    }
+    members.append(py::make_tuple(own.plane, objective, own.share));
+  }
+  return members;
+}
+
 // For each expert by tensor (format, size, error or None, values' name, factors' name) of the planes that are
 // not dense.
 py::list planes_of(const Store& store) {
   py::list experts;
-  for (const std::string& objective : store.manifest.objectives) {
+  for (const Member& member : store.manifest.members) {
     py::dict own;
-    const auto found = store.manifest.planes.find(objective);
+    const auto found = store.manifest.planes.find(member.plane);
     for (const TensorSpec& spec : store.manifest.tensors) {
       if (found == store.manifest.planes.end() || found->second.count(spec.name) == 0) continue;
       const PlaneSpec& plane = found->second.at(spec.name);
@@ -154,8 +167,8 @@ py::dict model_files_of(const Store& store, const std::string& head) {
 Array<float> routing_weights_of(const Store& store, const Preference& preference) {
   check_preference(preference, store.manifest.objectives);
   const Weights weights = store.routers.evaluate(preference);
-  const std::size_t experts = store.manifest.objectives.size();
-  return Array<float>(std::vector<std::size_t>{weights.values.size() / experts, experts},
+  const std::size_t planes = store.manifest.members.size();
+  return Array<float>(std::vector<std::size_t>{weights.values.size() / planes, planes},
                       weights.values.data());
 }
 
@@ -181,7 +194,7 @@ Merged merge(const Store& store, const Array<float>& weights, const Path& path, 
 // table.
 void bind_store(py::module_& m) {
   py::register_exception_translator(&translate);
-  m.def("file_stems", &file_stems, py::arg("objectives"));
+  m.def("file_stems", &file_stems, py::arg("names"));
   m.def("plane_parts", &plane_parts_of, py::arg("name"), py::arg("shape"), py::arg("format"),
         py::arg("size"));
   m.def("is_model_file", &is_model_file, py::arg("name"));
@@ -260,6 +273,7 @@ void bind_store(py::module_& m) {
            }),
            py::arg("path"))
       .def_property_readonly("objectives", [](const Store& store) { return store.manifest.objectives; })
+      .def_property_readonly("members", &members_of)
       .def_property_readonly("static_weight", [](const Store& store) { return store.manifest.static_weight; })
       .def_property_readonly("specs", &specs_of)
       .def_property_readonly("planes", &planes_of)

@@ -30,8 +30,8 @@ from paretofuse.engine.stacking.stack import Stack, lasting
 class BoundStack:
     """A stack's tensors and what merges them.
 
-    Routed tensors take the routing weights [K, G, E], or with row coefficients [K, G + R, E]. Static tensors take the
-    static weight for every expert, which is known here and nowhere else.
+    Routed tensors take the routing weights [K, G, P], or with row coefficients [K, G + R, P]. Static tensors take each
+    plane's static weight (`Layout.static_weights`).
 
     Args:
         stack: its tensors may lie on several devices.
@@ -56,9 +56,7 @@ class BoundStack:
         self.layout = stack.layout
         self.rows = self.layout.group_index
         self._static_rows = {spec.name: 0 for spec in self.layout.with_role("static")}
-        self._static_weights = torch.full(
-            (1, 1, len(self.layout.objectives)), self.layout.static_weight, dtype=torch.float32
-        )
+        self._static_weights = torch.tensor([[self.layout.static_weights]], dtype=torch.float32)  # [1, 1, P]
         self.places = {name: tensor.device for name, tensor in stack.base.items()}
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
@@ -102,7 +100,7 @@ class BoundStack:
 
     @lasting()
     def merge(self, weights: Tensor) -> list[dict[str, Tensor]]:
-        """K new sets of all routed and static tensors at weights [K, G, E], each tensor with its own storage."""
+        """K new sets of all routed and static tensors at weights [K, G, P], each tensor with its own storage."""
         routed, static = self.layout.with_role("routed"), self.layout.with_role("static")
         flat: FlatOutputs | None = None
         if self.flat:
@@ -117,7 +115,7 @@ class BoundStack:
         return [{name: view.clone() for name, view in views.items()} for views in out]
 
     def states(self, weights: Tensor, head: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """K new state dicts at weights [K, G, E], with an objective's own tensors; tied names share one tensor."""
+        """K new state dicts at weights [K, G, P], with an objective's own tensors; tied names share one tensor."""
         constants = {spec.name: self.stack.base[spec.name] for spec in self.layout.with_role("constant")}
         states = []
         for merged in self.merge(weights):

@@ -39,7 +39,7 @@ def with_card(
         files: of the model directory by name, the base's card among them if it has one.
         store: what was merged.
         preference: each objective's share; None where routing weights were given instead.
-        weights: the routing weights, float32 [G, E].
+        weights: the routing weights, float32 [G, P].
         head: the objective whose head the model got.
     """
     found = dict(files)
@@ -66,7 +66,7 @@ def _card(
     digest = hashlib.sha256(np.ascontiguousarray(weights, "<f4").tobytes()).hexdigest()
     rows = {
         "Base": f"{_name(config) or store.model_class or 'not recorded'} (`{base}`)",
-        **{f"Expert {name}": f"`{own}`" for name, own in zip(store.layout.objectives, experts, strict=True)},
+        **{f"Expert {name}": f"`{own}`" for name, own in zip(store.layout.planes, experts, strict=True)},
         "Preference": shares,
         "Head": head or "the base's",
         "Routers": describe_training(store.training) if store.trained else "not trained",
@@ -92,7 +92,7 @@ ordinary dense weights at one preference between them.
 {table}
 
 Base and experts: the first 16 digits of the SHA-256 of the store's file with their tensors. Routing weights: the
-SHA-256 of the numbers [groups, experts], float32, little-endian.
+SHA-256 of the numbers [groups, planes], float32, little-endian.
 {kept}"""
 
 

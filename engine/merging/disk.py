@@ -50,7 +50,7 @@ def merge_store(
         out: a directory (the weights, the model's own files and a model card, README.md), or a path that ends in
             .safetensors. An earlier merge there is replaced, and nothing else is. A directory's weights of more than
             5 GB are cut into several files with an index, as transformers cuts them.
-        weights: routing weights instead of a preference, [G, E], or [G + R, E] where rows have coefficients.
+        weights: routing weights instead of a preference, [G, P], or [G + R, P] where rows have coefficients.
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
         isa: forces an instruction set, see `paretofuse doctor`.
@@ -86,11 +86,11 @@ def merge_store(
 
 
 def _routing_weights(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
-    """The routing weights of a preference, or the given ones, float32 [G, E] or [G + R, E]."""
-    groups, experts = len(store.layout.groups), len(store.layout.objectives)
-    shapes = [(groups, experts)]
+    """The routing weights of a preference, or the given ones, float32 [G, P] or [G + R, P]."""
+    groups, planes = len(store.layout.groups), len(store.layout.members)
+    shapes = [(groups, planes)]
     if store.family == "rows":
-        shapes.append((groups + store.layout.row_count, experts))
+        shapes.append((groups + store.layout.row_count, planes))
     if (preference is None) == (weights is None):
         raise ValueError("got both or neither of a preference and weights, expected one of them")
     if preference is not None:

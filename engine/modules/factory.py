@@ -35,7 +35,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: the first routing weights, [1, G, E]; with row coefficients [1, G + R, E], for which a fused module is
+        weights: the first routing weights, [1, G, P]; with row coefficients [1, G + R, P], for which a fused module is
             then made.
         fused: whether linear layers give way to those of `routed/layers.py`.
     """
@@ -75,7 +75,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
 def _mixed_weight(
     bound: BoundStack, mixes: Mapping[torch.device, Tensor], layer: nn.Module, name: str
 ) -> MixedWeight:
-    """The weight of a fused layer, given the routing weights [G, E] on each device."""
+    """The weight of a fused layer, given the routing weights [G, P] on each device."""
     base, row, span = bound.stack.base[name], bound.rows[name], bound.layout.row_spans[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
     if bound.backends[base.device] == "native":

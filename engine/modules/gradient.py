@@ -24,7 +24,7 @@ from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_group
 
 
 class GradientCollector:
-    """Collects dLoss/dL [G, E], or with row coefficients [G + R, E], float64, during backward passes.
+    """Collects dLoss/dL [G, P], or with row coefficients [G + R, P], float64, during backward passes.
 
     Args:
         parameters: the routed parameters by stored name.
@@ -32,7 +32,7 @@ class GradientCollector:
         planes: for each expert, its planes by name; an absent one contributes zero.
         check: called as a backward pass begins; what it raises ends the pass.
         deltas: the planes as one dense tensor [P, *shape] of each parameter whose gradient the Triton kernels reduce.
-        mixes: routing weights [G, E] that a fused module reads by themselves, a leaf for each device.
+        mixes: routing weights [G, P] that a fused module reads by themselves, a leaf for each device.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class _KernelSums:
         self._any = True
 
     def take(self) -> Tensor | None:
-        """The sums, float64 [G, E], or None where nothing was added; and start anew."""
+        """The sums, float64 [G, P], or None where nothing was added; and start anew."""
         if not self._any:
             return None
         total = group_sums(self._partials, self._plan).double()

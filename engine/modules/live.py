@@ -26,12 +26,12 @@ class LiveModule:
 
     Args:
         module: the module; its merged tensors are the mergers' outputs.
-        merge_routed: rewrites the routed tensors, from weights [1, G, E] or [1, G + R, E]; static tensors are merged
+        merge_routed: rewrites the routed tensors, from weights [1, G, P] or [1, G + R, P]; static tensors are merged
             already.
         names: the routed tensors that it rewrites.
         layout: the tensor table.
         planes: for each expert, its planes by name.
-        weights: the first routing weights, [1, G, E] or [1, G + R, E].
+        weights: the first routing weights, [1, G, P] or [1, G + R, P].
         deltas: the planes as one dense tensor of each parameter whose gradient the Triton kernels shall reduce.
         mixes: the routing weights that a fused module's layers read, rewritten with every merge; one for
             each device.
@@ -88,7 +88,7 @@ class LiveModule:
 
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
-        """Merge in place at weights [1, G, E].
+        """Merge in place at weights [1, G, P].
 
         Raises:
             ValueError: the module no longer holds the memory that is merged into; nothing has been written.

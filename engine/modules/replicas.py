@@ -69,7 +69,7 @@ class Merge:
 
     Attributes:
         key: equal for equal weights.
-        weights: gives them, [1, G, E], where they have to be merged.
+        weights: gives them, [1, G, P], where they have to be merged.
         build: makes a live module, merged at such weights.
         head: the objective whose head the module shall show.
     """

@@ -1,17 +1,19 @@
 """Routers: one tiny MLP for each group, all groups evaluated at once.
 
-    L(r) = init(r) + W2 relu(W1 r + b1) + b2        W1 [G, H, E], b1 [G, H], W2 [G, E, H], b2 [G, E], H = 2 E
+    L(r) = init(r) + W2 relu(W1 r + b1) + b2        W1 [G, H, M], b1 [G, H], W2 [G, P, H], b2 [G, P], H = 2 M
 
-"identity" starts at L = r, so that a one-hot preference starts as exactly that expert; "sqrt" at L = sqrt(r). Both
-keep the MLP's last layer at zero. "constant" is PWEMoE's own start (Tang et al., arXiv 2406.09770): no residual, all
-weights drawn with standard deviation 0.01 and the last bias at the task-arithmetic coefficient.
+M objectives give the weights of P planes. "identity" starts plane j of objective m at r_m times its share (1 / k of k
+experts), so that a one-hot preference starts as the mean of that objective's experts; "sqrt" at sqrt(r_m) times it;
+planes of no objective start at 0. Both keep the MLP's last layer at zero. "constant" is PWEMoE's own start (Tang et
+al., arXiv 2406.09770): no residual, all weights drawn with standard deviation 0.01 and the last bias at the
+task-arithmetic coefficient times the share.
 
 The family "rows" has a coefficient for each row of each routed tensor besides, linear in the preference and zero at
 the start; R is the number of rows of all routed tensors:
 
-    coefficient of plane e in row i of a tensor of group g: L(r)[g, e] + C(r)[i, e]    C(r)[i, e] = sum_m r_m S[m, e, i]
+    coefficient of plane j in row i of a tensor of group g: L(r)[g, j] + C(r)[i, j]    C(r)[i, j] = sum_m r_m S[m, j, i]
 
-L and C are one tensor [G + R, E] everywhere, the groups first, so that whatever takes routing weights takes both.
+L and C are one tensor [G + R, P] everywhere, the groups first, so that whatever takes routing weights takes both.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paretofuse.engine.layout import Layout
+from paretofuse.engine.layout import Layout, Member, one_for_each
 from paretofuse.engine.routing.preference import as_preference, is_grid
 
 INITS = ("identity", "sqrt", "constant")
@@ -62,14 +64,14 @@ class GroupedLinear(nn.Module):
 
 
 class RowCoefficients(nn.Module):
-    """S [M, E, R]: for each objective, plane and row what that objective's share of the preference adds."""
+    """S [M, P, R]: for each objective, plane and row what that objective's share of the preference adds."""
 
     def __init__(self, objectives: int, planes: int, rows: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(objectives, planes, rows, dtype=torch.float32))
 
     def forward(self, r: Tensor) -> Tensor:
-        """[..., M] -> [..., R, E], summed in the dtype of r and in the order of the objectives, as in C++."""
+        """[..., M] -> [..., R, P], summed in the dtype of r and in the order of the objectives, as in C++."""
         own = self.weight.to(r.dtype)
         total = r[..., 0, None, None] * own[0]
         for m in range(1, len(own)):
@@ -82,15 +84,18 @@ class Routers(nn.Module):
 
     Args:
         groups: names of the routing groups, G of them.
-        objectives: names of the objectives, E of them.
+        objectives: names of the objectives, M of them.
         init: "identity", "sqrt" or "constant".
-        constant: start value of every weight for init "constant".
+        members: the planes, P of them; an expert for each objective unless told.
+        constant: start value of every weight for init "constant", before the planes' shares.
         rows: rows of all routed tensors, R of them (`Layout.row_count`).
         family: "scalar" or "rows".
         seed: seed of the initial values; they do not touch torch's global random state.
     """
 
     rows: RowCoefficients | None
+    _owner: Tensor
+    _share: Tensor
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class Routers(nn.Module):
         objectives: Sequence[str],
         init: str = "identity",
         *,
+        members: Sequence[Member] = (),
         constant: float = 0.3,
         rows: int = 0,
         family: str = "scalar",
@@ -109,9 +115,16 @@ class Routers(nn.Module):
         self.objectives = tuple(objectives)
         self.init = init
         self.constant = constant
+        self.members = tuple(members) or one_for_each(self.objectives)
         count, hidden = len(self.objectives), 2 * len(self.objectives)
         self.hidden = GroupedLinear(len(self.groups), count, hidden)
-        self.output = GroupedLinear(len(self.groups), hidden, count)
+        self.output = GroupedLinear(len(self.groups), hidden, len(self.members))
+        owners = [self.objectives.index(m.objective) if m.objective is not None else 0 for m in self.members]
+        self.register_buffer(
+            "_owner", torch.tensor(owners), persistent=False
+        )  # [P]; any, where the share is 0
+        shares = [m.share for m in self.members]
+        self.register_buffer("_share", torch.tensor(shares, dtype=torch.float64), persistent=False)  # [P]
         self._row_count = rows
         self.rows = None
         self.set_family(family)
@@ -137,7 +150,8 @@ class Routers(nn.Module):
                 'family="rows", or zero engine.routers.rows.weight first'
             )
         count, device = len(self.objectives), self.output.bias.device
-        self.rows = RowCoefficients(count, count, self._row_count).to(device) if family == "rows" else None
+        made = RowCoefficients(count, len(self.members), self._row_count) if family == "rows" else None
+        self.rows = None if made is None else made.to(device)
 
     @property
     def width(self) -> int:
@@ -161,7 +175,7 @@ class Routers(nn.Module):
                 draw = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32)
                 layer.weight.copy_(0.01 * draw)
             self.hidden.bias.zero_()
-            self.output.bias.fill_(self.constant)
+            self.output.bias.copy_(self.constant * self._share)
             return
         bound = 1 / math.sqrt(len(self.objectives))
         for tensor in (self.hidden.weight, self.hidden.bias):
@@ -177,11 +191,11 @@ class Routers(nn.Module):
         PyTorch may sum in another order, so a number of this one may differ from theirs in its last bit.
 
         Args:
-            preference: [E], or a tensor or array [K, E], or a dict by objective name; non-negative, each row summing
+            preference: [M], or a tensor or array [K, M], or a dict by objective name; non-negative, each row summing
                 to 1.
 
         Returns:
-            float32 [G, E] or [K, G, E]; with row coefficients [G + R, E] or [K, G + R, E], the groups first and then
+            float32 [G, P] or [K, G, P]; with row coefficients [G + R, P] or [K, G + R, P], the groups first and then
             the rows of all routed tensors in the layout's order.
 
         Raises:
@@ -189,17 +203,16 @@ class Routers(nn.Module):
         """
         if is_grid(preference):
             if len(preference) == 0:
-                raise ValueError("got no preferences [0, E], expected at least one")
+                raise ValueError("got no preferences [0, M], expected at least one")
             several: Any = preference
             rows = np.stack([as_preference(row, self.objectives) for row in several])
         else:
             rows = as_preference(preference, self.objectives)
         r = torch.from_numpy(rows).to(self.output.bias.device).unsqueeze(-2)
         weights: Tensor = self.output(torch.relu(self.hidden(r)))
-        if self.init == "identity":
-            weights = weights + r
-        elif self.init == "sqrt":
-            weights = weights + r.sqrt()
+        if self.init != "constant":
+            start = r if self.init == "identity" else r.sqrt()
+            weights = weights + start[..., self._owner] * self._share
         if self.rows is not None:
             weights = torch.cat([weights, self.rows(r.squeeze(-2))], -2)
         return weights.to(torch.float32)
@@ -207,7 +220,8 @@ class Routers(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print."""
         return (
-            f"groups={len(self.groups)}, objectives={list(self.objectives)}, init={self.init!r}, {self.size}"
+            f"groups={len(self.groups)}, objectives={list(self.objectives)}, planes={len(self.members)}, "
+            f"init={self.init!r}, {self.size}"
         )
 
 
@@ -217,6 +231,7 @@ def routers_for(layout: Layout, init: str, family: str) -> Routers:
         layout.groups,
         layout.objectives,
         init,
+        members=layout.members,
         constant=layout.static_weight,
         rows=layout.row_count,
         family=family,

@@ -1,6 +1,6 @@
 """Routing weights from what users give: a preference or several, or the weights themselves.
 
-With row coefficients, [G, E] below is [G + R, E] (see `Routers`); weights given without them have none.
+With row coefficients, [G, P] below is [G + R, P] (see `Routers`); weights given without them have none.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def is_several(preference: Preference | None, weights: Any) -> bool:
 
 
 def routing_of(routers: Routers, preference: Preference | None, weights: Any) -> Tensor:
-    """Routing weights of a preference [E] or of several [K, E], or given ones [G, E] or [K, G, E], without a graph.
+    """Routing weights of a preference [M] or of several [K, M], or given ones [G, P] or [K, G, P], without a graph.
 
     Returns:
-        float32 [K, G, E], contiguous, where the routers are.
+        float32 [K, G, P], contiguous, where the routers are.
 
     Raises:
         ValueError: neither or both are given, or they are not valid.
@@ -39,7 +39,7 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
 
 
 def check_one(routing: Tensor) -> None:
-    """ValueError unless routing weights [K, G, E] are those of one preference."""
+    """ValueError unless routing weights [K, G, P] are those of one preference."""
     if len(routing) != 1:
         raise ValueError(f"got {len(routing)} preferences, expected one: there is one live module")
 
@@ -50,7 +50,7 @@ def rows_of(
     """Routing weights for the rows of a batch, from a preference for each, or given; gradients flow into both.
 
     Returns:
-        float32 [B, G, E], where the routers are.
+        float32 [B, G, P], where the routers are.
 
     Raises:
         ValueError: as `routing_of`, or no rows.
@@ -63,7 +63,7 @@ def rows_of(
             raise ValueError("got no preferences, expected one for each row of the batch")
         weights = routers(torch.stack(rows))
     if weights.dim() != 3:
-        raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, E]")
+        raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, P]")
     return _checked(routers, weights)
 
 
@@ -93,13 +93,13 @@ def _only_one_given(what: str, preference: Any, weights: Any) -> None:
 
 
 def _checked(routers: Routers, weights: Tensor) -> Tensor:
-    device, count = routers.output.bias.device, len(routers.objectives)
+    device, count = routers.output.bias.device, len(routers.members)
     groups, width = len(routers.groups), routers.width
     routing = weights.to(device=device, dtype=torch.float32)
     if list(routing.shape[-2:]) not in ([groups, count], [width, count]) or routing.dim() not in (2, 3):
-        rows = "" if width == groups else f", or with row coefficients [G + R, E] = {[width, count]}"
+        rows = "" if width == groups else f", or with row coefficients [G + R, P] = {[width, count]}"
         raise ValueError(
-            f"got weights of shape {list(routing.shape)}, expected [G, E] = {[groups, count]}{rows}; with [K, ...] "
+            f"got weights of shape {list(routing.shape)}, expected [G, P] = {[groups, count]}{rows}; with [K, ...] "
             "for several"
         )
     if not torch.isfinite(routing).all():
@@ -113,5 +113,5 @@ def _tensor(weights: object) -> Tensor:
         return torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"got weights={type(weights).__name__}, expected a tensor of routing weights [G, E]"
+            f"got weights={type(weights).__name__}, expected a tensor of routing weights [G, P]"
         ) from None

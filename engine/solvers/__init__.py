@@ -2,7 +2,7 @@
 
 A solver is any callable
 
-    solver(losses [M], jacobian [M, G, E], preference [M]) -> direction [G, E]
+    solver(losses [M], jacobian [M, G, P], preference [M]) -> direction [G, P]
 
 that an optimizer can take for the gradient of the routing weights. One that mixes the gradients is shorter to write
 as a WeightedSolver, from the losses and the gradients' inner products alone:

@@ -19,11 +19,11 @@ class Solver(Protocol):
 
         Args:
             losses: [M] float64, finite.
-            jacobian: [M, G, E], dLoss_m / dL for the routing weights L.
+            jacobian: [M, G, P], dLoss_m / dL for the routing weights L.
             preference: [M], >= 0, not all zero: how much each objective matters.
 
         Returns:
-            [G, E], in the jacobian's dtype and on its device; what an optimizer takes for a gradient.
+            [G, P], in the jacobian's dtype and on its device; what an optimizer takes for a gradient.
         """
 
 
@@ -32,7 +32,7 @@ class JointSolver(Protocol):
     """A solver that needs several preferences at a time, because what is best for one depends on the others."""
 
     def directions(self, losses: Tensor, jacobians: Tensor, preferences: Tensor) -> Tensor:
-        """As Solver, for K preferences: losses [K, M], jacobians [K, M, G, E], preferences [K, M] -> [K, G, E]."""
+        """As Solver, for K preferences: losses [K, M], jacobians [K, M, G, P], preferences [K, M] -> [K, G, P]."""
 
 
 class WeightedSolver(ABC):
@@ -52,7 +52,7 @@ class WeightedSolver(ABC):
         """
 
     def __call__(self, losses: Tensor, jacobian: Tensor, preference: Tensor) -> Tensor:
-        """The direction alpha @ jacobian, [G, E]; see Solver.
+        """The direction alpha @ jacobian, [G, P]; see Solver.
 
         Raises:
             ValueError: shapes do not fit together, or a number is not finite.
@@ -71,11 +71,11 @@ def solve_each(
     Args:
         solver: the solver.
         losses: [K, M].
-        jacobians: [K, M, G, E].
+        jacobians: [K, M, G, P].
         preferences: [K, M].
 
     Returns:
-        [K, G, E].
+        [K, G, P].
     """
     if isinstance(solver, JointSolver):
         return solver.directions(losses, jacobians, preferences)
@@ -92,7 +92,7 @@ def check_inputs(losses: Tensor, jacobian: Tensor, preference: Tensor) -> None:
     if count == 0 or losses.shape != (count,) or preference.shape != (count,):
         raise ValueError(
             f"got losses {tuple(losses.shape)}, jacobian {tuple(jacobian.shape)} and preference "
-            f"{tuple(preference.shape)}, expected [M], [M, G, E] and [M] with M >= 1"
+            f"{tuple(preference.shape)}, expected [M], [M, G, P] and [M] with M >= 1"
         )
     for what, numbers in (("loss", losses), ("gradient", jacobian)):
         if not bool(torch.isfinite(numbers).all()):

@@ -53,7 +53,7 @@ class HypervolumeMaximization:
         return np.asarray(alpha - self.strength * np.array(pulls))
 
     def directions(self, losses: Tensor, jacobians: Tensor, preferences: Tensor) -> Tensor:
-        """Directions [K, G, E] for K preferences at once; see JointSolver.
+        """Directions [K, G, P] for K preferences at once; see JointSolver.
 
         Raises:
             ValueError: shapes do not fit together, or a number is not finite.
@@ -65,7 +65,7 @@ class HypervolumeMaximization:
         return mixed.to(jacobians.device, jacobians.dtype)
 
     def __call__(self, losses: Tensor, jacobian: Tensor, preference: Tensor) -> Tensor:
-        """The direction [G, E] for one preference alone; see Solver. Better given several at a time."""
+        """The direction [G, P] for one preference alone; see Solver. Better given several at a time."""
         return self.directions(losses[None], jacobian[None], preference[None])[0]
 
 

@@ -42,7 +42,7 @@ class TorchJD:
             )
 
     def __call__(self, losses: Tensor, jacobian: Tensor, preference: Tensor) -> Tensor:
-        """The aggregator's direction, [G, E]; see Solver.
+        """The aggregator's direction, [G, P]; see Solver.
 
         Raises:
             ValueError: shapes do not fit together, a number is not finite, or the aggregator returned another

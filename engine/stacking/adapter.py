@@ -71,7 +71,7 @@ def write_adapter(
         name: coefficients(routing, row, layout.row_spans[name]) for name, row in layout.group_index.items()
     }
     for spec in layout.with_role("static"):
-        weights[spec.name] = torch.full_like(routing[0], layout.static_weight)
+        weights[spec.name] = routing.new_tensor(layout.static_weights)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     refused: list[str] = []
     wrong = size = 0.0

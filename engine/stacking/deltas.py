@@ -120,7 +120,7 @@ def head_infos(plan: Plan, objective: str) -> dict[str, TensorInfo]:
     """
     infos = {}
     for name in plan.heads[objective]:
-        info = plan.experts[objective].infos[name]
+        info = plan.head_expert(objective).infos[name]
         if info.dtype.is_floating_point:
             base = plan.layout.by_name.get(name)
             wanted = plan.dtype or (base.dtype if base is not None else None)
@@ -136,7 +136,7 @@ def head_blocks(plan: Plan, objective: str, name: str) -> Iterator[Tensor]:
         CheckpointError: a value is NaN or infinite.
     """
     dtype = head_infos(plan, objective)[name].dtype
-    expert = plan.experts[objective]
+    expert = plan.head_expert(objective)
     blocks = expert.blocks(name)
     if expert.is_delta and name not in expert.replaced:
         ours = plan.base.blocks(name)

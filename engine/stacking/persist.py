@@ -140,13 +140,15 @@ def write(
         layout.with_role("routed", "static"),
         key=lambda spec: (not may_be_small(spec.shape), -ITEM_SIZE[spec.delta_dtype]),
     )
-    with StoreWriter(path, objectives=layout.objectives, force=force, origin=origin) as writer:
+    with StoreWriter(
+        path, objectives=layout.objectives, experts=layout.planes, force=force, origin=origin
+    ) as writer:
         state = {name: t.detach().cpu().numpy() for name, t in routers.state_dict().items()}
         writer.write_routers(routers.init, state, training)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
-        for objective, planes in zip(layout.objectives, parts.planes, strict=True):
+        for expert, planes in zip(layout.planes, parts.planes, strict=True):
             described: dict[str, dict[str, Any]] = {}
-            writer.write_expert(objective, _expert_tensors(merged, planes, described), described)
+            writer.write_expert(expert, _expert_tensors(merged, planes, described), described)
         for objective, own in parts.heads.items():
             ordered = sorted(own, key=lambda entry: -ITEM_SIZE[TO_NAME[entry[1]]])
             writer.write_head(objective, [(n, TO_NAME[d], s, _chunks(b)) for n, d, s, b in ordered])
@@ -180,7 +182,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
     stack = Stack(
         layout,
         _tensors(store.base, device),
-        tuple(_planes(store, e, device) for e in range(len(layout.objectives))),
+        tuple(_planes(store, e, device) for e in range(len(layout.members))),
         {objective: _tensors(own, device) for objective, own in store.heads.items()},
         store.release if device.type == "cpu" else lambda names: None,
         store.check_unchanged if device.type == "cpu" else lambda: None,

@@ -10,6 +10,7 @@ from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
 from paretofuse.engine.planes.choose import Wanted
 from paretofuse.engine.routing.groups import Route, assign_groups
+from paretofuse.engine.stacking.members import members_of
 from paretofuse.engine.stacking.misfit import Norms
 from paretofuse.engine.stacking.sharding import check_alike
 from paretofuse.engine.stacking.sources import Source, TensorInfo, dtype_name
@@ -22,8 +23,8 @@ class Plan:
     Attributes:
         layout: the tensor table.
         base: the base's source.
-        experts: each objective's source.
-        heads: for each objective, the names of its own tensors.
+        experts: each expert's source, by its name.
+        heads: for each objective, the names of its own tensors: those of its first expert.
         dtype: safetensors dtype that everything is converted to, or None.
         planes: the format that was asked for.
         notes: what a user should know (mixed dtypes and the like), a sentence each.
@@ -39,6 +40,10 @@ class Plan:
     notes: tuple[str, ...]
     norms: Norms = field(default_factory=Norms)
 
+    def head_expert(self, objective: str) -> Source:
+        """The expert whose head an objective has."""
+        return self.experts[self.layout.first_expert(objective)]
+
 
 def make_plan(
     base: Source,
@@ -50,35 +55,39 @@ def make_plan(
     delta_dtype: str | None,
     heads: Sequence[str],
     planes: Wanted,
+    objectives: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
     """Check that base and experts fit together and lay out their tensors.
 
     Args:
         base: the base model.
-        experts: the expert of each objective; at least one.
+        experts: the experts by name; at least one.
         route: "mlp", "module", "tensor" or a callable name -> group or None.
         static_weight: weight of every expert in tensors that are not routed.
         dtype: safetensors dtype for base and deltas; None keeps each base tensor's.
         delta_dtype: safetensors dtype for the deltas; None takes the base's.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each.
         planes: the planes' format.
+        objectives: which experts belong to which objective, see `members_of`.
 
     Raises:
         CheckpointError: names, shapes or dtypes do not fit; the message names the tensor and both sides.
-        ValueError: no expert, an unusable route, or a non-finite static weight.
+        ValueError: no expert, an unusable route, a non-finite static weight, or objectives that do not fit the experts.
     """
     if not experts:
-        raise ValueError("got no experts, expected at least one, as {objective: model}")
+        raise ValueError("got no experts, expected at least one, as {name: model}")
     if isinstance(heads, str) or not all(isinstance(pattern, str) for pattern in heads or ()):
         raise TypeError(f"got heads={heads!r}, expected a list of names such as ['classifier']")
     heads = tuple(heads or ())
-    if any(not name or "\n" in name for name in experts):
-        raise ValueError(f"got objective names {list(experts)}, expected non-empty single lines")
+    names, members = members_of(tuple(experts), objectives)
+    for kind, given in (("expert", tuple(experts)), ("objective", names)):
+        if any(not name or "\n" in name for name in given):
+            raise ValueError(f"got {kind} names {list(given)}, expected non-empty single lines")
     if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):
         raise ValueError(f"got static_weight={static_weight!r}, expected a finite number such as 0.3")
 
     _check_heads(base, experts, heads)
-    own = {objective: _check_names(base, expert, heads) for objective, expert in experts.items()}
+    own = {name: _check_names(base, expert, heads) for name, expert in experts.items()}
     is_head = {name for name in base.infos if _matches(name, heads)}
     merged: list[tuple[str, str]] = []
     for name, info in base.infos.items():
@@ -119,8 +128,9 @@ def make_plan(
                 aliases=tuple(aliases.get(name, ())),
             )
         )
-    layout = Layout(tuple(experts), tuple(specs), float(static_weight))
-    return Plan(layout, base, dict(experts), own, dtype, planes, _notes(layout, base, experts))
+    layout = Layout(names, tuple(specs), float(static_weight), members)
+    kept = {objective: own[layout.first_expert(objective)] for objective in names}
+    return Plan(layout, base, dict(experts), kept, dtype, planes, _notes(layout, base, experts, own))
 
 
 def _constant_dtype(info: TensorInfo, label: str, name: str, dtype: str | None) -> str:
@@ -236,22 +246,36 @@ def _name_advice(extra: list[str], missing: list[str], ours: list[str], theirs: 
     return " ".join(parts)
 
 
-def _notes(layout: Layout, base: Source, experts: Mapping[str, Source]) -> tuple[str, ...]:
-    """What was converted, a sentence each."""
+def _notes(
+    layout: Layout, base: Source, experts: Mapping[str, Source], own: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """What was converted, and whose head was left out, a sentence each."""
     notes = [note for source in (base, *experts.values()) for note in source.notes]
-    for objective, expert in experts.items():
+    firsts = {objective: layout.first_expert(objective) for objective in layout.objectives}
+    for member in layout.members:
+        first = firsts.get(member.objective or "")
+        if own[member.plane] and member.plane != first:
+            notes.append(
+                f"{member.plane}: its head is left out, as "
+                + (
+                    "it belongs to no objective"
+                    if first is None
+                    else f"{member.objective} has that of {first}"
+                )
+            )
+    for name, expert in experts.items():
         pairs: dict[tuple[str, str, str], int] = {}
         for spec in layout.with_role("routed", "static"):
-            name = expert.aliases.get(spec.name, spec.name)
-            if name not in expert.infos:
+            theirs = expert.aliases.get(spec.name, spec.name)
+            if theirs not in expert.infos:
                 continue
-            found = dtype_name(expert.infos[name], expert.label, name)
+            found = dtype_name(expert.infos[theirs], expert.label, theirs)
             original = dtype_name(base.infos[spec.name], base.label, spec.name)
             if not found == original == spec.dtype == spec.delta_dtype:
                 key = (found, original, f"base {spec.dtype}, deltas {spec.delta_dtype}")
                 pairs[key] = pairs.get(key, 0) + 1
         notes += [
-            f"{objective}: {count} tensors are {theirs} in the expert and {ours} in the base; stored as {stored}"
-            for (theirs, ours, stored), count in pairs.items()
+            f"{name}: {count} tensors are {found} in the expert and {ours} in the base; stored as {stored}"
+            for (found, ours, stored), count in pairs.items()
         ]
     return tuple(notes)

@@ -2,8 +2,9 @@
 
 manifest.json                   format, version, objectives, tensor table, sizes and checksums
 base.safetensors                every tensor of the base, tied ones once
-experts/<objective>.safetensors the planes; a tensor that is not there is unchanged by that expert. Dense ones under the
-                                tensor's name; others (version 2) in two tensors each, as csrc/src/store/planes.h says
+experts/<expert>.safetensors    the planes; a tensor that is not there is unchanged by that expert. Dense ones under the
+                                tensor's name; others (version 2) in two tensors each, as csrc/src/store/planes.h says.
+                                An expert for each objective, of its name, unless the manifest has others (version 3)
 routers.safetensors             the routers' parameters, float32
 heads/<objective>.safetensors   tensors that only this objective uses
 heads/<objective>/...           files that replace the model's own under that head (config.json)
@@ -25,7 +26,7 @@ import numpy as np
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
-from paretofuse.engine.layout import Layout, TensorSpec
+from paretofuse.engine.layout import Layout, Member, TensorSpec
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 
 Progress = Callable[[int, int], None]
@@ -66,16 +67,16 @@ class Store:
     Attributes:
         path: its directory.
         core: the store in C++, which reads everything.
-        layout: objectives, static weight and tensor table.
+        layout: objectives, experts, static weight and tensor table.
         init: what the routers add to: "identity", "sqrt" or "constant".
         model_class: qualified name of the base model's class, if it had one.
         training: how the routers were trained (steps, method, data, versions); None if that is not recorded.
         created_by: the program and version that wrote it, for people.
         checksums: size in bytes and SHA-256 (hexadecimal) of every file but the manifest, by path in the store.
-        files: the mapped files: the base first, then one for each expert in the objectives' order.
+        files: the mapped files: the base first, then one for each expert in their order.
         base: every stored tensor of the base by name.
-        deltas: for each objective, its dense planes by tensor name.
-        planes: for each objective, its other planes; a tensor that is in neither is unchanged.
+        deltas: for each expert, its dense planes by tensor name.
+        planes: for each expert, its other planes; a tensor that is in neither is unchanged.
         heads: by objective, the tensors that only this objective uses.
         routers: the routers' parameters, float32, as copies.
     """
@@ -85,7 +86,8 @@ class Store:
         self.path = path
         self.core = core
         specs = tuple(TensorSpec(*entry) for entry in core.specs)
-        self.layout = Layout(tuple(core.objectives), specs, core.static_weight)
+        members = tuple(Member(*member) for member in core.members)
+        self.layout = Layout(tuple(core.objectives), specs, core.static_weight, members)
         self.init = core.init
         self.model_class = core.model_class or None
         self.training: dict[str, Any] | None = json.loads(core.training) if core.training else None
@@ -135,7 +137,7 @@ class Store:
         return self.checksums[ROUTERS][1]
 
     def routing_weights(self, preference: np.ndarray) -> np.ndarray:
-        """The routers at a preference [E], as from `as_preference`: routing weights, float32 [G, E] or [G + R, E].
+        """The routers at a preference [M], as from `as_preference`: routing weights, float32 [G, P] or [G + R, P].
 
         Computed in float64 and rounded once, as the routers in torch are. Raises ValueError for no preference.
         """

@@ -17,7 +17,7 @@ import numpy as np
 
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
-from paretofuse.engine.layout import Layout
+from paretofuse.engine.layout import Layout, one_for_each
 from paretofuse.engine.store.atomic import Fresh, name_the_file
 from paretofuse.engine.store.reader import (
     BASE,
@@ -80,6 +80,7 @@ class StoreWriter:
         path: str | os.PathLike[str],
         *,
         objectives: Sequence[str],
+        experts: Sequence[str] | None = None,
         force: bool = False,
         origin: str | None = None,
     ) -> None:
@@ -87,7 +88,8 @@ class StoreWriter:
 
         Args:
             path: its directory; missing parents are made.
-            objectives: the experts' names.
+            objectives: the objectives' names.
+            experts: the experts' names; those of the objectives unless told.
             force: replace a trained store, whose training is lost.
             origin: the checksum of the routers that these go on from; a trained store that holds them may be replaced.
 
@@ -98,10 +100,12 @@ class StoreWriter:
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")
+        self.experts = self.objectives if experts is None else tuple(experts)
         self._force = force
         self._origin = origin
         self._check_target()
-        self._stems = _C.file_stems(self.objectives)
+        self._head_stems = _C.file_stems(self.objectives)
+        self._expert_stems = _C.file_stems(self.experts)
         self._experts: dict[str, str] = {}
         self._planes: dict[str, dict[str, dict[str, Any]]] = {}
         self._heads: dict[str, str] = {}
@@ -124,28 +128,28 @@ class StoreWriter:
 
     def write_expert(
         self,
-        objective: str,
+        expert: str,
         tensors: Iterable[TensorData],
         planes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write an expert's planes.
 
         Args:
-            objective: its name.
+            expert: its name.
             tensors: dense planes under the tensor's name, others in their two parts; those that add nothing are left
                 out, or have None for their bytes.
             planes: of each tensor whose plane is not dense: "format", "group" or "rank", and "error". Read when all
                 tensors are written.
         """
-        path = f"experts/{self._stem(objective)}.safetensors"
+        path = f"experts/{_stem(self._expert_stems, expert, 'expert')}.safetensors"
         self._write_tensors(path, tensors)
-        self._experts[objective] = path
+        self._experts[expert] = path
         if planes:
-            self._planes[objective] = {name: dict(plane) for name, plane in planes.items()}
+            self._planes[expert] = {name: dict(plane) for name, plane in planes.items()}
 
     def write_head(self, objective: str, tensors: Iterable[TensorData]) -> None:
         """Write the tensors that only one objective uses."""
-        path = f"heads/{self._stem(objective)}.safetensors"
+        path = f"heads/{_stem(self._head_stems, objective, 'objective')}.safetensors"
         self._write_tensors(path, tensors)
         self._heads[objective] = path
 
@@ -211,32 +215,37 @@ class StoreWriter:
 
     def add_head_file(self, objective: str, name: str, content: bytes) -> None:
         """Keep a file that replaces the model's own one under an objective's head."""
-        self._write_bytes(name, f"heads/{self._stem(objective)}/{name}", content)
+        stem = _stem(self._head_stems, objective, "objective")
+        self._write_bytes(name, f"heads/{stem}/{name}", content)
         self._head_files.setdefault(objective, []).append(name)
 
     def finish(self, layout: Layout, model_class: str | None = None) -> None:
         """Write the manifest, check the store, sync it and put it at its place.
 
         Args:
-            layout: the tensor table; its objectives are those of the writer.
+            layout: the tensor table; its objectives and planes are those of the writer.
             model_class: qualified name of the base model's class, if it had one.
 
         Raises:
             ValueError: a part was not written, or the parts do not fit the layout (as StoreError).
         """
         root = self._directory()
-        if layout.objectives != self.objectives:
-            raise ValueError(f"got a layout for {layout.objectives}, expected {self.objectives}")
-        absent = [name for name in self.objectives if name not in self._experts]
+        if (layout.objectives, layout.planes) != (self.objectives, self.experts):
+            raise ValueError(
+                f"got a layout for {layout.objectives} of {layout.planes}, expected {self.objectives} of {self.experts}"
+            )
+        absent = [name for name in self.experts if name not in self._experts]
         if absent or self._init is None or BASE not in self._records:
             parts = [*(f"expert {name!r}" for name in absent)]
             parts += ["routers"] if self._init is None else []
             parts += ["base"] if BASE not in self._records else []
             raise ValueError(f"got the end of the store without {', '.join(parts)}; write them first")
+        plain = layout.members == one_for_each(layout.objectives)
+        # Older programs read the stores that they can.
+        version = 3 if not plain else 2 if self._planes or self._by_row else 1
         document = {
             "format": "paretofuse",
-            # Older programs read the stores that they can.
-            "version": 2 if self._planes or self._by_row else 1,
+            "version": version,
             "created_by": f"paretofuse {own_version()}",
             "objectives": self.objectives,
             "static_weight": layout.static_weight,
@@ -247,8 +256,10 @@ class StoreWriter:
             "model": {"class": model_class, "files": self._model_files, "heads": self._head_files},
             "files": {path: record.result() for path, record in self._records.items()},
         }
-        if document["version"] == 2:
+        if version >= 2:
             document["planes"] = self._planes
+        if version >= 3:
+            document["members"] = [vars(member) for member in layout.members]
         if self._training is not None:
             document["training"] = self._training
         # A tensor a line: easy to read, and written in a tenth of the time that indenting each of 10^5 takes.
@@ -280,13 +291,6 @@ class StoreWriter:
         if self._root is None:
             raise ValueError("got a call after the store was finished; start another StoreWriter")
         return self._root
-
-    def _stem(self, objective: str) -> str:
-        if objective not in self._stems:
-            raise ValueError(
-                f"got objective {objective!r}, expected one of {', '.join(map(repr, self.objectives))}"
-            )
-        return self._stems[objective]
 
     def _new_file(self, path: str) -> Path:
         if path in self._records:
@@ -324,6 +328,13 @@ class StoreWriter:
         name_the_file(error, self.path)
         self._root = None
         self._signals.__exit__(kind, error, trace)
+
+
+def _stem(stems: Mapping[str, str], name: str, kind: str) -> str:
+    """The file name's stem of an expert or an objective."""
+    if name not in stems:
+        raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(map(repr, stems))}")
+    return stems[name]
 
 
 def _plain(training: Mapping[str, Any] | None) -> dict[str, Any] | None:

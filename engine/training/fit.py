@@ -1,6 +1,6 @@
 """Training the routers: sample a preference, merge, take one backward pass for each objective, step.
 
-All that a solver sees is the Jacobian of the M losses with respect to the routing weights, [M, G, E]; the direction
+All that a solver sees is the Jacobian of the M losses with respect to the routing weights, [M, G, P]; the direction
 that it returns goes on into the routers. Method: Tang et al., arXiv 2406.09770.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.objective import Objective
+from paretofuse.engine.layout import one_for_each
 from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.routing.sampling import make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
@@ -256,8 +258,8 @@ class Run:
         rank, size = rank_and_size()
         module = self.trained.module
         self.trained.train_at(ray)
-        width = engine.routers.width
-        sums = torch.zeros(len(self.objectives), 1 + width * len(ray), dtype=torch.float64)
+        shape = engine.routers.width, len(engine.layout.members)
+        sums = torch.zeros(len(self.objectives), 1 + math.prod(shape), dtype=torch.float64)
         for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
             for index in range(count):
                 batch = stream.take()  # by every process, so that all streams stand at the same place
@@ -268,7 +270,7 @@ class Run:
                 row[0] += loss.item() / count
                 row[1:] += self._jacobian(loss / count, objective.name).flatten().cpu()
         sums = sum_over_ranks(sums, "training")
-        return sums[:, 0], sums[:, 1:].reshape(-1, width, len(ray))
+        return sums[:, 0], sums[:, 1:].reshape(-1, *shape)
 
     def _jacobian(self, loss: Tensor, name: str) -> Tensor:
         """One loss's gradient in the routing weights, [1, *L.shape]; what is wrong with it is told with its name."""
@@ -318,13 +320,16 @@ class Run:
 
     def _describe(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run, as JSON gives it back; not the steps."""
+        layout = self.engine.layout
         left_out = {"steps", *(ROWS_ONLY if self.settings.family == "scalar" else ())}
         described = {
             "objectives": self.engine.objectives,
+            # Checkpoints from before there were others are of an expert for each objective, and say nothing of it.
+            "experts": None if layout.members == one_for_each(layout.objectives) else layout.members,
             "groups": self.engine.groups,
             "init": self.engine.routers.init,
             "weights": self._fingerprint(),
-            "static_weight": self.engine.layout.static_weight,
+            "static_weight": layout.static_weight,
             "method": self.solver,
             "validation": None if self.early_stopping is None else self.early_stopping.identity(),
             "batches": {stream.name: stream.length for stream in self.streams},

@@ -40,6 +40,7 @@ def stack(
     static_weight: float = 0.3,
     dtype: torch.dtype | str | None = None,
     *,
+    objectives: Mapping[str, Sequence[str]] | None = None,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
     family: str = "scalar",
@@ -57,13 +58,19 @@ def stack(
     Args:
         base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
             directory, a .safetensors file; or a Hub id that the local Hugging Face cache holds).
-        experts: each objective's expert, by name; like base, or a LoRA of PEFT (a directory, or a live PeftModel).
+        experts: the experts by name, one for each objective unless `objectives` says otherwise; like base, or a LoRA of
+            PEFT (a directory, or a live PeftModel).
         route: which tensors share a router: "mlp" (one for each MLP block, nothing else routed), "module", "tensor",
             or a callable from a tensor's name to its group's name or None.
         init: where the routers start: "identity" (L = r), "sqrt" (L = sqrt(r)) or "constant" (PWEMoE's).
-        static_weight: weight of every expert in tensors that are not routed, and of "constant" at its start.
+        static_weight: weight of every expert in tensors that are not routed, and of "constant" at its start; k experts
+            of one objective share it.
         dtype: of base, deltas and merged models; None keeps each base tensor's own. Experts of other dtypes are
             converted, and `engine.notes` says which.
+        objectives: which experts belong to which objective, {"news": ["news_a", "news_b"], "poems": ["poems"]}: a
+            one-hot preference starts at the mean of that objective's experts. Experts that none has belong to none
+            (another merge, a curve's control point) and start at 0. An objective has the head of its first expert.
+            None: an objective for each expert, of its name.
         delta_dtype: of the deltas alone, for example bfloat16 under a float32 base; None takes the base's.
         planes: how what each expert adds is held. "dense" (in delta_dtype), "fp32", "bf16" or "fp16" (dense, in that
             dtype, by any of its names); "int8" or "int4" (a scale for each group of elements); "lowrank:32" or
@@ -88,7 +95,9 @@ def stack(
     """
     place = None if device is None else _device(device)
     check_family(family)
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
+    plan = _plan(
+        base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit, objectives
+    )
     routers = routers_for(plan.layout, init, family)
     with _threads_for(plan):
         built = build(plan, place)
@@ -108,6 +117,7 @@ def stack_to_store(
     init: str = "identity",
     static_weight: float = 0.3,
     dtype: torch.dtype | str | None = None,
+    objectives: Mapping[str, Sequence[str]] | None = None,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
     family: str = "scalar",
@@ -130,7 +140,9 @@ def stack_to_store(
         as `stack`, and OSError when writing fails.
     """
     check_family(family)
-    plan = _plan(base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit)
+    plan = _plan(
+        base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit, objectives
+    )
     routers = routers_for(plan.layout, init, family)
     parts = persist.streamed(plan, progress)
     with _threads_for(plan):
@@ -219,9 +231,10 @@ def _plan(
     planes: str | torch.dtype,
     heads: Sequence[str],
     allow_misfit: bool,
+    objectives: Mapping[str, Sequence[str]] | None,
 ) -> Plan:
     if not isinstance(experts, Mapping):
-        raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{objective: model}}")
+        raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{name: model}}")
     check_init(init)
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
     wanted = parse(planes)
@@ -243,6 +256,7 @@ def _plan(
         delta_dtype=wanted.dtype or names[1],
         heads=heads,
         planes=wanted,
+        objectives=objectives,
     )
     return replace(plan, notes=(*misfits, *plan.notes))
 
@@ -277,7 +291,7 @@ def _blueprint(plan: Plan) -> Blueprint:
     dtype = TO_TORCH[plan.dtype] if plan.dtype else None
     heads = {}
     for objective, names in plan.heads.items():
-        expert = plan.experts[objective]
+        expert = plan.head_expert(objective)
         if names:
             heads[objective] = _converted(expert.blueprint, dtype)
     return replace(_converted(plan.base.blueprint, dtype), heads=heads)

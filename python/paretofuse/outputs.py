@@ -37,5 +37,7 @@ def prepare_store(path: str | os.PathLike[str], engine: Engine, *, force: bool) 
         ValueError: something stands there that is no store, or a trained store whose training would be lost.
         OSError: nothing can be written there.
     """
-    with StoreWriter(path, objectives=engine.objectives, force=force, origin=engine.origin) as writer:
+    with StoreWriter(
+        path, objectives=engine.objectives, experts=engine.layout.planes, force=force, origin=engine.origin
+    ) as writer:
         writer.check_training(trained=True)  # never finished, so what it began is removed

@@ -233,7 +233,7 @@ def test_bad_calls_are_named() -> None:
         engine.batched([])
     with pytest.raises(ValueError, match="sum of 1"):
         engine.batched([[0.2, 0.2, 0.2]])
-    with pytest.raises(ValueError, match=r"expected \[B, G, E\]"):
+    with pytest.raises(ValueError, match=r"expected \[B, G, P\]"):
         engine.batched(weights=torch.zeros(len(engine.groups), 3))
     linear = engine_of(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"layer '0': got an input of shape \[3, 4\], expected 4 rows first"):

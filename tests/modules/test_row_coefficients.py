@@ -356,7 +356,7 @@ def test_weights_of_another_size_are_refused() -> None:
         with pytest.raises(ValueError, match=rf"\[G \+ R, E\] = \[{width}, 3\]"):
             engine.merge(weights=torch.ones(count, 3))
     scalar = pf.stack(base, experts)
-    with pytest.raises(ValueError, match=rf"expected \[G, E\] = \[{groups}, 3\]"):
+    with pytest.raises(ValueError, match=rf"expected \[G, P\] = \[{groups}, 3\]"):
         scalar.merge(weights=torch.ones(width, 3))
 
 

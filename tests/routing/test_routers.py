@@ -121,7 +121,7 @@ def test_what_is_refused() -> None:
     routers = Routers(GROUPS, NAMES)
     with pytest.raises(ValueError, match=r"sum 0\.9"):
         routers([0.5, 0.2, 0.2])
-    with pytest.raises(ValueError, match=r"got no preferences \[0, E\]"):
+    with pytest.raises(ValueError, match=r"got no preferences \[0, M\]"):
         routers(torch.zeros(0, 3))
 
 

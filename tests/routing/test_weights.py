@@ -15,7 +15,7 @@ def test_one_set_of_weights_or_several() -> None:
     assert torch.equal(routing_of(routers, None, one), one[None])
     assert torch.equal(routing_of(routers, None, several), several)
     for wrong in (torch.rand(3, 3), torch.rand(2, 2), torch.rand(3), torch.rand(1, 4, 2, 3)):
-        with pytest.raises(ValueError, match=r"got weights of shape .*expected \[G, E\] = \[2, 3\]"):
+        with pytest.raises(ValueError, match=r"got weights of shape .*expected \[G, P\] = \[2, 3\]"):
             routing_of(routers, None, wrong)
     check_one(one[None])
     with pytest.raises(ValueError, match="got 4 preferences, expected one"):

@@ -18,7 +18,7 @@ from tests.support.stores import SPECS, check_message, edit_manifest, random_rou
 
 MANIFEST_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer version": (
-        lambda m: m.update(version=3, created_by="paretofuse 9.0"),
+        lambda m: m.update(version=4, created_by="paretofuse 9.0"),
         "newer paretofuse.*9.0.*upgrade",
     ),
     "no version": (lambda m: m.pop("version"), "version"),

@@ -290,7 +290,7 @@ PLANE_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "another format": (plane(format="int4"), "the manifest says I32"),
     "dense after all": (lambda m: m["planes"]["a"].pop("first.weight"), "is not in the manifest's table"),
     "version 1": (lambda m: m.update(version=1), "is not in the manifest's table"),
-    "version 3": (lambda m: m.update(version=3), "made by a newer paretofuse"),
+    "version 4": (lambda m: m.update(version=4), "made by a newer paretofuse"),
 }
 
 

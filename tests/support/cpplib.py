@@ -155,9 +155,9 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
-        for name in ("last_error", "version", "objective", "group", "tensor_name"):
+        for name in ("last_error", "version", "objective", "plane", "group", "tensor_name"):
             getattr(self.c, f"paretofuse_{name}").restype = ctypes.c_char_p
-        for name in ("objective_count", "group_count", "tensor_count"):
+        for name in ("objective_count", "plane_count", "group_count", "tensor_count"):
             getattr(self.c, f"paretofuse_{name}").restype = ctypes.c_uint64
 
     def call(self, name: str, *arguments: object) -> None:
@@ -195,7 +195,7 @@ class Engine:
         self.close()
 
     def names(self, what: str) -> list[str]:
-        """What: "objective", "group" or "tensor"."""
+        """What: "objective", "plane", "group" or "tensor"."""
         c = self.library.c
         name = getattr(c, f"paretofuse_{'tensor_name' if what == 'tensor' else what}")
         count = getattr(c, f"paretofuse_{what}_count")(self.handle)
@@ -203,8 +203,8 @@ class Engine:
         return [name(self.handle, ctypes.c_uint64(i)).decode() for i in range(count)]
 
     def routing_weights(self, preference: Sequence[float], rows: int = 0) -> npt.NDArray[np.float32]:
-        """[G, E], or [G + R, E] where R rows have coefficients."""
-        shape = (len(self.names("group")) + rows, len(self.names("objective")))
+        """[G, P], or [G + R, P] where R rows have coefficients."""
+        shape = (len(self.names("group")) + rows, len(self.names("plane")))
         out = np.full(shape, np.nan, np.float32)
         self.library.call(
             "routing_weights", self.handle, *doubles(preference), ctypes.c_void_p(out.ctypes.data),

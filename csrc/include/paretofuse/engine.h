@@ -51,8 +51,8 @@ class PARETOFUSE_API TimeoutError : public std::runtime_error {
 // How much each objective matters, in the order of Engine::objectives: numbers >= 0 that sum to 1.
 using Preference = std::vector<double>;
 
-// Routing weights [groups, objectives], row by row. Where rows have coefficients of their own, these follow:
-// [rows of all routed tensors in the manifest's order, objectives].
+// Routing weights [groups, planes], row by row. Where rows have coefficients of their own, these follow:
+// [rows of all routed tensors in the manifest's order, planes].
 struct Weights {
   std::vector<float> values;
 };
@@ -93,6 +93,9 @@ class PARETOFUSE_API Engine {
   ~Engine();
 
   const std::vector<std::string>& objectives() const;
+  // What is mixed, in the order of routing weights: the experts' names. One for each objective, of its name,
+  // unless the store was stacked with others.
+  const std::vector<std::string>& planes() const;
   const std::vector<std::string>& groups() const;
   // Every stored tensor, in the order of the manifest.
   const std::vector<std::string>& tensor_names() const;

@@ -79,13 +79,15 @@ PARETOFUSE_C_API void paretofuse_close(paretofuse_engine* engine);
 /* Counts are 0, and names null, for a null engine or an index out of range. */
 PARETOFUSE_C_API uint64_t paretofuse_objective_count(const paretofuse_engine* engine);
 PARETOFUSE_C_API const char* paretofuse_objective(const paretofuse_engine* engine, uint64_t index);
+PARETOFUSE_C_API uint64_t paretofuse_plane_count(const paretofuse_engine* engine);
+PARETOFUSE_C_API const char* paretofuse_plane(const paretofuse_engine* engine, uint64_t index);
 PARETOFUSE_C_API uint64_t paretofuse_group_count(const paretofuse_engine* engine);
 PARETOFUSE_C_API const char* paretofuse_group(const paretofuse_engine* engine, uint64_t index);
 PARETOFUSE_C_API uint64_t paretofuse_tensor_count(const paretofuse_engine* engine);
 PARETOFUSE_C_API const char* paretofuse_tensor_name(const paretofuse_engine* engine, uint64_t index);
 
-/* preference: one number for each objective, `length` in all. weights: groups x objectives numbers, row by
- * row, and where rows have coefficients rows x objectives more; `count` must be their number. */
+/* preference: one number for each objective, `length` in all. weights: groups x planes numbers, row by
+ * row, and where rows have coefficients rows x planes more; `count` must be their number. */
 PARETOFUSE_C_API paretofuse_status paretofuse_routing_weights(const paretofuse_engine* engine,
                                                               const double* preference, uint64_t length,
                                                               float* weights, uint64_t count);

@@ -59,6 +59,14 @@ const char* paretofuse_objective(const paretofuse_engine* engine, std::uint64_t 
   return name_of(engine, &pf::Engine::objectives, index);
 }
 
+std::uint64_t paretofuse_plane_count(const paretofuse_engine* engine) {
+  return count_of(engine, &pf::Engine::planes);
+}
+
+const char* paretofuse_plane(const paretofuse_engine* engine, std::uint64_t index) {
+  return name_of(engine, &pf::Engine::planes, index);
+}
+
 std::uint64_t paretofuse_group_count(const paretofuse_engine* engine) {
   return count_of(engine, &pf::Engine::groups);
 }

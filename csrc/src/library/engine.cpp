@@ -45,6 +45,8 @@ const std::vector<std::string>& Engine::objectives() const {
   return state_->model->store().manifest.objectives;
 }
 
+const std::vector<std::string>& Engine::planes() const { return state_->model->planes(); }
+
 const std::vector<std::string>& Engine::groups() const { return state_->model->store().manifest.groups; }
 
 const std::vector<std::string>& Engine::tensor_names() const { return state_->model->names(); }

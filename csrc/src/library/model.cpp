@@ -37,6 +37,7 @@ std::size_t reserve(std::size_t* end, std::int64_t nbytes) {
 Model::Model(Store store, const Options& options)
     : store_(std::move(store)), threads_(options.threads), isa_(options.isa), rows_(store_.manifest) {
   chosen_isa(isa_);  // refuses one that this machine lacks
+  for (const Member& member : store_.manifest.members) planes_.push_back(member.plane);
   std::size_t static_bytes = 0;
   for (const TensorSpec& spec : store_.manifest.tensors) {
     const std::size_t number = names_.size();
@@ -61,7 +62,7 @@ Model::Model(Store store, const Options& options)
     }
     places_.push_back(place);
   }
-  const auto moved = static_cast<std::int64_t>(routed_bytes_ * (store_.manifest.objectives.size() + 2));
+  const auto moved = static_cast<std::int64_t>(routed_bytes_ * (store_.manifest.members.size() + 2));
   threads_ = thread_count(options.threads, moved);
   statics_ = std::make_unique<const Buffer>(static_bytes);
   routed_plan_ = std::make_unique<MergePlan>(plan(routed_));
@@ -106,7 +107,7 @@ MergePlan Model::plan(const std::vector<std::size_t>& tensors) const {
     for (std::size_t e = 0; e < store_.experts.size(); ++e) planes.push_back(store_.plane(e, spec));
   }
   return MergePlan(std::move(segments), std::move(planes),
-                   static_cast<std::int64_t>(store_.manifest.objectives.size()), rows_.count());
+                   static_cast<std::int64_t>(store_.manifest.members.size()), rows_.count());
 }
 
 void Model::run(const MergePlan& plan, const std::vector<std::size_t>& tensors, const Weights& weights,

@@ -27,6 +27,7 @@ class Model {
 
   const Store& store() const { return store_; }
   const std::vector<std::string>& names() const { return names_; }
+  const std::vector<std::string>& planes() const { return planes_; }
   int threads() const { return threads_; }
   const std::string& isa() const { return isa_; }
 
@@ -65,6 +66,7 @@ class Model {
   int threads_;
   std::string isa_;
   std::vector<std::string> names_;
+  std::vector<std::string> planes_;
   std::map<std::string, std::size_t, std::less<>> by_name_;
   WeightRows rows_;
   std::vector<Place> places_;

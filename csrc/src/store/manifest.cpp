@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 48;  // more than any file can hold
 
-constexpr std::int64_t kVersion = 2;  // 1: all planes are dense
+constexpr std::int64_t kVersion = 3;  // 1: all planes are dense; 2: one for each objective
 
 // Becomes a StoreError with the manifest's path.
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
@@ -140,16 +140,51 @@ void parse_tensors(const Json& document, Manifest* manifest) {
   }
 }
 
-// Of stores of version 2: {objective: {tensor: {"format", "group" or "rank", "error"}}}.
+// Of stores of version 3: the planes and their objectives; of older ones a plane for each objective, of its
+// name.
+void parse_members(const Json& document, std::int64_t version, Manifest* manifest) {
+  if (version < 3) {
+    for (std::size_t m = 0; m < manifest->objectives.size(); ++m) {
+      manifest->members.push_back({manifest->objectives[m], static_cast<std::int64_t>(m), 1.0});
+    }
+    return;
+  }
+  std::set<std::string> names;
+  for (const Json& json : list_at(document, "members")) {
+    if (!json.is_object()) fail("got " + shown(json) + " in 'members', expected objects");
+    Member own{text_at(json, "plane"), -1, 0.0};
+    const std::string plane = "plane " + shown(own.plane);
+    if (!names.insert(own.plane).second) fail(plane + " appears twice in 'members'");
+    const Json& objective = member(json, "objective");
+    if (!objective.is_null()) {
+      const auto begin = manifest->objectives.begin(), end = manifest->objectives.end();
+      const auto found = objective.is_string() ? std::find(begin, end, objective.get<std::string>()) : end;
+      if (found == end) fail(plane + " belongs to " + shown(objective) + ", expected an objective or null");
+      own.objective = found - begin;
+    }
+    const Json& share = member(json, "share");
+    if (!share.is_number() || !std::isfinite(share.get<double>())) {
+      fail(plane + " has share " + shown(share) + ", expected a finite number");
+    }
+    own.share = share.get<double>();
+    if (own.objective < 0 && own.share != 0.0) {
+      fail(plane + " has share " + shown(share) + " of no objective, expected 0");
+    }
+    manifest->members.push_back(std::move(own));
+  }
+  if (names.empty()) fail("got no planes in 'members', expected at least one");
+}
+
+// From stores of version 2 on: {plane: {tensor: {"format", "group" or "rank", "error"}}}.
 void parse_planes(const Json& document, Manifest* manifest) {
   std::map<std::string, const TensorSpec*> specs;
   for (const TensorSpec& spec : manifest->tensors) specs[spec.name] = &spec;
-  const Json& objectives = object_at(document, "planes");
-  for (const auto& [objective, planes] : objectives.items()) {
-    if (manifest->experts.count(objective) == 0) {
-      fail("got planes for " + shown(objective) + ", expected only objectives");
+  const Json& experts = object_at(document, "planes");
+  for (const auto& [expert, planes] : experts.items()) {
+    if (manifest->experts.count(expert) == 0) {
+      fail("got planes for " + shown(expert) + ", expected only experts");
     }
-    for (const auto& [name, plane] : object_at(objectives, objective).items()) {
+    for (const auto& [name, plane] : object_at(experts, expert).items()) {
       const auto found = specs.find(name);
       if (found == specs.end() || found->second->role == Role::constant) {
         fail("got a plane of tensor " + shown(name) + ", which has none");
@@ -163,7 +198,7 @@ void parse_planes(const Json& document, Manifest* manifest) {
       const Json& error = member(plane, "error");
       if (error.is_number()) spec.error = error.get<double>();
       plane_parts(name, found->second->shape, spec);  // throws where it does not fit
-      manifest->planes[objective][name] = spec;
+      manifest->planes[expert][name] = spec;
     }
   }
 }
@@ -189,7 +224,7 @@ void parse_model(const Json& model, Manifest* manifest) {
 // Every path that the manifest names stays in the store and has a record.
 void check_paths(const Manifest& manifest) {
   std::vector<std::string> named = {manifest.base, manifest.routers};
-  for (const auto& [objective, path] : manifest.experts) named.push_back(path);
+  for (const auto& [plane, path] : manifest.experts) named.push_back(path);
   for (const auto& [objective, path] : manifest.heads) named.push_back(path);
   std::vector<std::map<std::string, std::string>> models = {manifest.model_files};
   for (const auto& [objective, files] : manifest.head_files) models.push_back(files);
@@ -220,6 +255,7 @@ Manifest parse(const Json& document, std::int64_t version) {
     fail("got static_weight " + shown(static_weight) + ", expected a finite number");
   }
   manifest.static_weight = static_weight.get<double>();
+  parse_members(document, version, &manifest);
   parse_tensors(document, &manifest);
   const Json& routers = object_at(document, "routers");
   manifest.init = text_at(routers, "init");
@@ -228,9 +264,11 @@ Manifest parse(const Json& document, std::int64_t version) {
   manifest.experts = text_map_at(document, "experts");
   manifest.heads = text_map_at(document, "heads");
   const auto known = [&](const auto& entry) { return objectives.count(entry.first) != 0; };
-  if (manifest.experts.size() != objectives.size() ||
-      !std::all_of(manifest.experts.begin(), manifest.experts.end(), known)) {
-    fail("got experts of others than the objectives, expected one for each");
+  const auto stored = [&](const Member& own) { return manifest.experts.count(own.plane) != 0; };
+  if (manifest.experts.size() != manifest.members.size() ||
+      !std::all_of(manifest.members.begin(), manifest.members.end(), stored)) {
+    fail(version < 3 ? "got experts of others than the objectives, expected one for each"
+                     : "got experts of other names than the members', expected one for each");
   }
   if (!std::all_of(manifest.heads.begin(), manifest.heads.end(), known)) {
     fail("got heads of others than the objectives");
@@ -249,20 +287,20 @@ Manifest parse(const Json& document, std::int64_t version) {
 
 }  // namespace
 
-std::map<std::string, std::string> file_stems(const std::vector<std::string>& objectives) {
+std::map<std::string, std::string> file_stems(const std::vector<std::string>& names) {
   std::set<std::string> folded;
   bool safe = true;
-  for (const std::string& name : objectives) {
+  for (const std::string& name : names) {
     safe = safe && is_safe_stem(name);
     std::string lower = name;
     for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
     folded.insert(lower);
   }
   std::map<std::string, std::string> stems;
-  for (std::size_t e = 0; e < objectives.size(); ++e) {
+  for (std::size_t e = 0; e < names.size(); ++e) {
     char number[24];
     std::snprintf(number, sizeof number, "%03zu", e);
-    stems[objectives[e]] = safe && folded.size() == objectives.size() ? objectives[e] : number;
+    stems[names[e]] = safe && folded.size() == names.size() ? names[e] : number;
   }
   return stems;
 }

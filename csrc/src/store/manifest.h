@@ -9,6 +9,7 @@
 
 #include "paretofuse/dtype.h"
 #include "store/planes.h"
+#include "store/routing.h"
 
 namespace paretofuse {
 
@@ -36,6 +37,7 @@ struct FileRecord {
 
 struct Manifest {
   std::vector<std::string> objectives;
+  std::vector<Member> members;      // every plane, in the order of routing weights
   std::vector<std::string> groups;  // in the order of their first tensor
   double static_weight;
   std::vector<TensorSpec> tensors;
@@ -44,8 +46,8 @@ struct Manifest {
   // Paths relative to the store.
   std::string base;
   std::string routers;
-  std::map<std::string, std::string> experts;  // by objective
-  // By objective and tensor; planes that are not here are dense, or absent.
+  std::map<std::string, std::string> experts;  // by plane
+  // By plane and tensor; planes that are not here are dense, or absent.
   std::map<std::string, std::map<std::string, PlaneSpec>> planes;
   std::map<std::string, std::string> heads;
   std::map<std::string, FileRecord> files;  // of every file but the manifest
@@ -65,8 +67,8 @@ Manifest parse_manifest(const std::string& path, std::string_view text);
 // The element type of a tensor that can be merged.
 DType merged_dtype(const std::string& dtype);
 
-// A file name stem for each objective: its name if all names are safe and distinct, or its index.
-std::map<std::string, std::string> file_stems(const std::vector<std::string>& objectives);
+// A file name stem for each objective or plane: its name if all names are safe and distinct, or its index.
+std::map<std::string, std::string> file_stems(const std::vector<std::string>& names);
 
 // Whether a file may stand beside a merged model's weights: a safe path, and no weights itself.
 bool is_model_file(const std::string& name);

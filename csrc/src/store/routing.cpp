@@ -32,29 +32,35 @@ double affine(const float* weights, const std::vector<double>& x, float bias) {
 
 }  // namespace
 
-Routers::Routers(const std::string& init, std::size_t groups, std::size_t experts, std::int64_t rows,
+Routers::Routers(const std::string& init, std::size_t groups, std::size_t objectives,
+                 std::vector<Member> members, std::int64_t rows,
                  std::map<std::string, RouterParameter> parameters)
-    : groups_(groups), experts_(experts), parameters_(std::move(parameters)) {
+    : groups_(groups),
+      objectives_(objectives),
+      members_(std::move(members)),
+      parameters_(std::move(parameters)) {
   if (init != "identity" && init != "sqrt" && init != "constant") {
     throw std::invalid_argument("got routers with init '" + init + "', expected identity, sqrt or constant");
   }
   init_ = init == "identity" ? Init::identity : init == "sqrt" ? Init::sqrt : Init::constant;
-  const auto g = static_cast<std::int64_t>(groups), e = static_cast<std::int64_t>(experts);
+  const auto g = static_cast<std::int64_t>(groups), m = static_cast<std::int64_t>(objectives);
+  const auto p = static_cast<std::int64_t>(members_.size());
   const auto bias = parameters_.find("hidden.bias");
   const std::int64_t h =
       bias != parameters_.end() && bias->second.shape.size() == 2 ? bias->second.shape[1] : 0;
   hidden_ = static_cast<std::size_t>(h);
-  std::map<std::string, std::vector<std::int64_t>> expected = {{"hidden.weight", {g, h, e}},
+  std::map<std::string, std::vector<std::int64_t>> expected = {{"hidden.weight", {g, h, m}},
                                                                {"hidden.bias", {g, h}},
-                                                               {"output.weight", {g, e, h}},
-                                                               {"output.bias", {g, e}}};
-  if (by_row()) expected["rows.weight"] = {e, e, rows};
+                                                               {"output.weight", {g, p, h}},
+                                                               {"output.bias", {g, p}}};
+  if (by_row()) expected["rows.weight"] = {m, p, rows};
   for (const auto& [name, shape] : expected) {
     const auto found = parameters_.find(name);
     if (found == parameters_.end() || found->second.shape != shape) {
       throw std::invalid_argument("the router parameters lack '" + name + "' of a shape that fits " +
-                                  std::to_string(groups) + " groups, " + std::to_string(experts) +
-                                  " experts and " + std::to_string(rows) + " rows");
+                                  std::to_string(groups) + " groups, " + std::to_string(objectives) +
+                                  " objectives, " + std::to_string(members_.size()) + " experts and " +
+                                  std::to_string(rows) + " rows");
     }
   }
   if (parameters_.size() != expected.size()) throw std::invalid_argument("unknown router parameters");
@@ -68,19 +74,21 @@ Weights Routers::evaluate(const Preference& preference) const {
   Weights weights;
   if (groups_ == 0) return weights;
   const std::size_t rows = by_row() ? static_cast<std::size_t>(parameters_.at("rows.weight").shape[2]) : 0;
-  weights.values.reserve((groups_ + rows) * experts_);
+  weights.values.reserve((groups_ + rows) * members_.size());
   std::vector<double> hidden(hidden_);
   for (std::size_t g = 0; g < groups_; ++g) {
     for (std::size_t h = 0; h < hidden_; ++h) {
       const std::size_t row = g * hidden_ + h;
-      const double sum = affine(w1 + row * experts_, preference, b1[row]);
+      const double sum = affine(w1 + row * objectives_, preference, b1[row]);
       hidden[h] = sum > 0.0 || std::isnan(sum) ? sum : 0.0;
     }
-    for (std::size_t e = 0; e < experts_; ++e) {
-      const std::size_t row = g * experts_ + e;
+    for (std::size_t j = 0; j < members_.size(); ++j) {
+      const std::size_t row = g * members_.size() + j;
       double mixed = affine(w2 + row * hidden_, hidden, b2[row]);
-      if (init_ == Init::identity) mixed = preference[e] + mixed;
-      if (init_ == Init::sqrt) mixed = std::sqrt(preference[e]) + mixed;
+      const Member& member = members_[j];
+      const double own = member.objective < 0 ? 0.0 : preference[static_cast<std::size_t>(member.objective)];
+      if (init_ == Init::identity) mixed += own * member.share;
+      if (init_ == Init::sqrt) mixed += std::sqrt(own) * member.share;
       weights.values.push_back(static_cast<float>(mixed));
     }
   }
@@ -91,12 +99,13 @@ Weights Routers::evaluate(const Preference& preference) const {
 void Routers::add_rows(const Preference& preference, Weights* weights) const {
   const RouterParameter& parameter = parameters_.at("rows.weight");
   const auto rows = static_cast<std::size_t>(parameter.shape[2]);
-  const float* s = parameter.values.data();  // [E, E, R]
+  const float* s = parameter.values.data();  // [M, P, R]
+  const std::size_t planes = members_.size();
   for (std::size_t row = 0; row < rows; ++row) {
-    for (std::size_t e = 0; e < experts_; ++e) {
-      double sum = preference[0] * static_cast<double>(s[e * rows + row]);
-      for (std::size_t m = 1; m < experts_; ++m) {
-        sum += preference[m] * static_cast<double>(s[(m * experts_ + e) * rows + row]);
+    for (std::size_t j = 0; j < planes; ++j) {
+      double sum = preference[0] * static_cast<double>(s[j * rows + row]);
+      for (std::size_t m = 1; m < objectives_; ++m) {
+        sum += preference[m] * static_cast<double>(s[(m * planes + j) * rows + row]);
       }
       weights->values.push_back(static_cast<float>(sum));
     }

@@ -12,24 +12,33 @@
 
 namespace paretofuse {
 
+// A plane's place in the mixture.
+struct Member {
+  std::string plane;       // its name: the expert's
+  std::int64_t objective;  // that it belongs to, by position; -1: none
+  double
+      share;  // of its objective's preference at the start, and of the static weight; 0 without an objective
+};
+
 struct RouterParameter {
   std::vector<std::int64_t> shape;
   std::vector<float> values;
 };
 
-// One tiny MLP for each of G groups: L = init(r) + W2 relu(W1 r + b1) + b2. Where rows have coefficients,
-// those of all R rows follow: C[row, e] = sum over m of r_m S[m, e, row].
+// One tiny MLP for each of G groups: L = init(r) + W2 relu(W1 r + b1) + b2, from M objectives to P planes;
+// init(r)[j] is what the plane's objective has, times its share. Where rows have coefficients, those of all R
+// rows follow: C[row, j] = sum over m of r_m S[m, j, row].
 class Routers {
  public:
-  // parameters: hidden.weight [G, H, E], hidden.bias [G, H], output.weight [G, E, H], output.bias [G, E]; and
-  // rows.weight [E, E, R], which scalar routers do not have. Throws std::invalid_argument for anything else.
-  Routers(const std::string& init, std::size_t groups, std::size_t experts, std::int64_t rows,
-          std::map<std::string, RouterParameter> parameters);
+  // parameters: hidden.weight [G, H, M], hidden.bias [G, H], output.weight [G, P, H], output.bias [G, P]; and
+  // rows.weight [M, P, R], which scalar routers do not have. Throws std::invalid_argument for anything else.
+  Routers(const std::string& init, std::size_t groups, std::size_t objectives, std::vector<Member> members,
+          std::int64_t rows, std::map<std::string, RouterParameter> parameters);
 
   // Whether rows have coefficients of their own.
   bool by_row() const { return parameters_.count("rows.weight") != 0; }
 
-  // The routing weights [G, E] or [G + R, E] of a valid preference [E].
+  // The routing weights [G, P] or [G + R, P] of a valid preference [M].
   Weights evaluate(const Preference& preference) const;
 
   const std::map<std::string, RouterParameter>& parameters() const { return parameters_; }
@@ -41,7 +50,8 @@ class Routers {
 
   Init init_;
   std::size_t groups_;
-  std::size_t experts_;
+  std::size_t objectives_;
+  std::vector<Member> members_;
   std::size_t hidden_ = 0;
   std::map<std::string, RouterParameter> parameters_;
 };

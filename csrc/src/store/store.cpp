@@ -49,8 +49,8 @@ void check_table(const TensorFile& file, const std::map<std::string, PlanePart>&
 }
 
 // The same for an expert's file, whose planes are whole, and no two of them share a tensor.
-void check_expert(const TensorFile& file, const Manifest& manifest, const std::string& objective) {
-  const auto own = manifest.planes.find(objective);
+void check_expert(const TensorFile& file, const Manifest& manifest, const std::string& plane) {
+  const auto own = manifest.planes.find(plane);
   std::map<std::string, PlanePart> parts;
   const auto add = [&](const PlanePart& part) {
     if (parts.emplace(part.name, part).second) return;
@@ -99,8 +99,8 @@ Routers read_routers(const Directory& directory, const Manifest& manifest) {
     parameters[entry.name] = std::move(parameter);
   }
   try {
-    return Routers(manifest.init, manifest.groups.size(), manifest.objectives.size(), manifest.rows,
-                   std::move(parameters));
+    return Routers(manifest.init, manifest.groups.size(), manifest.objectives.size(), manifest.members,
+                   manifest.rows, std::move(parameters));
   } catch (const std::invalid_argument& error) {
     throw StoreError(file.file.path() + ": " + error.what() + kAgain);
   }
@@ -108,8 +108,8 @@ Routers read_routers(const Directory& directory, const Manifest& manifest) {
 
 std::vector<TensorFile> open_experts(const Directory& directory, const Manifest& manifest) {
   std::vector<TensorFile> files;
-  for (const std::string& objective : manifest.objectives) {
-    files.push_back(open_file(directory, manifest.experts.at(objective)));
+  for (const Member& member : manifest.members) {
+    files.push_back(open_file(directory, manifest.experts.at(member.plane)));
   }
   return files;
 }
@@ -146,7 +146,8 @@ Store::Store(std::shared_ptr<const Directory> opened, Manifest read)
   std::map<std::string, PlanePart> parts;
   for (const TensorSpec& spec : manifest.tensors) parts[spec.name] = {spec.name, spec.dtype, spec.shape};
   check_table(base, parts);
-  for (std::size_t e = 0; e < experts.size(); ++e) check_expert(experts[e], manifest, manifest.objectives[e]);
+  for (std::size_t e = 0; e < experts.size(); ++e)
+    check_expert(experts[e], manifest, manifest.members[e].plane);
   for (const TensorSpec& spec : manifest.tensors) {
     if (base.find(spec.name) == nullptr) {
       throw StoreError(base.file.path() + ": tensor " + shown(spec.name) + " of the manifest is missing" +
@@ -180,7 +181,7 @@ Store Store::open(const std::string& path) {
 
 std::vector<const Entry*> Store::plane_entries(std::size_t expert, const TensorSpec& spec) const {
   const TensorFile& file = experts[expert];
-  const auto own = manifest.planes.find(manifest.objectives[expert]);
+  const auto own = manifest.planes.find(manifest.members[expert].plane);
   if (own != manifest.planes.end() && own->second.count(spec.name) != 0) {
     const std::array<PlanePart, 2> parts = plane_parts(spec.name, spec.shape, own->second.at(spec.name));
     return {file.find(parts[0].name), file.find(parts[1].name)};
@@ -195,7 +196,7 @@ Plane Store::plane(std::size_t expert, const TensorSpec& spec) const {
   if (entries.empty()) return plane;
   plane.values = experts[expert].data(*entries[0]);
   if (entries.size() == 1) return plane;
-  const PlaneSpec& own = manifest.planes.at(manifest.objectives[expert]).at(spec.name);
+  const PlaneSpec& own = manifest.planes.at(manifest.members[expert].plane).at(spec.name);
   plane.factors = experts[expert].data(*entries[1]);
   plane.size = own.size;
   plane.format = own.format;
@@ -206,7 +207,7 @@ Plane Store::plane(std::size_t expert, const TensorSpec& spec) const {
 void Store::check_unchanged() const {
   base.file.check_unchanged(manifest.files.at(manifest.base).sha256);
   for (std::size_t e = 0; e < experts.size(); ++e) {
-    experts[e].file.check_unchanged(manifest.files.at(manifest.experts.at(manifest.objectives[e])).sha256);
+    experts[e].file.check_unchanged(manifest.files.at(manifest.experts.at(manifest.members[e].plane)).sha256);
   }
 }
 

@@ -52,7 +52,7 @@ struct Store {
   std::shared_ptr<const Directory> directory;
   Manifest manifest;
   TensorFile base;
-  std::vector<TensorFile> experts;          // in the order of the objectives
+  std::vector<TensorFile> experts;          // in the order of the manifest's members
   std::map<std::string, TensorFile> heads;  // by objective
   Routers routers;
 };

@@ -1,6 +1,6 @@
 // Which row of the routing weights each merged tensor takes: its group's; static tensors one below them, of
-// the store's constant weight, which is known here and nowhere else. And the coefficients of a tensor's own
-// rows, where the weights have some.
+// the planes' shares of the store's constant weight, which are known here and nowhere else. And the
+// coefficients of a tensor's own rows, where the weights have some.
 #pragma once
 
 #include <cstdint>
@@ -21,24 +21,24 @@ class WeightRows {
   std::int64_t of(const TensorSpec& spec) const;
   std::int64_t count() const { return static_cast<std::int64_t>(groups_.size()) + 1; }
 
-  // All rows, [count, objectives], at routing weights [groups, objectives], which those of the tensors' own
+  // All rows, [count, planes], at routing weights [groups, planes], which those of the tensors' own
   // rows may follow. Throws std::invalid_argument for another number of weights, or where one is not finite.
   std::vector<float> at(const Weights& weights) const;
   // The same where only static tensors are merged.
   std::vector<float> of_statics() const;
 
   // Whether there are coefficients of the tensors' own rows.
-  bool by_row(const Weights& weights) const { return weights.values.size() > groups_.size() * objectives_; }
-  // Those of `count` rows of a tensor from row `first` on, as MergePlan::run reads them: [objectives, count].
+  bool by_row(const Weights& weights) const { return weights.values.size() > groups_.size() * planes_; }
+  // Those of `count` rows of a tensor from row `first` on, as MergePlan::run reads them: [planes, count].
   // Empty where the tensor has none.
   std::vector<float> of_rows(const Weights& weights, const TensorSpec& spec, std::int64_t first,
                              std::int64_t count) const;
 
  private:
   std::map<std::string, std::int64_t> groups_;
-  std::size_t objectives_;
-  std::size_t own_rows_;  // of all routed tensors
-  float static_weight_;
+  std::size_t planes_;
+  std::size_t own_rows_;               // of all routed tensors
+  std::vector<float> static_weights_;  // [planes]
 };
 
 }  // namespace paretofuse

@@ -34,7 +34,7 @@ class RowMix:
     """The routing weights of a batch, a set for each row; inside `PerRow`, of one row.
 
     Args:
-        weights: [B, G, E], or with row coefficients [B, G + R, E], float32. Gradients of backward passes are carried on
+        weights: [B, G, P], or with row coefficients [B, G + R, P], float32. Gradients of backward passes are carried on
             into its graph, of any number of passes.
     """
 
@@ -71,7 +71,7 @@ class RowMix:
 
     @contextmanager
     def only(self, weights: Tensor) -> Iterator[None]:
-        """Inside, the layers mix by one row's weights [G, E] or [G + R, E], in this thread."""
+        """Inside, the layers mix by one row's weights [G, P] or [G + R, P], in this thread."""
         outer = getattr(self._inside, "weights", None)
         self._inside.weights = weights.unsqueeze(1)
         try:

@@ -283,7 +283,7 @@ def batched_module(
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: [B, G, E] or [B, G + R, E] float32.
+        weights: [B, G, P] or [B, G + R, P] float32.
         isolate: run the whole model under `torch.vmap`, so that each row is a batch of its own.
         head: an objective's own tensors, which take the place of the base's.
 

@@ -5,7 +5,7 @@
 The live module stays an ordinary module in which nothing is replaced. The fused module is a second one, made from the
 same skeleton when first asked for, in which `nn.Linear`, transformers' `Conv1D` and `nn.MultiheadAttention` give way
 to the thin layers of `layers.py`. They own no weight: they read the base, the deltas and one small tensor of routing
-weights [G, E] that `engine.train_at(..., materialize=False)` rewrites. Forward hooks could not do that, because a
+weights [G, P] that `engine.train_at(..., materialize=False)` rewrites. Forward hooks could not do that, because a
 layer would compute its dense product first, and changing the layers of the live module would change what users hold.
 
 A weight that some other kind of layer reads too (GPT-2's embedding is its output layer's weight) has to be merged for

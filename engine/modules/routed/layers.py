@@ -40,7 +40,7 @@ class RoutedWeight:
     Args:
         base: [O, I], or [I, O] if transposed.
         deltas: [E, *base.shape].
-        mix: [G, E] or [G + R, E] float32, the routing weights of the whole model; rewritten in place.
+        mix: [G, P] or [G + R, P] float32, the routing weights of the whole model; rewritten in place.
         row: the weight's row of `mix`.
         transposed: whether base and deltas are [I, O], as transformers' Conv1D keeps them.
         span: where its row coefficients lie in `mix` (`Layout.row_spans`).

@@ -186,7 +186,7 @@ class LayerwiseWeight:
     Args:
         base: [O, I], or [I, O] if transposed; contiguous.
         planes: one for each expert, as the base lies; None where the expert leaves the weight unchanged.
-        mix: [G, E] or [G + R, E] float32, the routing weights of the whole model; rewritten in place.
+        mix: [G, P] or [G + R, P] float32, the routing weights of the whole model; rewritten in place.
         row: the weight's row of `mix`.
         transposed: whether base and planes are [I, O], as transformers' Conv1D keeps them.
         release: called when base and planes were used for the last time in a pass.

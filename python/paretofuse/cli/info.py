@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretofuse.cli.options import add_store, add_threads, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
+from paretofuse.engine.layout import Layout, one_for_each
 
 if TYPE_CHECKING:
     from paretofuse.engine.store.reader import Store
@@ -55,6 +56,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
     document: dict[str, Any] = {
         "path": path,
         "objectives": list(layout.objectives),
+        "experts": {member.plane: member.objective for member in layout.members},
         "groups": len(layout.groups),
         "tensors": len(layout.tensors),
         "parameters": parameters,
@@ -79,6 +81,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
     rows = {
         "store": f"{path} ({size(document['bytes'])}, {document['created_by']})",
         "objectives": ", ".join(layout.objectives),
+        "experts": _experts_line(layout),
         "model": store.model_class or "not recorded",
         "parameters": counts,
         "dtypes": f"base {'/'.join(document['dtypes'])}, deltas {'/'.join(document['delta_dtypes'])}",
@@ -94,7 +97,7 @@ def describe(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def plane_table(path: str) -> list[dict[str, Any]]:
-    """Every plane of a store: objective, tensor, format, bytes and error of the merged update (None: not measured)."""
+    """Every plane of a store: expert and its objective, tensor, format, bytes and error (None: not measured)."""
     from paretofuse.engine.store.reader import Store
 
     return _table_of(Store.open(path))
@@ -102,7 +105,7 @@ def plane_table(path: str) -> list[dict[str, Any]]:
 
 def _table_of(store: Store) -> list[dict[str, Any]]:
     rows = []
-    for objective, deltas, planes in zip(store.layout.objectives, store.deltas, store.planes, strict=True):
+    for member, deltas, planes in zip(store.layout.members, store.deltas, store.planes, strict=True):
         found = {name: ("dense", view.nbytes, None) for name, view in deltas.items()} | {
             name: (plane.format, plane.values.nbytes + plane.factors.nbytes, plane.error)
             for name, plane in planes.items()
@@ -110,13 +113,23 @@ def _table_of(store: Store) -> list[dict[str, Any]]:
         for spec in store.layout.tensors:
             if spec.name in found:
                 own = dict(zip(("format", "bytes", "error"), found[spec.name], strict=True))
-                rows.append({"objective": objective, "tensor": spec.name, **own})
+                names = {"expert": member.plane, "objective": member.objective, "tensor": spec.name}
+                rows.append({**names, **own})
     return rows
+
+
+def _experts_line(layout: Layout) -> str:
+    """Which experts belong to which objective."""
+    if layout.members == one_for_each(layout.objectives):
+        return "one for each objective"
+    owners = (*layout.objectives, None)
+    found = {o: [m.plane for m in layout.members if m.objective == o] for o in owners}
+    return "; ".join(f"{', '.join(own)} of {o or 'no objective'}" for o, own in found.items() if own)
 
 
 def _table_line(row: dict[str, Any]) -> str:
     error = "" if row["error"] is None else f", error {row['error']:.3g}"
-    return f"{row['objective']}: {row['tensor']}: {row['format']}, {size(row['bytes'])}{error}"
+    return f"{row['expert']}: {row['tensor']}: {row['format']}, {size(row['bytes'])}{error}"
 
 
 def _by_format(table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

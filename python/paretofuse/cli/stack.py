@@ -18,8 +18,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     parser.add_argument("base", metavar="BASE", help="model directory or .safetensors file")
     parser.add_argument(
-        "--expert", action=_Experts, type=_named_path, required=True, metavar="NAME=PATH",
-        help="a fine-tuned model of an objective, or its LoRA directory; once for each",
+        "--expert", action=_Named, type=_named_path, required=True, metavar="NAME=PATH",
+        help="a fine-tuned model, or its LoRA directory; once for each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objective", action=_Named, type=_named_list, metavar="NAME=EXPERT,...",
+        help="the experts of an objective; once for each. Experts of none belong to none (default: an objective for "
+        "each expert, of its name)",
     )  # fmt: skip
     add_output(parser, "STORE", "directory to write")
     parser.add_argument(
@@ -82,6 +87,7 @@ def run(options: argparse.Namespace) -> Result:
             static_weight=options.static_weight,
             dtype=options.dtype,
             delta_dtype=options.delta_dtype,
+            objectives=dict(options.objective) if options.objective else None,
             planes=options.planes,
             family=options.family,
             heads=options.head,
@@ -115,8 +121,15 @@ def _named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
-class _Experts(argparse.Action):
-    """Collects --expert NAME=PATH, each name once."""
+def _named_list(text: str) -> tuple[str, list[str]]:
+    name, _, experts = text.partition("=")
+    if not name or not all(experts.split(",")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=EXPERT,... such as news=news_a,news_b")
+    return name, experts.split(",")
+
+
+class _Named(argparse.Action):
+    """Collects --expert NAME=PATH and --objective NAME=EXPERT,..., each name once."""
 
     def __call__(
         self,
@@ -125,7 +138,7 @@ class _Experts(argparse.Action):
         values: Any,
         option: str | None = None,
     ) -> None:
-        experts = getattr(namespace, self.dest) or []
-        if values[0] in dict(experts):
-            parser.error(f"argument --expert: got {values[0]!r} twice, expected each name once")
-        setattr(namespace, self.dest, [*experts, values])
+        given = getattr(namespace, self.dest) or []
+        if values[0] in dict(given):
+            parser.error(f"argument {option}: got {values[0]!r} twice, expected each name once")
+        setattr(namespace, self.dest, [*given, values])

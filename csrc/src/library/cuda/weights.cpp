@@ -37,7 +37,7 @@ CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions
   }
   const CurrentContext current(*context);
   const Manifest& manifest = model->store().manifest;
-  for (const auto& [objective, planes] : manifest.planes) {
+  for (const auto& [expert, planes] : manifest.planes) {
     if (planes.empty()) continue;
     throw std::invalid_argument("got a store with planes of the format " +
                                 std::string(plane_format_name(planes.begin()->second.format)) +
@@ -48,7 +48,7 @@ CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions
     views.push_back({nullptr, model->store().base.find(spec.name)->nbytes, spec.dtype, spec.shape});
   }
   const auto rows = manifest.groups.size() + 1;
-  weights = DeviceMemory(context, rows * manifest.objectives.size() * sizeof(float));
+  weights = DeviceMemory(context, rows * manifest.members.size() * sizeof(float));
   model->store().check_unchanged();
   for (Bucket& bucket : make_buckets(manifest)) {
     if (bucket.length() == 0) continue;  // tensors without elements
@@ -143,7 +143,7 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
   DeviceAddress base = device.base.address(), deltas = device.deltas.address();
   DeviceAddress tiles = device.tiles.address(), table = weights.address(), out = device.out.address();
   std::int64_t length = device.bucket.length(), delta_stride = length, out_stride = length;
-  auto experts = static_cast<std::int32_t>(manifest.objectives.size());
+  auto experts = static_cast<std::int32_t>(manifest.members.size());
   auto rows = static_cast<std::int32_t>(model->rows().count());
   std::int32_t preferences = 1;
   DeviceAddress no_scales = table, no_scratch = 0;

@@ -35,7 +35,7 @@ struct CudaWeights::State {
   std::shared_ptr<const Model> model;
   std::shared_ptr<const CudaContext> context;
   MergeKernels kernels;
-  DeviceMemory weights;  // float [groups + 1, experts]
+  DeviceMemory weights;  // float [groups + 1, planes]
   DeviceMemory constants;
   std::vector<DeviceBucket> buckets;
   std::vector<TensorView> views;  // in the manifest's order
