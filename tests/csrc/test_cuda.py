@@ -111,6 +111,9 @@ STORES: dict[str, Callable[[Path], Path]] = {
     "bfloat16 deltas": lambda path: net_store(path, delta_dtype=torch.bfloat16),
     "one expert": lambda path: net_store(path, count=1),
     "eight experts": lambda path: net_store(path, count=8, route="tensor"),
+    "experts of one objective and of none": lambda path: net_store(
+        path, count=4, objectives={"x": ["a", "c"], "y": ["b"]}
+    ),
     "static tensors": lambda path: net_store(path, route=lambda n: "one" if "first" in n else None),
 }
 
@@ -130,7 +133,8 @@ def test_results_are_the_cpus(
         engine.switch(preference)
         cuda.switch(preference, stream)
         assert_cpu_results(cuda.tensors(stream), engine.tensors())
-        weights = random.normal(size=(len(engine.names("group")), count)).astype(np.float32)
+        shape = len(engine.names("group")), len(engine.names("plane"))
+        weights = random.normal(size=shape).astype(np.float32)
         engine.switch_weights(weights)
         cuda.switch_weights(weights, stream)
         assert_cpu_results(cuda.tensors(stream), engine.tensors())
