@@ -19,6 +19,7 @@
 #include "paretofuse/engine.h"
 #include "store/atomic.h"
 #include "store/safetensors_writer.h"
+#include "store/shards.h"
 #include "store/writer.h"
 
 namespace py = pybind11;
@@ -199,6 +200,10 @@ void bind_store(py::module_& m) {
         py::arg("size"));
   m.def("is_model_file", &is_model_file, py::arg("name"));
   m.def("is_safe_path", &is_safe_path, py::arg("path"));
+  m.def("shard_ends", &shard_ends, py::arg("nbytes"), py::arg("shard_bytes"));
+  m.def("shard_name", &shard_name, py::arg("stem"), py::arg("number"), py::arg("count"));
+  m.def("index_name", &index_name, py::arg("stem"));
+  m.def("index_text", &index_text, py::arg("total_parameters"), py::arg("total_size"), py::arg("weight_map"));
 
   py::class_<View>(m, "TensorView")
       .def_property_readonly("name", [](const View& view) { return view.entry->name; })

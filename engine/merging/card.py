@@ -77,7 +77,7 @@ def _card(
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     kept = f"\nThe base's own card is [{BASE_CARD}]({BASE_CARD}).\n" if old is not None else ""
     return f"""---
-{_head(old)}tags:
+{kept_lines(old)}tags:
 - merge
 - paretofuse
 ---
@@ -109,7 +109,7 @@ def _name(config: bytes | None) -> str | None:
     return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
 
 
-def _head(old: bytes | None) -> str:
+def kept_lines(old: bytes | None) -> str:
     """The lines of the base's card that hold for the merged model too: its licence above all."""
     text = (old or b"").decode("utf-8", errors="replace").replace("\r\n", "\n")
     front = re.match(r"---\n(.*?\n)---\s*(\n|$)", text, re.S)

@@ -13,6 +13,9 @@ _SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no config
 _LEFT_BEHIND = (".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Ends of names that are no weights to a store but would bring the base's weights beside the merged ones."""
 
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""What transformers and diffusers call their weights; their indexes carry `.index.json` in addition."""
+
 
 def companion_files(path: Path) -> dict[str, bytes]:
     """The files, by name below the directory, that a merged model needs as they are in the base.
@@ -62,3 +65,51 @@ def json_object(content: bytes, name: str, label: str) -> dict[str, Any]:
     raise CheckpointError(
         f"{label}: {name} {reason}; it may be truncated: copy it again, or save the model again"
     )
+
+
+def weight_files(path: Path, label: str) -> tuple[list[Path], list[str]]:
+    """The directory's safetensors files, and the tensors that an index promises.
+
+    Where both the file and an index are there, the file, as transformers does.
+
+    Raises:
+        CheckpointError: there are none, a shard that the index names is missing, or the index is damaged.
+    """
+    for weights in WEIGHTS:
+        if (path / weights).is_file():
+            return [path / weights], []
+        index = path / f"{weights}.index.json"
+        if index.is_file():
+            shards = _shards(index, label)
+            names = sorted(set(shards.values()))
+            missing = [shard for shard in names if Path(shard).name != shard or not (path / shard).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{label}: {index.name} names {missing[0]!r}, which is not in the directory"
+                )
+            return [path / shard for shard in names], list(shards)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, []
+    pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
+    advice = (
+        "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
+        if pickles
+        else f"expected {WEIGHTS[0]} or {WEIGHTS[0]}.index.json"
+    )
+    raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
+
+
+def _shards(index: Path, label: str) -> dict[str, str]:
+    """The file of each tensor, as an index tells it."""
+    tensors = json_object(index.read_bytes(), index.name, label).get("weight_map")
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(shard, str) for shard in tensors.values())
+    ):
+        raise CheckpointError(
+            f"{label}: {index.name} has no 'weight_map' from each tensor to its file; copy it again, or save the model "
+            "again"
+        )
+    return tensors

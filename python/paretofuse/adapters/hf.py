@@ -9,16 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paretofuse.adapters.files import companion_files, holds_weights, json_object
+from paretofuse.adapters.files import companion_files, holds_weights, json_object, weight_files
 from paretofuse.adapters.hf_class import find_class, in_class, make_model
 from paretofuse.adapters.quantized import check_source
 from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.stacking.sources import Blueprint, Source, from_safetensors
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-"""What transformers and diffusers call their weights; their indexes carry `.index.json` in addition."""
-
 PIPELINE = "model_index.json"
 
 
@@ -37,7 +34,7 @@ def from_directory(path: Path, label: str) -> Source:
         raise CheckpointError(
             f"{label}: this is a pipeline of diffusers, not one model; stack one of its parts: {some(parts)}"
         )
-    files, promised = _weight_files(path, label)
+    files, promised = weight_files(path, label)
     source = from_safetensors(files, label)
     absent = [name for name in promised if name not in source.infos]
     if absent:
@@ -104,48 +101,3 @@ def class_name(config: Mapping[str, Any]) -> str | None:
     if not architectures or "model_type" not in config:
         return None
     return f"transformers.{architectures[0]}"
-
-
-def _weight_files(path: Path, label: str) -> tuple[list[Path], list[str]]:
-    """The directory's safetensors files, and the tensors that an index promises.
-
-    Where both the file and an index are there, the file, as transformers does.
-    """
-    for weights in WEIGHTS:
-        if (path / weights).is_file():
-            return [path / weights], []
-        index = path / f"{weights}.index.json"
-        if index.is_file():
-            shards = _shards(index, label)
-            names = sorted(set(shards.values()))
-            missing = [shard for shard in names if Path(shard).name != shard or not (path / shard).is_file()]
-            if missing:
-                raise CheckpointError(
-                    f"{label}: {index.name} names {missing[0]!r}, which is not in the directory"
-                )
-            return [path / shard for shard in names], list(shards)
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found, []
-    pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-    advice = (
-        "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
-        if pickles
-        else f"expected {WEIGHTS[0]} or {WEIGHTS[0]}.index.json"
-    )
-    raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
-
-
-def _shards(index: Path, label: str) -> dict[str, str]:
-    """The file of each tensor, as an index tells it."""
-    tensors = json_object(index.read_bytes(), index.name, label).get("weight_map")
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or not all(isinstance(shard, str) for shard in tensors.values())
-    ):
-        raise CheckpointError(
-            f"{label}: {index.name} has no 'weight_map' from each tensor to its file; copy it again, or save the model "
-            "again"
-        )
-    return tensors
