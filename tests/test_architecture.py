@@ -31,6 +31,7 @@ ORDER = [
     ["paretofuse.engine.routing"],
     ["paretofuse.engine.planes"],
     ["paretofuse.engine.store"],
+    ["paretofuse.engine.methods"],
     ["paretofuse.engine.stacking"],
     ["paretofuse.engine.merging"],
     ["paretofuse.engine.modules"],
@@ -127,10 +128,11 @@ def test_only_one_file_calls_the_extension() -> None:
     assert callers == [ROOT / "engine" / "extension.py"]
 
 
-def test_the_extension_works_for_the_store_and_one_file_of_merging() -> None:
+def test_the_extension_works_for_the_store_and_one_file_of_a_room() -> None:
     users = {p for p in FILES if "paretofuse.engine.extension" in imports(p.read_text(encoding="utf-8"))}
     store = {p for p in users if p.parent == ROOT / "engine" / "store"}
-    assert users - store == {ROOT / "engine" / "merging" / name for name in ("native.py", "disk.py")}
+    others = ("merging/native.py", "merging/disk.py")
+    assert users - store == {ROOT / "engine" / name for name in others}
 
 
 def test_only_the_binding_sees_pybind11_and_nothing_sees_torch_or_python() -> None:
@@ -181,6 +183,7 @@ def test_every_public_name_resolves() -> None:
         "merging.native",
         "merging.card",
         "merging.disk",
+        "methods.registry",
     ],
 )
 def test_the_store_and_the_native_merge_need_no_torch(module: str) -> None:

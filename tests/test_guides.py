@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import paretofuse as pf
@@ -110,3 +111,16 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(tensor, merged[name])
     lines = (tmp_path / "fit.csv").read_text().splitlines()
     assert 2 <= len(lines) <= 31
+
+
+def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        perturbed(tiny_gpt2(), seed, 0.02).save_pretrained(f"model{seed}")
+    models = "".join(f"- model: model{seed}\n" for seed in range(3))
+    Path("median.yml").write_text(f"merge_method: median\nmodels:\n{models}")
+    names = run_guide("recipes.md", {"__name__": "guide"})
+    states = [load_file(f"model{seed}/model.safetensors") for seed in range(3)]
+    for name, found in load_file("merged/model.safetensors").items():
+        assert torch.equal(found, torch.stack([state[name] for state in states]).median(0).values)
+    assert names["Median"].name == "median"

@@ -2,9 +2,9 @@
 
     out = base + lambda * sum_k m_k w_k s_k d_k / divisor        d_k = model_k - base
 
-s_k keeps some of the elements (the method's own rule, `keep`), rescaled by one number for the tensor where `rescale` asks for
-it; m_k keeps those whose sign is that of the weighted sum (TIES' election, where the method has one). The divisor is
-sum_k m_k w_k where `normalize` asks for it. Sources: task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE
+s_k keeps some of the elements (the method's own rule, `keep`), rescaled by one number for the tensor where `rescale`
+asks for it; m_k keeps those whose sign is that of the weighted sum (TIES' election, where the method has one). The
+divisor is sum_k m_k w_k where `normalize` asks for it. Sources: task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE
 (2311.03099), Breadcrumbs (2312.06795), DELLA (2406.11617).
 """
 

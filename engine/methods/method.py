@@ -87,8 +87,8 @@ class Method(ABC):
 
     Attributes:
         name: as recipes call it.
-        base: "required" (a base model whose tensor is given apart), "optional", or "none" (a base model counts as one of
-            the models).
+        base: "required" (a base model whose tensor is given apart), "optional", or "none" (a base model counts as one
+            of the models).
         models: the least and the largest number of models beside that base; None for no limit.
         parameters: what it takes.
     """
@@ -110,5 +110,7 @@ class Method(ABC):
 def base_of(group: Group) -> Numbers:
     """The base of a group that a method with `base = "required"` was given."""
     if group.base is None:
-        raise ValueError(f"got no base tensor for {group.name!r}, expected one: this method works on differences to it")
+        raise ValueError(
+            f"got no base tensor for {group.name!r}, expected one: this method works on differences to it"
+        )
     return group.base

@@ -35,7 +35,8 @@ class ModelStock(Method):
         norms = [np.sqrt(dots(delta, delta)) for delta in deltas]
         pairs = combinations(range(len(deltas)), 2)
         share = stock_share(
-            [dots(deltas[i], deltas[j]) / np.maximum(norms[i] * norms[j], 1e-6) for i, j in pairs], len(models)
+            [dots(deltas[i], deltas[j]) / np.maximum(norms[i] * norms[j], 1e-6) for i, j in pairs],
+            len(models),
         ).astype(base.dtype)
         mean = sum(models) / len(models)
         merged: Floats = share * mean + (1 - share) * base

@@ -36,9 +36,12 @@ def draws(key: Key, count: int) -> npt.NDArray[np.uint32]:
         x = (x ^ (x >> np.uint32(16))) * np.uint32(first)
         x = (x ^ (x >> np.uint32(15))) * np.uint32(second)
         x = x ^ (x >> np.uint32(16))
-    return x >> np.uint32(8)
+    found: npt.NDArray[np.uint32] = x >> np.uint32(8)
+    return found
 
 
 def threshold(probability: npt.NDArray[np.float32] | float) -> npt.NDArray[np.uint32]:
     """Numbers below this are as frequent as the probability, in steps of 2^-24."""
-    return np.rint(np.asarray(probability, np.float32) * np.float32(1 << 24)).astype(np.uint32)
+    scaled = np.asarray(probability, np.float32) * np.float32(1 << 24)
+    below: npt.NDArray[np.uint32] = np.rint(scaled).astype(np.uint32)
+    return below

@@ -36,6 +36,8 @@ def by_name(own: Sequence[Method] = ()) -> dict[str, Method]:
         if not getattr(method, "name", ""):
             raise ValueError(f"got a {type(method).__name__} without a name; give it one: name = 'my_method'")
         if method.name in found:
-            raise ValueError(f"got a method named {method.name!r}, which there is already; choose another name")
+            raise ValueError(
+                f"got a method named {method.name!r}, which there is already; choose another name"
+            )
         found[method.name] = method
     return found

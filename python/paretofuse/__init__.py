@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paretofuse.exporting import export
     from paretofuse.fronts.front import Front
     from paretofuse.fronts.sweep import sweep
+    from paretofuse.recipes.run import run_recipe
 
 __version__ = "0.1.0"
 
@@ -41,11 +42,12 @@ _HOMES = {
     "sample_preferences": "paretofuse.engine.routing.sampling",
     "Front": "paretofuse.fronts.front",
     "sweep": "paretofuse.fronts.sweep",
+    "run_recipe": "paretofuse.recipes.run",
 }
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
-    "fit", "layered_grid", "load", "sample_preferences", "simplex_grid", "stack", "sweep", "with_head",
+    "fit", "layered_grid", "load", "run_recipe", "sample_preferences", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

@@ -22,7 +22,9 @@ def tiny_llama(seed: int = 0, layers: int = 3, **settings: Any) -> nn.Module:
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 12, "intermediate_size": 21, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=37, max_position_embeddings=16, **{**sizes, **settings})
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=37, max_position_embeddings=16, **{**sizes, **settings}
+    )
     model: nn.Module = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():  # norms are born as ones, which would hide what happens to them
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -58,7 +60,7 @@ def by_mergekit(config: Path, out: Path, **options: Any) -> Tensors:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its libraries
         parsed = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
-        run_merge(parsed, str(out), MergeOptions(quiet=True, device="cpu", **options))
+        run_merge(parsed, str(out), MergeOptions(quiet=True, device="cpu", copy_tokenizer=False, **options))
     return tensors_of(out)
 
 

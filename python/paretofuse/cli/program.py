@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import paretofuse
-from paretofuse.cli import adapter, completion, doctor, export, fit, info, merge, serve, stack, sweep
+from paretofuse.cli import adapter, completion, doctor, export, fit, info, merge, recipe, serve, stack, sweep
 from paretofuse.cli.running import Result, in_options
 
 COMMANDS: dict[str, Any] = {
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "sweep": sweep,
     "serve": serve,
     "adapter": adapter,
+    "recipe": recipe,
     "export": export,
     "doctor": doctor,
     "completion": completion,

@@ -243,7 +243,9 @@ class _Parser:
                 check_setting(setting, own[name])
                 kept[name] = setting
             elif name in self.known:
-                self.notes.append(f"{node.file}, line {node.keys[name]}: {self.method.name} has no {name}; not used")
+                self.notes.append(
+                    f"{node.file}, line {node.keys[name]}: {self.method.name} has no {name}; not used"
+                )
             else:
                 raise node.error(
                     f"got the parameter {name!r}, which no method has; {self.method.name} has "

@@ -51,11 +51,13 @@ class Model:
             raise CheckpointError(f"{name}: this is a file, expected a model's directory with its {CONFIG}")
         if (self.path / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"{name}: this is an adapter; merge it first with PEFT's merge_and_unload and save_pretrained, or stack "
-                "it: paretofuse stack --expert NAME=ADAPTER"
+                f"{name}: this is an adapter; merge it first with PEFT's merge_and_unload and save_pretrained, or "
+                "stack it: paretofuse stack --expert NAME=ADAPTER"
             )
         config = self.path / CONFIG
-        self.config: dict[str, Any] = json_object(config.read_bytes(), CONFIG, name) if config.is_file() else {}
+        self.config: dict[str, Any] = (
+            json_object(config.read_bytes(), CONFIG, name) if config.is_file() else {}
+        )
         if self.config.get("quantization_config"):
             raise CheckpointError(
                 f"{name}: quantized: {CONFIG} has a quantization_config, and packed weights cannot be merged; use the "

@@ -234,5 +234,6 @@ class _Planner:
             extra = [n for n in model.tensors if n not in taken and not is_head(n) and not _BUFFERS.search(n)]
             if extra:
                 self.notes.append(
-                    f"{model.name}: {len(extra)} tensors that {self.donor.name} lacks, such as {extra[0]!r}, are left out"
+                    f"{model.name}: {len(extra)} tensors that {self.donor.name} lacks, such as {extra[0]!r}, are left "
+                    "out"
                 )

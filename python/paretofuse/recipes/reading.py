@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -13,7 +13,7 @@ class Node:
 
     Attributes:
         value: a scalar, a list of nodes, or nodes by key.
-        line: counted from 1.
+        line: counted from 1; of a list or of keys and values the line of its own key.
         file: the recipe's name.
         keys: of a mapping, the line of each key.
     """
@@ -113,7 +113,9 @@ def read_yaml(text: str, file: str) -> Node:
             key_line = key_node.start_mark.line + 1
             if key in values:
                 raise ValueError(f"{file}, line {key_line}: got the key {key!r} twice, expected it once")
-            values[key], keys[key] = node_of(value, within), key_line
+            own = node_of(value, within)
+            values[key] = own if isinstance(value, yaml.ScalarNode) else replace(own, line=key_line)
+            keys[key] = key_line
         return Node(values, line, file, keys)
 
     try:

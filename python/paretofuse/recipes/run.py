@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.engine.merging.disk import SHARD_BYTES
 from paretofuse.engine.methods.method import Group, Method
@@ -18,6 +17,7 @@ from paretofuse.engine.methods.numbers import Numbers, promoted
 from paretofuse.engine.store.atomic import fresh
 from paretofuse.engine.store.reader import Progress
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, SafetensorsWriter
+from paretofuse.engine.store.shards import index_name, index_text, shard_ends, shard_name
 from paretofuse.recipes.config import Recipe, read_recipe
 from paretofuse.recipes.files import RECIPE, files_beside
 from paretofuse.recipes.models import Model
@@ -58,8 +58,8 @@ def run_recipe(
     """Run a recipe of mergekit's into a complete model directory, tensor by tensor from disk to disk.
 
     The arithmetic is in float32 (float64 where a model is), and each result is rounded once. The directory is written
-    beside its place, synced and renamed: it is there whole or not at all. Weights of more than 5 GB are cut into several
-    files with an index. Beside them: the base's own files, fitted, a model card, and the recipe.
+    beside its place, synced and renamed: it is there whole or not at all. Weights of more than 5 GB are cut into
+    several files with an index. Beside them: the base's own files, fitted, a model card, and the recipe.
 
     Args:
         config: the YAML file; docs/recipes.md says which keys and methods.
@@ -100,12 +100,14 @@ def _write_weights(
 ) -> int:
     """Write every output, in as many files as it takes; returns the bytes."""
     sizes = [_nbytes(output) for output in outputs]
-    ends = _C.shard_ends(sizes, SHARD_BYTES)
+    ends = shard_ends(sizes, SHARD_BYTES)
     total, done = sum(sizes), 0
     where: dict[str, str] = {}
     for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        name = _C.shard_name("model", number, len(ends))
-        with SafetensorsWriter(folder / name, metadata=_METADATA, reserve=max(1024, 256 * (end - start))) as file:
+        name = shard_name("model", number, len(ends))
+        with SafetensorsWriter(
+            folder / name, metadata=_METADATA, reserve=max(1024, 256 * (end - start))
+        ) as file:
             for output in outputs[start:end]:
                 merged = _merge(recipe, output, seed, threads)
                 file.add(output.name, merged.dtype, merged.shape, [merged.data])
@@ -117,7 +119,7 @@ def _write_weights(
                     progress(done, total)
     if len(ends) > 1:
         numbers = sum(int(np.prod(output.shape, dtype=np.int64)) for output in outputs)
-        (folder / _C.index_name("model")).write_text(_C.index_text(numbers, total, where), encoding="utf-8")
+        (folder / index_name("model")).write_text(index_text(numbers, total, where), encoding="utf-8")
     return total
 
 
@@ -173,4 +175,6 @@ def _check_place(place: Path) -> None:
         SafetensorsFile(path).metadata.get("written_by") == _METADATA["written_by"] for path in weights
     )
     if entries and not (own and weights):
-        raise ValueError(f"got {place}, which holds other files than a recipe's output; choose another place or remove it")
+        raise ValueError(
+            f"got {place}, which holds other files than a recipe's output; choose another place or remove it"
+        )

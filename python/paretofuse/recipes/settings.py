@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-
 from paretofuse.engine.methods.method import Parameter
 from paretofuse.recipes.reading import Node
 
@@ -32,8 +30,8 @@ def evaluate(node: Node, parameter: Parameter, tensor: str, t: float) -> float |
 
     Args:
         node: a scalar; a list of scalars, which are the values at equal distances from the first layer to the last
-            and are interpolated (switches are not: the one before counts); {value, filter}, or a list of these, of which
-            the first counts whose filter is part of the tensor's name (or "*", or absent).
+            and are interpolated (switches are not: the one before counts); {value, filter}, or a list of these, of
+            which the first counts whose filter is part of the tensor's name (or "*", or absent).
         parameter: what it is a value of.
         tensor: the tensor's name.
         t: how far its layer is from the first to the last; 0 for tensors of no layer.
@@ -79,9 +77,7 @@ def resolve(
     return parameter.default
 
 
-def _first_that_fits(
-    choices: list[Node], parameter: Parameter, tensor: str, t: float
-) -> float | bool | None:
+def _first_that_fits(choices: list[Node], parameter: Parameter, tensor: str, t: float) -> float | bool | None:
     for choice in choices:
         own = _conditional(choice)
         wanted = own["filter"].value if "filter" in own else None
@@ -97,7 +93,7 @@ def _conditional(node: Node) -> dict[str, Node]:
     return found
 
 
-def _checked(node: Node, parameter: Parameter) -> Any:
+def _checked(node: Node, parameter: Parameter) -> float | bool:
     if isinstance(node.value, list | dict) or node.value is None:
         raise node.error(f"got {node.shown()} for {parameter.name}, expected one value")
     try:
