@@ -4,8 +4,8 @@
 
 s_k keeps some of the elements (the method's own rule, `keep`), rescaled by one number for the tensor where `rescale`
 asks for it; m_k keeps those whose sign is that of the weighted sum (TIES' election, where the method has one). The
-divisor is sum_k m_k w_k where `normalize` asks for it. Sources: task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE
-(2311.03099), Breadcrumbs (2312.06795), DELLA (2406.11617).
+divisor is sum_k m_k w_k where `normalize` asks for it. Sources: task arithmetic (arXiv 2212.04089), TIES (2306.01708),
+DARE (2311.03099), Breadcrumbs (2312.06795), DELLA (2406.11617).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DeltaMethod(Method):
 
 def agreement(weighted: Sequence[Floats]) -> list[Mask]:
     """Of each weighted difference, the elements whose sign is that of the sum of all, which counts as positive at 0."""
-    positive = sum(weighted) >= 0  # type: ignore[operator]
+    positive = sum(weighted) >= 0
     return [np.where(positive, delta > 0, delta < 0) for delta in weighted]
 
 

@@ -29,8 +29,7 @@ class ModelStock(Method):
         axes = (base.ndim - 1,) if group.shared["filter_wise"] and base.ndim else tuple(range(base.ndim))
 
         def dots(a: Floats, b: Floats) -> np.ndarray:
-            products: np.ndarray = np.sum(a * b, axis=axes, keepdims=True, dtype=np.float64)
-            return products
+            return np.asarray(np.sum(a * b, axis=axes, keepdims=True, dtype=np.float64))
 
         norms = [np.sqrt(dots(delta, delta)) for delta in deltas]
         pairs = combinations(range(len(deltas)), 2)

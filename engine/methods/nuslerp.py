@@ -33,8 +33,9 @@ class NuSlerp(Method):
         if base is not None:
             a, b = a - base, b - base
         axis = vector_axes(a.ndim, group.shared["nuslerp_flatten"], group.shared["nuslerp_row_wise"])
-        sums = [
-            np.sum(x * y, axis=axis, keepdims=True, dtype=np.float64) for x, y in ((a, a), (b, b), (a, b))
+        sums: list[np.ndarray] = [
+            np.asarray(np.sum(x * y, axis=axis, keepdims=True, dtype=np.float64))
+            for x, y in ((a, a), (b, b), (a, b))
         ]
         from_a, from_b = arc(t, *sums)
         merged: Floats = from_a.astype(a.dtype) * a + from_b.astype(a.dtype) * b

@@ -92,7 +92,8 @@ class _Planner:
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
-        outputs, layers = [], []
+        outputs: list[Output | None] = []
+        layers: list[tuple[Model, int]] = []
         if not self.whole and len(self.donor.stacks) != 1:
             raise CheckpointError(
                 f"{self.recipe.where(self.recipe.slices[0].line)}: slices need a model with one stack of layers, and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+
 from paretofuse.engine.methods.method import Parameter
 from paretofuse.recipes.reading import Node
 
