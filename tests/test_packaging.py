@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.packages import copy_checkout, distributions
-from tests.support.process import run
+from tests.support.process import ROOT, run
 
 USE = """
 import paretofuse, paretofuse._C, paretofuse.engine.merging.native, paretofuse.kernels, paretofuse.adapters
@@ -56,6 +56,9 @@ def test_sdist_and_wheel(empty: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
     assert {"paretofuse/py.typed", "paretofuse/_C.pyi", "paretofuse/engine/store/reader.py"} <= files
+    pages = [p for p in (ROOT / "python").rglob("page/*") if p.suffix in (".html", ".css", ".js")]
+    assert pages
+    assert {path.relative_to(ROOT / "python").as_posix() for path in pages} <= files
     assert any(name.startswith("paretofuse/_C") and name.endswith(".so") for name in files)
     assert not any(name.startswith(("engine/", "kernels/", "tests/", "benchmarks/")) for name in files)
     install(empty, wheel)

@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="points along an edge, ends included (default: 11 for two objectives, fewer for more)",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="PNG", help="picture to write")
+    parser.add_argument("--html", metavar="HTML", help="page to write, to explore the front in a browser")
     parser.add_argument("--minimize", action="store_true", help="smaller numbers are better, as with losses")
     parser.add_argument(
         "--reference", type=named_numbers, metavar="NAME=VALUE,...",
@@ -45,6 +46,8 @@ def run(options: argparse.Namespace) -> Result:
 
     if options.plot and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib; pip install 'paretofuse[plot]'")
+    if options.html and find_spec("plotly") is None:
+        raise ImportError("--html needs plotly; pip install 'paretofuse[serve]'")
     if options.reference is not None:
         plain_point(options.reference)
     evaluate = entry_point("--evaluate", options.evaluate)
@@ -52,6 +55,8 @@ def run(options: argparse.Namespace) -> Result:
         plots = import_module("paretofuse.fronts.plots")
         plots.check_path(options.plot)
         prepare_file(options.plot)
+    if options.html:
+        prepare_file(options.html)
     logging.getLogger("paretofuse").addHandler(
         logging.NullHandler()
     )  # what it would log is printed as a note below
@@ -74,6 +79,8 @@ def run(options: argparse.Namespace) -> Result:
     )
     if options.plot:
         front.plot(options.plot)
+    if options.html:
+        front.to_html(options.html)
     notes = [in_options(note, vars(options)) for note in front.notes]
     document: dict[str, Any] = {
         "objectives": list(front.objectives),
@@ -84,6 +91,7 @@ def run(options: argparse.Namespace) -> Result:
         "notes": notes,
         "csv": options.output,
         "plot": options.plot,
+        "html": options.html,
     }
     lines = [f"note: {note}" for note in notes]
     lines.append(
@@ -92,5 +100,5 @@ def run(options: argparse.Namespace) -> Result:
     if options.reference is not None:
         document["hypervolume"] = front.hypervolume(options.reference)
         lines.append(f"hypervolume {document['hypervolume']:.6g}")
-    lines += [options.plot] if options.plot else []
+    lines += [path for path in (options.plot, options.html) if path]
     return "\n".join(lines), document, 0

@@ -302,6 +302,34 @@ class Front:
             ) from error
         return plots.plot_front(self, path, ax=ax, points=points, others=others, label=label, title=title)
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        points: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+        others: Mapping[str, Front] | None = None,
+        title: str | None = None,
+    ) -> None:
+        """Write the front as one HTML file to explore, making missing parents; it opens without a server or a network.
+
+        The page draws what `plot` does, to click and drag on, with sliders for the preference, choice by constraint,
+        and the commands that give the model there. Between measured preferences it shows values that are linear
+        between their neighbours (of the Delaunay triangulation), and says so.
+
+        Args:
+            path: the file.
+            points: values [M] of single models by label: the base, averages.
+            others: further fronts by label, on the same metrics.
+            title: the page's heading.
+
+        Raises:
+            ImportError: plotly is missing, whose JavaScript is written into the file (5 MB).
+            ValueError: points or others do not have this front's metrics.
+        """
+        from paretofuse.fronts.html import write_html
+
+        write_html(self, path, points=points, others=others, title=title)
+
 
 def _table(what: str, given: Any, width: int, of: str) -> np.ndarray:
     cells = np.array(given, dtype=np.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from paretofuse.engine.store.atomic import fresh_named
 from paretofuse.fronts import curve, parallel, ternary
+from paretofuse.fronts.arguments import other_fronts, single_models
 from paretofuse.fronts.style import INK, legend_below, new_figure, wrapped
 
 if TYPE_CHECKING:
@@ -56,14 +57,7 @@ def plot_front(
     Raises:
         ValueError: points or others do not have this front's metrics, or there is no picture for its shape.
     """
-    marked = {name: _point(front, name, values) for name, values in (points or {}).items()}
-    fronts = dict(others or {})
-    for name, other in fronts.items():
-        if other.metrics != front.metrics:
-            raise ValueError(
-                f"got front {name!r} with metrics {list(other.metrics)}, expected {list(front.metrics)} "
-                "as in the plotted one"
-            )
+    marked, fronts = single_models(front, points), other_fronts(front, others)
     objectives, metrics = front.preferences.shape[1], front.values.shape[1]
     check_shape(objectives, metrics)
     if objectives == 3:
@@ -88,16 +82,6 @@ def plot_front(
         with fresh_named(path) as picture:
             figure.savefig(picture, dpi=160, bbox_inches="tight", facecolor="white")
     return figure
-
-
-def _point(front: Front, name: str, values: Any) -> np.ndarray:
-    point = np.asarray(values, dtype=np.float64)
-    if point.shape != (len(front.metrics),) or not np.isfinite(point).all():
-        raise ValueError(
-            f"got {values} for point {name!r}, expected {len(front.metrics)} finite numbers, "
-            f"one for each of {list(front.metrics)}"
-        )
-    return point
 
 
 def _axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:

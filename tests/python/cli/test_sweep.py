@@ -57,6 +57,7 @@ def sweep_folder(folder: Path) -> Path:
         (["-o", "evaluation.py/new/front.csv"], "front.csv: Not a directory", 0),
         (["-o", "/proc/none/front.csv"], "/proc/none/front.csv: ", 0),
         (["-o", "f.csv", "--plot", "/proc/none/front.png"], "/proc/none/front.png: ", 0),
+        (["-o", "f.csv", "--html", "/proc/none/front.html"], "/proc/none/front.html: ", 0),
         (["-o", "f.csv", "--plot", "front.xyz"], "expected a name that ends in one of", 0),
         (["-o", "f.csv", "--plot", "front"], "expected a name that ends in one of", 0),
         (["-o", "f.csv", "--reference", "cola=nan,sst2=0"], "expected finite numbers", 0),
@@ -91,6 +92,8 @@ def test_sweep(tmp_path: Path) -> None:
             "evaluation:Results.norms",
             "--plot",
             "pictures/front.png",
+            "--html",
+            "pictures/front.html",
             "--reference",
             "cola=-99,sst2=-99",
             "--json",
@@ -104,6 +107,7 @@ def test_sweep(tmp_path: Path) -> None:
     assert front["hypervolume"] > 0
     assert len((tmp_path / "new" / "front.csv").read_text().splitlines()) == 6
     assert (tmp_path / "pictures" / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1" in (tmp_path / "pictures" / "front.html").read_text()
     done = run([*words, "--evaluate", "evaluation:breaks"], cwd=tmp_path)
     assert done.returncode == 1
     assert "KeyError: 'labels' (--traceback shows where)" in done.stderr
