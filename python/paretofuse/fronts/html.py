@@ -1,6 +1,6 @@
 """A front as one HTML file that opens without a server; its page is the one that `paretofuse serve` shows too.
 
-The page's parts lie in fronts/page/. Needs plotly (the extra "serve") for its JavaScript, which is written into the file.
+The page's parts lie in fronts/page/. Needs plotly (the extra "serve"), whose JavaScript is written into the file.
 """
 
 from __future__ import annotations

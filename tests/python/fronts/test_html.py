@@ -136,7 +136,7 @@ def test_choice_and_dominance_are_those_of_python(calculator: Page, seed: int) -
     )
     answers = set()
     for best in (None, *front.metrics):
-        for bound in rng.choice(front.values[:, 0], 3).tolist() + [-99.0]:
+        for bound in [*rng.choice(front.values[:, 0], 3).tolist(), -99.0]:
             bounds = [{"metric": "news", "sense": "at_most", "value": bound}]
             found = calculator.evaluate(choose, [data, bounds, best])
             try:
@@ -302,7 +302,8 @@ def _check_layout(page: Page) -> None:
 
 def test_every_control_has_a_name(two: Page) -> None:
     nameless = two.locator("input, select, button, textarea").evaluate_all(
-        "all => all.filter(one => !(one.ariaLabel || one.labels?.length || one.textContent.trim())).map(one => one.outerHTML)"
+        "all => all.filter(one => !(one.ariaLabel || one.labels?.length || one.textContent.trim()))"
+        ".map(one => one.outerHTML)"
     )
     assert nameless == []
 
