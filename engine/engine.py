@@ -41,6 +41,7 @@ class Engine:
             not known. `save` keeps it in the store, and `pf.load` gives it back.
         origin: the checksum of the routers in the store that it was loaded from or saved to last, which `save` may
             replace by what was trained since; None if there is none.
+        path: that store's directory; None if there is none.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Engine:
         self.blueprint = blueprint
         self.training: dict[str, Any] | None = None
         self.origin: str | None = None
+        self.path: str | None = None
         self.routers = routers.to(device)
         self._bound = BoundStack(stack, backend, blueprint.shardings)
         self.notes = (*notes, *self._bound.notes)
@@ -345,6 +347,7 @@ class Engine:
             force=force,
             origin=self.origin,
         )
+        self.path = os.path.abspath(path)
 
     def export_adapter(
         self, preference: Preference, path: str | os.PathLike[str], *, rank: int | None = None

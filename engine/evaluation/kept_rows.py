@@ -37,30 +37,37 @@ class KeptRows:
         self.path = out.with_name(f"{out.stem}.partial{rank_and_size()[0] or ''}{out.suffix}")
         self._out = out
         self._objectives = tuple(objectives)
-        self._rows: dict[
-            tuple[tuple[float, ...], str], list[float]
-        ] = {}  # values [M] by preference and model
+        self._rows: dict[tuple[float, ...], dict[str, list[float]]] = {}  # values [M] by preference and model
+        self._written = False  # whether the file holds these rows and no others, so that a row may be added to it
         self.metrics: tuple[str, ...] = ()
         for path in self._files():
             self._read(path)
 
-    def find(self, preference: Sequence[float], model: str) -> dict[str, float] | None:
-        """The metrics at a preference by name, if this model was evaluated there already."""
-        row = self._rows.get((tuple(preference), model))
-        return None if row is None else dict(zip(self.metrics, row, strict=True))
+    def at(self, preference: Sequence[float]) -> dict[str, dict[str, float]]:
+        """The metrics by name at a preference, for each model that was evaluated there."""
+        rows = self._rows.get(tuple(preference), {})
+        return {model: dict(zip(self.metrics, row, strict=True)) for model, row in rows.items()}
 
     def add(
         self, preference: Sequence[float], values: Sequence[float], model: str, metrics: Sequence[str]
     ) -> None:
-        """Keep a row: the file is written anew, whole or not at all."""
+        """Keep a row, at once: the first writes the file anew, whole or not at all, and later ones are added to it.
+
+        Of a row that was cut short by a crash or a full disk nothing counts.
+        """
         self._take_metrics(tuple(metrics))
-        self._rows[tuple(preference), model] = list(values)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self._heading())
-        for (shares, digest), numbers in self._rows.items():
-            writer.writerow([*map(repr, shares), *map(repr, numbers), digest])
-        write_file(self.path, text.getvalue().encode())
+        self._rows.setdefault(tuple(preference), {})[model] = list(values)
+        if self._written:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_lines([[*map(repr, preference), *map(repr, values), model]]))
+            return
+        rows = [
+            [*map(repr, shares), *map(repr, numbers), digest]
+            for shares, models in self._rows.items()
+            for digest, numbers in models.items()
+        ]
+        write_file(self.path, _lines([self._heading(), *rows]).encode())
+        self._written = True
 
     def finish(self) -> None:
         """The result is written: drop what every process kept."""
@@ -85,6 +92,7 @@ class KeptRows:
         """Rows of other metrics are of another evaluation, and of no use to this one."""
         if metrics != self.metrics:
             self._rows.clear()
+            self._written = False
             self.metrics = metrics
 
     def _read(self, path: Path) -> None:
@@ -94,8 +102,8 @@ class KeptRows:
         )
         count = len(self._objectives)
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                heading, *rows = list(csv.reader(file))
+            text = path.read_bytes().decode("utf-8")
+            heading, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
             self._take_metrics(tuple(name.removeprefix("value:") for name in heading[count:-1]))
             if heading != self._heading() or not self.metrics:
                 raise wrong
@@ -103,9 +111,15 @@ class KeptRows:
                 numbers = [float(cell) for cell in row[:-1]]
                 if len(row) != len(heading):
                     raise wrong
-                self._rows[tuple(numbers[:count]), row[-1]] = numbers[count:]
+                self._rows.setdefault(tuple(numbers[:count]), {})[row[-1]] = numbers[count:]
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
             raise wrong from error
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def model_digest(module: torch.nn.Module, evaluate: Callable[..., Any]) -> str:

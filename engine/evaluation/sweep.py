@@ -68,39 +68,113 @@ def evaluate_preferences(
         raise ValueError("got no preferences, expected at least one")
     rank, size = rank_and_size()
     mine = range(rank, len(preferences), size)
-    rows: list[list[float]] = []
-    metrics: tuple[str, ...] | None = None
-    objectives = tuple(engine.objectives)
+    rows = Rows(engine.objectives, preferences, on_metrics, kept)
     for index in progress_bar(progress and rank == 0, iterable=mine, desc="sweep", unit="model"):
-        preference = preferences[index]
-        chosen = [float(share) for share in preference]
+        chosen = rows.preferences[index]
         engine.switch(chosen)
-        shown = ", ".join(f"{name}={share:g}" for name, share in zip(objectives, chosen, strict=True))
-        model = "" if kept is None else model_digest(engine.module, evaluate)
-        found = None if kept is None else kept.find(chosen, model)
-        if found is None:
-            with torch.no_grad(), eval_mode(engine.module):
-                result = evaluate(engine.module)
-            numbers = _named_numbers(result, objectives, shown)
-        else:
-            numbers = found
-        if metrics is None:
-            metrics = objectives if set(numbers) == set(objectives) else tuple(numbers)
-            if on_metrics is not None:
-                on_metrics(metrics)
-        if set(numbers) != set(metrics):
-            raise ValueError(
-                f"got metrics {sorted(numbers)} from evaluate at preference {shown}, expected "
-                f"{sorted(metrics)} as at the first preference; return the same metrics each time"
-            )
-        rows.append([numbers[name] for name in metrics])
-        if kept is not None and found is None:
-            kept.add(chosen, rows[-1], model, metrics)
-    names = names_of_first_rank(metrics) or ()
+        rows.add(index, *evaluate_at(engine.module, evaluate, engine.objectives, chosen, rows.known(index)))
+    names = names_of_first_rank(rows.metrics) or ()
     values = torch.zeros(len(preferences), len(names), dtype=torch.float64)
-    if rows:
-        values[rank::size] = torch.tensor(rows, dtype=torch.float64)
+    for index in mine:
+        values[index] = torch.tensor(rows.values[index], dtype=torch.float64)
     return sum_over_ranks(values, "sweeping").numpy(), names
+
+
+Known = Mapping[str, dict[str, float]]
+"""What was measured at a preference already, by the model's digest."""
+
+
+def evaluate_at(
+    module: torch.nn.Module,
+    evaluate: Evaluate,
+    objectives: tuple[str, ...],
+    preference: Sequence[float],
+    known: Known | None,
+) -> tuple[dict[str, float], str]:
+    """The metrics of a module that was merged for a preference, and the digest of that model.
+
+    Args:
+        module: it is in eval mode meanwhile, under torch.no_grad().
+        evaluate: as for `evaluate_preferences`.
+        objectives: names for as many numbers without names.
+        preference: [E], for messages.
+        known: what need not be evaluated again; None if nobody asks for the digest, which is empty then.
+
+    Raises:
+        ValueError, TypeError: as `evaluate_preferences`.
+    """
+    digest = "" if known is None else model_digest(module, evaluate)
+    if known and digest in known:
+        return known[digest], digest
+    with torch.no_grad(), eval_mode(module):
+        result = evaluate(module)
+    return _named_numbers(result, objectives, shown(objectives, preference)), digest
+
+
+def shown(objectives: Sequence[str], preference: Sequence[float]) -> str:
+    """A preference for messages."""
+    return ", ".join(f"{name}={share:g}" for name, share in zip(objectives, preference, strict=True))
+
+
+class Rows:
+    """The rows of a sweep, in whatever order they come.
+
+    Args:
+        objectives: the E objectives.
+        preferences: [P, E].
+        on_metrics: called with the metrics' names at the first row.
+        kept: where rows are kept as they come.
+
+    Attributes:
+        objectives: their names.
+        preferences: [P, E] as lists of floats.
+        metrics: their names, None until the first row: in the objectives' order if they are those, else in the first
+            row's.
+        values: the metrics in that order by index.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        preferences: Sequence[Sequence[float]] | np.ndarray,
+        on_metrics: Callable[[tuple[str, ...]], object] | None,
+        kept: KeptRows | None,
+    ) -> None:
+        self.preferences = [[float(share) for share in preference] for preference in preferences]
+        self.metrics: tuple[str, ...] | None = None
+        self.values: dict[int, list[float]] = {}
+        self.objectives = tuple(objectives)
+        self._on_metrics = on_metrics
+        self._kept = kept
+
+    def known(self, index: int) -> Known | None:
+        """What was kept of a preference; None where nothing is."""
+        return None if self._kept is None else self._kept.at(self.preferences[index])
+
+    def add(self, index: int, numbers: Mapping[str, float], digest: str) -> None:
+        """Take the metrics of a preference by name, and keep them if they are new.
+
+        Raises:
+            ValueError: these are other metrics than the first row's.
+        """
+        if self.metrics is None:
+            self.metrics = self.objectives if set(numbers) == set(self.objectives) else tuple(numbers)
+            if self._on_metrics is not None:
+                self._on_metrics(self.metrics)
+        if set(numbers) != set(self.metrics):
+            at = shown(self.objectives, self.preferences[index])
+            raise ValueError(
+                f"got metrics {sorted(numbers)} from evaluate at preference {at}, expected {sorted(self.metrics)} as "
+                "at the first preference; return the same metrics each time"
+            )
+        self.values[index] = [numbers[name] for name in self.metrics]
+        if self._kept is not None and digest not in self._kept.at(self.preferences[index]):
+            self._kept.add(self.preferences[index], self.values[index], digest, self.metrics)
+
+    def table(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The values [P, M] in float64, once all rows have come, and the metrics' names."""
+        values = [self.values[index] for index in range(len(self.preferences))]
+        return np.array(values, dtype=np.float64), self.metrics or ()
 
 
 def _named_numbers(result: Any, objectives: tuple[str, ...], shown: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from paretofuse.adapters.hf_config import check_configurations
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.layout import Layout
 from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.groups import Route
 from paretofuse.engine.routing.routers import check_family, check_init, routers_for
@@ -186,12 +187,12 @@ def load(
     if verify:
         store.verify()
     stack, routers = persist.read(store, place)
-    owners = {name: spec.name for name, spec in stack.layout.by_name.items()}
-    base = _blueprint_of(store.model_files(), store.model_class, owners)
+    base = stored_blueprint(store)
     if module is not None:
         skeleton = make_skeleton(module)
         _check_fits(skeleton, stack)
         base = replace(base, skeleton=lambda: skeleton)
+    owners = _owners(stack.layout)
     heads = {
         objective: _blueprint_of(store.model_files(objective), None, owners | {name: name for name in own})
         for objective, own in stack.heads.items()
@@ -204,7 +205,18 @@ def load(
     )
     engine.training = store.training
     engine.origin = store.routers_checksum
+    engine.path = os.path.abspath(path)
     return engine
+
+
+def stored_blueprint(store: Store) -> Blueprint:
+    """What makes models of a store's tensors, as far as the store's own files tell."""
+    return _blueprint_of(store.model_files(), store.model_class, _owners(store.layout))
+
+
+def _owners(layout: Layout) -> dict[str, str]:
+    """The stored name of each tensor by all of its names."""
+    return {name: spec.name for name, spec in layout.by_name.items()}
 
 
 def _check_fits(skeleton: nn.Module, stack: Stack) -> None:

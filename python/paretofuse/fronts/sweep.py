@@ -17,6 +17,10 @@ from paretofuse.outputs import prepare_file
 
 if TYPE_CHECKING:
     from paretofuse.engine.evaluation.sweep import Evaluate, Switchable
+    from paretofuse.fronts.workers import Executor
+
+_AHEAD = 64
+"""Points that an executor is given at a time, unless told."""
 
 
 def sweep(
@@ -26,6 +30,8 @@ def sweep(
     *,
     maximize: Maximize = True,
     out: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    ahead: int | None = None,
     progress: bool = True,
     on_metrics: Callable[[tuple[str, ...]], object] | None = None,
 ) -> Front:
@@ -35,7 +41,7 @@ def sweep(
     in the front's `notes`: `maximize` is probably wrong.
 
     Args:
-        engine: the engine; switched in place, and left at the last preference.
+        engine: the engine; switched in place, and left at the last preference. With an executor it stays as it is.
         evaluate: called with the live module in eval mode, without gradients; returns its metrics as a dict
             of numbers by name, or as a sequence of numbers (one for each objective, in order).
         preferences: [P, E], or a sequence of preferences in any form; a grid of the simplex if None
@@ -45,27 +51,38 @@ def sweep(
         out: a CSV file for the front, as by `Front.to_csv`; an earlier front there is replaced at the end. Until then
             each row is kept as it comes in a file beside it (front.partial.csv for front.csv): after an interruption or
             an error the same call goes on there, and evaluates again only what the engine merges differently now.
+        executor: evaluate on the workers of an executor instead: anything with the `submit` of concurrent.futures
+            (process pools, mpi4py.futures, submitit), a Dask client, a `RayPool`; or a function that makes one, which
+            is called again where a dead worker has broken it. Each worker opens the store that the engine was loaded
+            from or saved to, and is sent `evaluate` with each point.
+        ahead: with an executor, how many points it is given at a time (64 unless told; at least as many as it has
+            workers).
         progress: show a progress bar where stderr is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
 
     Raises:
-        ValueError: a preference is invalid, or `out` is there and no front (both before anything is evaluated),
-            `maximize` does not fit the metrics (after the first evaluation), or a metric is not finite.
-        TypeError: `engine` is none, `evaluate` is no function, `maximize` holds something else than booleans (before
-            anything is evaluated), or `evaluate` returned no numbers.
+        ValueError: a preference is invalid, `out` is there and no front, or with an executor the engine is of no store
+            or was trained since (all before anything is evaluated), `maximize` does not fit the metrics (after the
+            first evaluation), or a metric is not finite.
+        RuntimeError: workers of the executor died, and it could not go on.
+        TypeError: `engine` or `executor` is none, `evaluate` is no function or none that a worker can be sent,
+            `maximize` holds something else than booleans (before anything is evaluated), or `evaluate` returned no
+            numbers.
         OSError: `out` cannot be written (before anything is evaluated).
     """
     # The only part of this file that needs torch.
     from paretofuse.engine.distributed import rank_and_size
     from paretofuse.engine.evaluation.kept_rows import KeptRows
-    from paretofuse.engine.evaluation.sweep import evaluate_preferences
+    from paretofuse.engine.evaluation.sweep import Rows, evaluate_preferences
 
-    if not all(hasattr(engine, name) for name in ("objectives", "module", "switch")):
+    if not {"objectives", "module", "switch"} <= set(dir(engine)):  # hasattr would build the live module
         raise TypeError(
             f"got {type(engine).__name__} to sweep, expected an engine that pf.stack or pf.load made"
         )
     check_function("evaluate", evaluate, "evaluate(module) that returns metrics")
     plain_maximize(maximize)
+    if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1):
+        raise ValueError(f"got ahead={ahead!r}, expected a whole number of at least 1")
     objectives = tuple(engine.objectives)
     grid = default_preferences(len(objectives)) if preferences is None else _grid(preferences, objectives)
     kept = None
@@ -79,7 +96,15 @@ def sweep(
             on_metrics(metrics)
 
     try:
-        values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check, kept)
+        if executor is None:
+            values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check, kept)
+        else:
+            # Importing it imports all that opens stores.
+            from paretofuse.fronts.workers import evaluate_on_workers
+
+            rows = Rows(objectives, grid, check, kept)
+            evaluate_on_workers(executor, ahead or _AHEAD, engine, evaluate, rows, progress)
+            values, metrics = rows.table()
     except BaseException as error:
         if kept is not None and kept.path.exists() and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"the rows until then are kept in {kept.path}; the same sweep goes on from there")

@@ -1,0 +1,235 @@
+"""A sweep's points on the workers of an executor: each worker opens the store, and evaluates one point at a time."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from paretofuse import api
+from paretofuse.engine.distributed import rank_and_size
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.errors import StoreError
+from paretofuse.engine.evaluation.progress import progress_bar
+from paretofuse.engine.evaluation.sweep import Evaluate, Known, Rows, evaluate_at, shown
+from paretofuse.engine.stacking.skeleton import make_skeleton
+from paretofuse.engine.store.reader import Store
+
+_BREAKS = 3
+"""So many pools may break, one after the other and without a row in between, until the evaluation is to blame."""
+
+_EXPECTED = (
+    "expected an executor with submit(), such as concurrent.futures.ProcessPoolExecutor, a dask.distributed.Client or "
+    "paretofuse.fronts.ray_pool.RayPool, or a function that makes one"
+)
+
+_POLL = 0.05
+"""Seconds between two looks at futures that nobody can wait for."""
+
+
+class Pool(Protocol):
+    """What an executor has to have; its futures have `done()`, `result()` and `cancel()`."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
+        """Call a function on a worker."""
+
+
+Executor = Pool | Callable[[], Pool]
+"""An executor, or a function that makes one."""
+
+
+@dataclass(frozen=True)
+class OpenedStore:
+    """What a worker needs to know to open the same engine: small, and sent with each point.
+
+    Attributes:
+        path: the store's directory, the same on each worker.
+        routers: the checksum of its routers.
+        device, backend: of the engine.
+        module: the model's structure as a pickle, where the store does not tell it.
+    """
+
+    path: str
+    routers: str
+    device: str
+    backend: str
+    module: bytes | None
+
+    def engine(self) -> Engine:
+        """The engine, opened once in each thread of a worker: its live module is switched in place.
+
+        Raises:
+            StoreError: there is no such store, or its routers are others by now.
+        """
+        if getattr(_HERE, "opened", None) != self:
+            module = None if self.module is None else pickle.loads(self.module)
+            engine = api.load(self.path, self.device, module, backend=self.backend)
+            if engine.origin != self.routers:
+                raise StoreError(
+                    f"{self.path}: a worker found other routers there than the sweep began with; it was trained or "
+                    "replaced meanwhile. Start the sweep again"
+                )
+            _HERE.opened, _HERE.engine = self, engine
+        return _HERE.engine  # type: ignore[no-any-return]
+
+
+_HERE = threading.local()
+"""The engine of this thread of a worker, and what it was opened by."""
+
+
+def store_of(engine: Any) -> OpenedStore:
+    """The store that an engine is of, for workers to open.
+
+    Raises:
+        ValueError: it is of none, or was trained since it was loaded or saved.
+        StoreError: the store is gone or damaged.
+    """
+    path = getattr(engine, "path", None)
+    if not isinstance(engine, Engine) or path is None:
+        raise ValueError(
+            "got an engine of no store with executor=, expected one that pf.load opened or that was saved: each worker "
+            "opens the store; call engine.save(path) first"
+        )
+    store = Store.open(path)
+    now = {name: tensor.detach().cpu().numpy() for name, tensor in engine.routers.state_dict().items()}
+    then = store.routers
+    if now.keys() != then.keys() or any(not np.array_equal(now[name], then[name]) for name in now):
+        raise ValueError(
+            f"got an engine whose routers differ from those in {path}, which the workers open; call engine.save(path) "
+            "first, which keeps what was trained"
+        )
+    stored = api.stored_blueprint(store).skeleton
+    own = engine.blueprint.make()
+    known = stored is not None and type(stored()) is type(own)
+    module = None if known else pickle.dumps(make_skeleton(own))
+    return OpenedStore(path, store.routers_checksum, str(engine.device), engine.backend, module)
+
+
+def evaluate_point(
+    opened: OpenedStore, evaluate: Evaluate, preference: Sequence[float], known: Known | None
+) -> tuple[dict[str, float], str]:
+    """On a worker: the metrics at a preference by name, and the model's digest; see `evaluate_at`."""
+    engine = opened.engine()
+    engine.switch(preference)
+    return evaluate_at(engine.module, evaluate, engine.objectives, preference, known)
+
+
+def evaluate_on_workers(
+    executor: Executor, ahead: int, engine: Any, evaluate: Evaluate, rows: Rows, progress: bool
+) -> None:
+    """Evaluate all of a sweep's points on an executor's workers; each row is taken as it comes.
+
+    Args:
+        executor: an executor that somebody else shuts down, or a function that makes one, which is called again where
+            a dead worker has broken it (concurrent.futures' process pools); what it makes is shut down here.
+        ahead: how many points the executor is given at a time.
+        engine: of a store.
+        evaluate: sent with each point.
+        rows: takes the rows, and has the preferences.
+        progress: show a bar.
+
+    Raises:
+        ValueError, StoreError: as `store_of`; or torchrun's processes call this too.
+        TypeError: that is no executor, or its processes cannot be sent `evaluate`.
+        RuntimeError: a worker died and the executor cannot go on, or workers die again and again.
+        Exception: what `evaluate` raised, of the first point where it did.
+    """
+    if rank_and_size()[1] > 1:
+        raise ValueError("got executor= under torchrun, whose processes share out the preferences already")
+    opened = store_of(engine)
+    makes = isinstance(executor, type) or not hasattr(executor, "submit")
+    pool: Any = _made(executor, evaluate) if makes else _checked(executor, evaluate)
+    waiting, running, breaks = deque(range(len(rows.preferences))), dict[Any, int](), 0
+    try:
+        with progress_bar(progress, total=len(waiting), desc="sweep", unit="model") as bar:
+            while waiting or running:
+                try:
+                    while waiting and len(running) < ahead:
+                        index = waiting[0]
+                        arguments = (opened, evaluate, rows.preferences[index], rows.known(index))
+                        running[pool.submit(evaluate_point, *arguments)] = waiting.popleft()
+                    for future in _some_done(running):
+                        rows.add(running[future], *future.result())
+                        del running[future]
+                        bar.update()
+                        breaks = 0
+                except BrokenExecutor as error:
+                    breaks += 1
+                    # To the end of the queue: a point that always kills its worker shall not take others with it.
+                    waiting.extend(running.values())
+                    running.clear()
+                    if not makes or breaks == _BREAKS:
+                        raise _died(rows, waiting, makes) from error
+                    pool.shutdown()
+                    pool = _made(executor, evaluate)
+    except BaseException:
+        for future in running:
+            future.cancel()
+        raise
+    finally:
+        if makes:
+            pool.shutdown(cancel_futures=True)
+
+
+def _made(executor: Any, evaluate: Evaluate) -> Any:
+    if not callable(executor):
+        raise TypeError(f"got executor={executor!r}, {_EXPECTED}")
+    return _checked(executor(), evaluate)
+
+
+def _checked(pool: Any, evaluate: Evaluate) -> Any:
+    """An executor that takes this evaluation; of a Dask client, its executor.
+
+    Raises:
+        TypeError: it is none, or its processes cannot be sent `evaluate`.
+    """
+    if hasattr(pool, "get_executor"):
+        pool = pool.get_executor()
+    if not hasattr(pool, "submit"):
+        raise TypeError(f"got executor={pool!r}, {_EXPECTED}")
+    if isinstance(pool, ProcessPoolExecutor):  # others bring picklers of their own
+        try:
+            pickle.dumps(evaluate)
+        except Exception as error:  # whatever an object's own __reduce__ raises
+            raise TypeError(
+                f"got evaluate={evaluate!r}, which no other process can be sent ({error}); expected a function that a "
+                "module defines, or a functools.partial of one"
+            ) from error
+    return pool
+
+
+def _some_done(running: Mapping[Any, int]) -> Iterator[Any]:
+    """Wait until a future is done, and give all that are, those that succeeded first."""
+    while True:
+        if all(isinstance(future, Future) for future in running):
+            wait(running, return_when=FIRST_COMPLETED)
+        done = [future for future in running if future.done()]
+        if done:
+            break
+        time.sleep(_POLL)  # futures of their own, such as submitit's jobs
+    yield from sorted(done, key=_failed)
+
+
+def _failed(future: Any) -> bool:
+    return isinstance(future, Future) and (future.cancelled() or future.exception() is not None)
+
+
+def _died(rows: Rows, waiting: Sequence[int], makes: bool) -> RuntimeError:
+    points = "; ".join(shown(rows.objectives, rows.preferences[index]) for index in list(waiting)[-3:])
+    if makes:
+        return RuntimeError(
+            f"workers died {_BREAKS} times in a row without finishing a point (at one of these, or others of "
+            f"{len(waiting)}: {points}); is there memory enough for each of them? Its own message is on stderr"
+        )
+    return RuntimeError(
+        f"a worker died, which breaks this executor, with {len(waiting)} points still to do; pass a function that "
+        "makes one, such as executor=lambda: ProcessPoolExecutor(2), so that another takes its place"
+    )
