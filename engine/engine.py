@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.modules.ahead import merged_ahead
 from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import dense_module, live_module
-from paretofuse.engine.modules.heads import Heads, bind_heads, with_head
+from paretofuse.engine.modules.heads import bind_heads, with_head
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import Merge, ReplicaPool
 from paretofuse.engine.modules.slots import as_timeout
@@ -116,11 +117,10 @@ class Engine:
     def fused_module(self) -> nn.Module:
         """The module that `train_at(..., materialize=False)` trains through, built when first asked for.
 
-        Of the base's own class and with the base's other layers, but its linear layers (nn.Linear, transformers'
-        Conv1D, nn.MultiheadAttention) are thin layers of ours that mix their weight on the way into the product:
-        their merged weights are never stored. It is a module apart, so that the live module stays an ordinary one.
-        On the CPU each merges its weight when it runs, and again in the backward pass, from deltas that may stay
-        mapped from a store; on GPUs the weight stays in registers. The "reference" backend copies the deltas first.
+        A module apart, of the base's own class, but its linear layers (nn.Linear, transformers' Conv1D,
+        nn.MultiheadAttention) are thin layers of ours that mix their weight on the way into the product and never
+        store it. On the CPU each merges its weight when it runs, and again in the backward pass, from deltas that may
+        stay mapped; on GPUs the weight stays in registers. The "reference" backend copies the deltas first.
         """
         return self._fused_module().module
 
@@ -161,12 +161,10 @@ class Engine:
 
         The engine holds up to `replicas` of them (see `pf.load` and `pf.stack`), apart from `module`. A preference
         that is merged already is served at once; otherwise the least recently used replica that nobody holds is
-        merged anew, while users of the others go on. Where all are held or being merged, entering waits. Those who
-        wait are served in the order in which they came, however many go on asking for what is merged already. A
-        thread (or asyncio task) that holds one and asks for another preference needs two of them. Only use the module
-        inside the block, and leave its weights alone. Routers that were trained further since count; training them,
-        or changing them behind autograd's back (`parameter.data`), while replicas are asked for does not go well
-        together.
+        merged anew, while users of the others go on. Where all are held or being merged, entering waits, and who
+        waits is served in the order of coming. A thread (or asyncio task) that holds one and asks for another
+        preference needs two. Only use the module inside the block, and leave its weights alone. Routers that were
+        trained further since count; do not train or change them while replicas are asked for.
 
         Args:
             preference: by objective name, or in the order of `objectives`.
@@ -193,6 +191,14 @@ class Engine:
         """
         return self._pool.acquire_async(self._merge_of(preference, head), as_timeout(timeout))
 
+    def modules(self, preferences: Any, *, at_once: int = 4) -> Iterator[nn.Module]:
+        """A module for each preference [P, E], valid until the next is asked for; the live module stays as it is.
+
+        While `at_once` of them are used, a thread merges the next in one pass: the memory of 2 x `at_once` models.
+        """
+        routing = routing_of(self.routers, preferences, None)
+        return merged_ahead(self._bound, self.blueprint, routing, at_once)
+
     def merge(
         self,
         preference: Preference | None = None,
@@ -215,7 +221,7 @@ class Engine:
             ValueError: invalid input, or the model cannot be built (bare tensors, no transformers).
         """
         self._stack.head(head)
-        skeleton = self._blueprint(head).make()
+        skeleton = self.blueprint.of_head(head).make()
         states = self.merge_state_dict(preference, weights=weights, head=head)
         if isinstance(states, list):
             return [dense_module(self._stack, skeleton, state, head) for state in states]
@@ -307,7 +313,7 @@ class Engine:
         """
         self._bound.check_whole("batches")
         routing = rows_of(self.routers, preferences, weights)
-        own, skeleton = self._stack.head(head), self._blueprint(head).make()
+        own, skeleton = self._stack.head(head), self.blueprint.of_head(head).make()
         return batched_module(self._bound, skeleton, routing, isolate=isolate, head=own)
 
     def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
@@ -422,32 +428,22 @@ class Engine:
             numbers = as_preference(preference, self.objectives)
             self._at_preference = dict(zip(self.objectives, numbers.tolist(), strict=True))
 
-    @torch.no_grad()
-    def _at(self, preference: Preference) -> Tensor:
-        """The routing weights [1, G, P] of one preference."""
-        return self.routers(preference).unsqueeze(0)  # type: ignore[no-any-return]
-
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:
         """What a replica holds for a preference, as the routers are now."""
         self._stack.head(head)
         numbers = as_preference(preference, self.objectives)
-        routers = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
+        versions = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
         return Merge(
-            (numbers.tobytes(), routers),
-            lambda: self._at(numbers.tolist()),
+            (numbers.tobytes(), versions),
+            lambda: routing_of(self.routers, numbers.tolist(), None),
             lambda weights: self._build_live(fused=False, weights=weights),
             head,
         )
 
     def _build_live(self, *, fused: bool, weights: Tensor | None = None) -> LiveModule:
         """A module bound to its mergers, merged at routing weights or at equal preferences."""
-        weights = self._at([1 / len(self.objectives)] * len(self.objectives)) if weights is None else weights
+        count = len(self.objectives)
+        weights = routing_of(self.routers, [1 / count] * count, None) if weights is None else weights
         live = live_module(self._bound, self.blueprint.make(), weights, fused=fused)
-        heads = self._stack.heads
-        bind_heads(live.module, Heads(heads, {head: self._blueprint(head).make for head in heads}))
+        bind_heads(live.module, self._stack.heads, self.blueprint)
         return live
-
-    def _blueprint(self, head: str | None) -> Blueprint:
-        """How to build a model with an objective's head: as its expert, where that is known."""
-        own = self.blueprint.heads.get(head) if head is not None else None
-        return self.blueprint if own is None or own.skeleton is None else own

@@ -38,7 +38,9 @@ class KeptRows:
         self._out = out
         self._objectives = tuple(objectives)
         self._rows: dict[tuple[float, ...], dict[str, list[float]]] = {}  # values [M] by preference and model
-        self._written = False  # whether the file holds these rows and no others, so that a row may be added to it
+        self._written = (
+            False  # whether the file holds these rows and no others, so that a row may be added to it
+        )
         self.metrics: tuple[str, ...] = ()
         for path in self._files():
             self._read(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +40,7 @@ def evaluate_preferences(
     progress: bool = True,
     on_metrics: Callable[[tuple[str, ...]], object] | None = None,
     kept: KeptRows | None = None,
+    ahead: int | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Evaluate the live module at each preference.
 
@@ -55,6 +56,7 @@ def evaluate_preferences(
         progress: show a progress bar on stderr where that is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
         kept: where rows are kept as they come; a preference that is there already, of the same model, is not evaluated.
+        ahead: evaluate modules that are merged ahead, so many at once (`Engine.modules`), in the place of the live one.
 
     Returns:
         The values [P, M] in float64 and the names of the M metrics. If the names are those of the objectives,
@@ -69,15 +71,40 @@ def evaluate_preferences(
     rank, size = rank_and_size()
     mine = range(rank, len(preferences), size)
     rows = Rows(engine.objectives, preferences, on_metrics, kept)
-    for index in progress_bar(progress and rank == 0, iterable=mine, desc="sweep", unit="model"):
-        chosen = rows.preferences[index]
-        engine.switch(chosen)
-        rows.add(index, *evaluate_at(engine.module, evaluate, engine.objectives, chosen, rows.known(index)))
+    points = [rows.preferences[index] for index in mine]
+    modules = _switched(engine, points) if ahead is None else _merged_ahead(engine, points, ahead)
+    for index, module in progress_bar(
+        progress and rank == 0,
+        iterable=zip(mine, modules, strict=True),
+        total=len(mine),
+        desc="sweep",
+        unit="model",
+    ):
+        point = rows.preferences[index]
+        rows.add(index, *evaluate_at(module, evaluate, rows.objectives, point, rows.known(index)))
     names = names_of_first_rank(rows.metrics) or ()
     values = torch.zeros(len(preferences), len(names), dtype=torch.float64)
     for index in mine:
         values[index] = torch.tensor(rows.values[index], dtype=torch.float64)
     return sum_over_ranks(values, "sweeping").numpy(), names
+
+
+def _switched(engine: Switchable, preferences: Sequence[Sequence[float]]) -> Iterator[torch.nn.Module]:
+    for preference in preferences:
+        engine.switch(preference)
+        yield engine.module
+
+
+def _merged_ahead(
+    engine: Any, preferences: Sequence[Sequence[float]], at_once: int
+) -> Iterator[torch.nn.Module]:
+    if not hasattr(engine, "modules"):
+        raise TypeError(
+            f"got ahead= with {type(engine).__name__}, expected an engine that pf.stack or pf.load made"
+        )
+    if not preferences:  # of more processes than points
+        return iter(())
+    return engine.modules(np.array(preferences), at_once=at_once)  # type: ignore[no-any-return]
 
 
 Known = Mapping[str, dict[str, float]]

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.merging.backends import Merger
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.merging.flat import FlatOutputs
 from paretofuse.engine.modules.live import LiveModule
@@ -44,13 +45,10 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
     merged = tuple(spec for spec in routed if spec.name not in hidden)
     out = FlatOutputs((*merged, *static), 1, bound.places)
-    state = dict(out.views[0])
-    for spec in bound.layout.with_role("constant"):
-        state[spec.name] = bound.stack.base[spec.name].clone()
     # The base's own tensors, held only until the layers are replaced.
-    state.update({name: bound.stack.base[name] for name in hidden})
-    constants = {spec.name for spec in bound.layout.with_role("constant")}
-    module = materialize(skeleton, bound.whole(state), "the stacked tensors", constants=constants)
+    module = _module_of(
+        bound, skeleton, {**out.views[0], **{name: bound.stack.base[name] for name in hidden}}
+    )
     mixes: dict[torch.device, Tensor] = {}
     if fused:
         mixes = {d: torch.zeros(weights[0].shape, dtype=torch.float32, device=d) for d in bound.backends}
@@ -68,8 +66,41 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         weights,
         deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
         mixes=tuple(mixes.values()),
-        free={name for name, spec in bound.layout.by_name.items() if spec.role == "constant"},
+        free=_constants(bound),
     )
+
+
+@lasting()
+def module_bank(bound: BoundStack, skeleton: nn.Module, weights: Tensor) -> tuple[list[LiveModule], Merger]:
+    """K modules that one merge writes, and that merge, of weights [K, G, E]; each module's own merge does nothing.
+
+    Args: as `live_module`'s, with weights [K, G, E].
+    """
+    routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
+    out = FlatOutputs((*routed, *static), len(weights), bound.places)
+    modules = [_module_of(bound, skeleton, views) for views in out.views]
+    stored = [{n: shard(t) for n, t in stored_tensors(module).items()} for module in modules]
+    bound.merge_static(out, stored)
+    names = {spec.name for spec in routed}
+    lives = [
+        LiveModule(
+            module, lambda _: None, names, bound.layout, bound.stack.planes, own, free=_constants(bound)
+        )
+        for module, own in zip(modules, weights.split(1), strict=True)
+    ]
+    return lives, bound.routed_merger(routed, out, stored)
+
+
+def _module_of(bound: BoundStack, skeleton: nn.Module, merged: Mapping[str, Tensor]) -> nn.Module:
+    """A module of merged tensors, and of the base's own where nothing is merged."""
+    constants = {spec.name for spec in bound.layout.with_role("constant")}
+    state = {**merged, **{name: bound.stack.base[name].clone() for name in constants}}
+    return materialize(skeleton, bound.whole(state), "the stacked tensors", constants=constants)
+
+
+def _constants(bound: BoundStack) -> set[str]:
+    """All names of the tensors that no merger writes."""
+    return {name for name, spec in bound.layout.by_name.items() if spec.role == "constant"}
 
 
 def _mixed_weight(

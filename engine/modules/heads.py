@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.errors import some
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
+from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import lasting
 
 
@@ -101,9 +102,9 @@ _HEADS: WeakKeyDictionary[nn.Module, Heads] = WeakKeyDictionary()
 """Of the live modules that there are. Kept beside them, because copies of a live module are nobody's."""
 
 
-def bind_heads(module: nn.Module, heads: Heads) -> None:
-    """Have `with_head` know a live module's heads."""
-    _HEADS[module] = heads
+def bind_heads(module: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], blueprint: Blueprint) -> None:
+    """Have `with_head` know a live module's heads: the tensors of each objective that has one, and what builds it."""
+    _HEADS[module] = Heads(tensors, {head: blueprint.of_head(head).make for head in tensors})
 
 
 def with_head(module: nn.Module, objective: str) -> nn.Module:

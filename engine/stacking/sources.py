@@ -68,6 +68,11 @@ class Blueprint:
     shardings: Mapping[str, Sharding] = field(default_factory=dict)
     heads: Mapping[str, Blueprint] = field(default_factory=dict)
 
+    def of_head(self, head: str | None) -> Blueprint:
+        """How to build a model with an objective's head: as its expert, where that is known."""
+        own = self.heads.get(head) if head is not None else None
+        return self if own is None or own.skeleton is None else own
+
     def make(self) -> nn.Module:
         """The skeleton.
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 import paretofuse
@@ -30,6 +33,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--points", type=count, metavar="N",
         help="points along an edge, ends included (default: 11 for two objectives, fewer for more)",
     )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=count, metavar="N",
+        help="evaluate in so many processes, each with the store mapped; one that dies is replaced, and its points are "
+        "done again. --threads is for each (default: the cores shared out)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ahead", type=count, metavar="N",
+        help="merge so many models in one pass while those before them are evaluated; takes the memory of 2 N models",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="PNG", help="picture to write")
     parser.add_argument("--html", metavar="HTML", help="page to write, to explore the front in a browser")
     parser.add_argument("--minimize", action="store_true", help="smaller numbers are better, as with losses")
@@ -37,6 +49,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--reference", type=named_numbers, metavar="NAME=VALUE,...",
         help="reference point of the hypervolume, which is then printed",
     )  # fmt: skip
+
+
+def processes(count: int, threads: int | None) -> Callable[[], ProcessPoolExecutor]:
+    """Makes pools of processes that begin anew (nothing of this one's threads or GPU contexts is inherited)."""
+    import torch
+
+    share = threads or max(1, torch.get_num_threads() // count)
+    return lambda: ProcessPoolExecutor(
+        count, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(share,)
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -74,6 +96,8 @@ def run(options: argparse.Namespace) -> Result:
         paretofuse.simplex_grid(len(engine.objectives), options.points) if options.points else None,
         maximize=not options.minimize,
         out=options.output,
+        ahead=options.ahead,
+        executor=processes(options.workers, options.threads) if options.workers else None,
         progress=shows_progress(options),
         on_metrics=check,
     )

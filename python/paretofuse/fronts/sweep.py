@@ -41,7 +41,8 @@ def sweep(
     in the front's `notes`: `maximize` is probably wrong.
 
     Args:
-        engine: the engine; switched in place, and left at the last preference. With an executor it stays as it is.
+        engine: the engine; switched in place, and left at the last preference. With `executor` or `ahead` its live
+            module stays as it is.
         evaluate: called with the live module in eval mode, without gradients; returns its metrics as a dict
             of numbers by name, or as a sequence of numbers (one for each objective, in order).
         preferences: [P, E], or a sequence of preferences in any form; a grid of the simplex if None
@@ -55,7 +56,9 @@ def sweep(
             (process pools, mpi4py.futures, submitit), a Dask client, a `RayPool`; or a function that makes one, which
             is called again where a dead worker has broken it. Each worker opens the store that the engine was loaded
             from or saved to, and is sent `evaluate` with each point.
-        ahead: with an executor, how many points it is given at a time (64 unless told; at least as many as it has
+        ahead: merge so many preferences in one pass, in a thread, while those before them are evaluated:
+            `evaluate` gets modules of their own, as by `engine.modules`, which take the memory of 2 x `ahead` models.
+            With an executor, how many points it is given at a time (64 unless told; at least as many as it has
             workers).
         progress: show a progress bar where stderr is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
@@ -97,7 +100,7 @@ def sweep(
 
     try:
         if executor is None:
-            values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check, kept)
+            values, metrics = evaluate_preferences(engine, evaluate, grid, progress, check, kept, ahead)
         else:
             # Importing it imports all that opens stores.
             from paretofuse.fronts.workers import evaluate_on_workers

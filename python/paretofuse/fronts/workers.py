@@ -6,7 +6,7 @@ import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -147,22 +147,28 @@ def evaluate_on_workers(
     opened = store_of(engine)
     makes = isinstance(executor, type) or not hasattr(executor, "submit")
     pool: Any = _made(executor, evaluate) if makes else _checked(executor, evaluate)
-    waiting, running, breaks = deque(range(len(rows.preferences))), dict[Any, int](), 0
+    waiting, running = deque(range(len(rows.preferences))), dict[Any, int]()
+    breaks = reached = 0
     try:
         with progress_bar(progress, total=len(waiting), desc="sweep", unit="model") as bar:
+
+            def take(futures: Sequence[Any]) -> None:
+                for future in futures:
+                    rows.add(running[future], *future.result())
+                    del running[future]
+                    bar.update()
+
             while waiting or running:
                 try:
                     while waiting and len(running) < ahead:
-                        index = waiting[0]
-                        arguments = (opened, evaluate, rows.preferences[index], rows.known(index))
-                        running[pool.submit(evaluate_point, *arguments)] = waiting.popleft()
-                    for future in _some_done(running):
-                        rows.add(running[future], *future.result())
-                        del running[future]
-                        bar.update()
-                        breaks = 0
+                        point = (rows.preferences[waiting[0]], rows.known(waiting[0]))
+                        future = pool.submit(evaluate_point, opened, evaluate, *point)
+                        running[future] = waiting.popleft()
+                    take(_some_done(running))
                 except BrokenExecutor as error:
-                    breaks += 1
+                    take([future for future in running if future.done() and not _failed(future)])
+                    breaks = 1 if len(rows.values) > reached else breaks + 1
+                    reached = len(rows.values)
                     # To the end of the queue: a point that always kills its worker shall not take others with it.
                     waiting.extend(running.values())
                     running.clear()
@@ -206,16 +212,15 @@ def _checked(pool: Any, evaluate: Evaluate) -> Any:
     return pool
 
 
-def _some_done(running: Mapping[Any, int]) -> Iterator[Any]:
-    """Wait until a future is done, and give all that are, those that succeeded first."""
+def _some_done(running: Mapping[Any, int]) -> list[Any]:
+    """Wait until a future is done: all that are, those that succeeded first."""
     while True:
         if all(isinstance(future, Future) for future in running):
             wait(running, return_when=FIRST_COMPLETED)
         done = [future for future in running if future.done()]
         if done:
-            break
+            return sorted(done, key=_failed)
         time.sleep(_POLL)  # futures of their own, such as submitit's jobs
-    yield from sorted(done, key=_failed)
 
 
 def _failed(future: Any) -> bool:

@@ -114,6 +114,18 @@ def test_sweep(tmp_path: Path) -> None:
     assert "Traceback (" not in done.stderr
 
 
+def test_sweep_in_processes(tmp_path: Path) -> None:
+    sweep_folder(tmp_path)
+    words = ["sweep", "s", "--points", "3", "--module", "evaluation:build", "--workers", "1", "-o", "f.csv"]
+    done = run([*words, "--evaluate", "evaluation:Results.norms"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    front = paretofuse.Front.from_csv(tmp_path / "f.csv")
+    engine = paretofuse.load(tmp_path / "s", module=torch.nn.Linear(3, 2))
+    for preference, values in zip(front.preferences, front.values.tolist(), strict=True):
+        expected = float(engine.merge(preference).weight.detach().sum())
+        assert values == [expected, -expected]
+
+
 def test_sweep_says_where_metrics_run_against_their_preferences(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

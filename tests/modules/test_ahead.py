@@ -1,0 +1,96 @@
+"""Modules merged ahead: the same models as by switches, whatever the number of preferences, heads and rows included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import paretofuse as pf
+from paretofuse.engine.engine import Engine
+from tests.support.models import net_and_experts, perturbed, same
+
+
+def engine_of(family: str = "scalar") -> Engine:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, family=family)
+    with torch.no_grad():
+        for parameter in engine.routers.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return engine
+
+
+@pytest.mark.parametrize("family", ["scalar", "rows"])
+@pytest.mark.parametrize(("points", "at_once"), [(1, 4), (2, 1), (5, 2), (6, 2), (7, 3), (3, 3)])
+def test_they_are_what_switches_make(family: str, points: int, at_once: int) -> None:
+    engine = engine_of(family)
+    preferences = pf.sample_preferences(3, points, seed=points)
+    engine.switch(preferences[0])
+    address = engine.module.first.weight.data_ptr()
+    before = [t.clone() for t in engine.module.state_dict().values()]
+    seen = 0
+    for preference, module in zip(preferences, engine.modules(preferences, at_once=at_once), strict=True):
+        assert type(module) is type(engine.module)
+        assert module is not engine.module
+        assert same(module, engine.merge(preference))
+        with torch.no_grad():
+            module.norm.running_mean.fill_(torch.nan)  # training may change it; merged anew it starts anew
+        seen += 1
+    assert seen == points
+    assert engine.module.first.weight.data_ptr() == address
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.state_dict().values(), strict=True))
+
+
+def test_heads_show_in_them() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    engine = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)}, heads=["1"])
+    for preference, module in zip(pf.simplex_grid(2, 3), engine.modules(pf.simplex_grid(2, 3)), strict=True):
+        for name in "ab":
+            assert same(pf.with_head(module, name), engine.merge(preference, head=name))
+
+
+def test_a_caller_that_stops_early_leaves_no_thread() -> None:
+    import threading
+
+    engine = engine_of()
+    for _ in engine.modules(pf.simplex_grid(3, 5), at_once=2):
+        break
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("paretofuse-ahead")]
+
+
+def test_a_module_that_was_moved_is_told() -> None:
+    engine = engine_of()
+    with pytest.raises(ValueError, match="rewritten in place"):
+        for module in engine.modules(pf.simplex_grid(3, 4), at_once=1):
+            module.double()
+
+
+def test_wrong_arguments() -> None:
+    engine = engine_of()
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match=r"got at_once=.*at least 1"):
+            engine.modules(pf.simplex_grid(3, 3), at_once=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="preference"):
+        engine.modules([[0.5, 0.6, 0.7]])
+
+
+def test_sweeps_take_them() -> None:
+    engine = engine_of()
+    x = torch.randn(5, 8)
+
+    def evaluate(module: nn.Module) -> list[float]:
+        assert not module.training
+        return module(x).mean(0)[:3].tolist()
+
+    grid = pf.simplex_grid(3, 4)
+    truth = pf.sweep(engine, evaluate, grid, progress=False)
+    assert pf.sweep(engine, evaluate, grid, ahead=3, progress=False) == truth
+    assert engine.preference == dict(zip("abc", grid[-1].tolist(), strict=True))  # left where it was
+
+    class Bare:
+        objectives, module = engine.objectives, engine.module
+
+        def switch(self, preference: object) -> None: ...
+
+    with pytest.raises(TypeError, match="got ahead= with Bare"):
+        pf.sweep(Bare(), evaluate, grid, ahead=3, progress=False)
