@@ -31,7 +31,8 @@ def merged_ahead(
         at_once: how many are merged in one pass, K.
 
     Raises:
-        ValueError: K is no whole number of at least 1, the tensors are one process's shards; or the caller has moved a module, or replaced its tensors.
+        ValueError: K is no whole number of at least 1, or the tensors are one process's shards; or later: the caller
+            has moved a module, or replaced its tensors.
     """
     bound.check_whole("modules merged ahead")
     if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from paretofuse import api
 from paretofuse.engine.distributed import rank_and_size
