@@ -27,7 +27,7 @@ class RayPool(Executor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         """Start a task; the future's `result` raises what the function raised, as Ray wraps it."""
-        return self._call.remote(function, arguments, named).future()  # type: ignore[no-any-return]
+        return self._call.remote(function, arguments, named).future()
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
