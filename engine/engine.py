@@ -37,6 +37,7 @@ class Engine:
         routers: the trained part; `routers(preference)` gives the routing weights, [G, P] or [G + R, P].
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
+        pool: the replicas; its length says how many `replica` may keep.
         notes: what happened while stacking or loading that one should know, a sentence each.
         training: how the routers were trained (steps, method, data names, when, versions), JSON only; None if that is
             not known. `save` keeps it in the store, and `pf.load` gives it back.
@@ -71,7 +72,7 @@ class Engine:
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
-        self._pool = ReplicaPool(replicas, device)
+        self.pool = ReplicaPool(replicas, device)
         self._at_preference: dict[str, float] | None = None
         self._at_weights = False
 
@@ -177,19 +178,23 @@ class Engine:
             TypeError: the timeout is no number.
             TimeoutError: on entering, when no replica became free.
         """
-        return self._pool.acquire(self._merge_of(preference, head), as_timeout(timeout))
+        return self.pool.acquire(self._merge_of(preference, head), as_timeout(timeout))
 
     def areplica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
     ) -> AbstractAsyncContextManager[nn.Module]:
-        """`replica` for asyncio: neither the wait nor the merge blocks the event loop.
+        """`replica`, with its arguments and errors, for asyncio: neither wait nor merge blocks the event loop.
 
             async with engine.areplica({"news": 0.7, "poems": 0.3}, timeout=10) as module:
                 text = await asyncio.to_thread(module.generate, prompt)
 
-        A task that is cancelled while it waits leaves nothing behind. Arguments and errors are those of `replica`.
+        A task that is cancelled while it waits leaves nothing behind.
         """
-        return self._pool.acquire_async(self._merge_of(preference, head), as_timeout(timeout))
+        return self.pool.acquire_async(self._merge_of(preference, head), as_timeout(timeout))
+
+    def is_merged(self, preference: Preference) -> bool:
+        """Whether a replica holds this preference now, so that `replica` would give it without a merge."""
+        return self.pool.holds(self._merge_of(preference, None))
 
     def modules(self, preferences: Any, *, at_once: int = 4) -> Iterator[nn.Module]:
         """A module for each preference [P, E], valid until the next is asked for; the live module stays as it is.
@@ -289,11 +294,10 @@ class Engine:
     ) -> nn.Module:
         """A module for batches of B rows, each at a preference of its own; no row's large weights are ever stored.
 
-        Row b of its result is what the model merged for preference b gives for row b alone. Each layer's products are
-        of base and deltas and are mixed for each row; small tensors (biases, norms, class tokens) are mixed for each
-        row. It is made for these preferences and the routers as they are; after a change ask for another, which is
-        cheap. It may run in many threads at once. `loss.backward()` through it adds to the gradients of
-        `engine.routers.parameters()`.
+        Row b of its result is what the model merged for preference b gives for row b alone. Each layer's products of
+        base and deltas are mixed for each row, and small tensors (biases, norms, class tokens) as well. It is made for
+        these preferences and the routers as they are; after a change ask for another, which is cheap. It may run in
+        many threads at once. `loss.backward()` through it adds to the gradients of `engine.routers.parameters()`.
 
         The batch must stay the first dimension throughout the model. `isolate=True` lifts that: each row runs as a
         batch of its own under `torch.vmap`, every tensor given having the batch first. Code that looks at values to
@@ -378,13 +382,10 @@ class Engine:
         return write_adapter(path, self._stack, routing[0], self.blueprint, rank)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
-        """The dense model for a preference, like `merge`, letting go of all modules of the engine's own first.
-
-        Those are the live module, the fused one and the replicas, with their memory; the next use makes them anew.
-        """
+        """Like `merge`, letting go of the live module, the fused one and the replicas first, with their memory."""
         self._live = self._fused = self._trained = self._at_preference = None
         self._at_weights = False
-        self._pool = ReplicaPool(len(self._pool), self.device)
+        self.pool = ReplicaPool(len(self.pool), self.device)
         return self.merge(preference, head=head)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:

@@ -104,6 +104,10 @@ class ReplicaPool:
     def __len__(self) -> int:
         return len(self._live)
 
+    def holds(self, merge: Merge) -> bool:
+        """Whether a replica holds this merge, finished."""
+        return self._slots.has(merge.key)
+
     @contextmanager
     def acquire(self, merge: Merge, timeout: float | None) -> Iterator[nn.Module]:
         """The module of a merge, pinned inside the `with` block.

@@ -156,6 +156,11 @@ class Slots:
             self._serve()
         return request
 
+    def has(self, key: Hashable) -> bool:
+        """Whether a slot has this content now."""
+        with self._lock:
+            return any(slot.key == key and not slot.filling for slot in self._slots)
+
     def give_up(self, request: Request, timeout: float | None) -> None:
         """Raise TimeoutError, unless the slot was given in the last moment."""
         with self._lock:

@@ -52,13 +52,13 @@ def net_and_experts(seed: int = 0, count: int = 3) -> tuple[Net, dict[str, nn.Mo
     return base, {"abcdefghijklmnopqrstuvwxyz"[i]: perturbed(base, seed * 100 + i + 1) for i in range(count)}
 
 
-def tiny_gpt2(seed: int = 0) -> nn.Module:
+def tiny_gpt2(seed: int = 0, positions: int = 16) -> nn.Module:
     """A GPT-2 of 30 k parameters with tied embeddings."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=2, vocab_size=101, n_positions=16, bos_token_id=0, eos_token_id=0
+        n_layer=2, n_embd=32, n_head=2, vocab_size=101, n_positions=positions, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config).eval()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import string
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def character_tokenizer() -> Any:
 
 def text_store(path: Path, *, chat: bool = False, size: float = 0.1) -> Path:
     """The store of a tiny GPT-2 with a tokenizer and two experts, "news" and "poems"."""
-    base = tiny_gpt2()
+    base = tiny_gpt2(positions=64)
     tokenizer = character_tokenizer()
     if chat:
         tokenizer.chat_template = (
@@ -45,3 +48,21 @@ def text_store(path: Path, *, chat: bool = False, size: float = 0.1) -> Path:
         tokenizer.save_pretrained(path / name)
     pf.stack(path / "base", {"news": path / "news", "poems": path / "poems"}).save(path / "store")
     return path / "store"
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The URL of an app that a thread of this process serves on a free port of loopback."""
+    import socket
+
+    import uvicorn
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -18,6 +18,15 @@ Acquire = Callable[[str, float | None], Any]
 Release = Callable[[Any], None]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Return as soon as a condition that must come true is true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"did not come true within {PATIENCE:g} s")
+        time.sleep(0.01)
+
+
 class Caller:
     """A thread that does one thing after the other, as it is told."""
 

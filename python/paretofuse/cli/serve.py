@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from paretofuse.cli.options import add_engine, add_entry, count
 from paretofuse.cli.running import Result, entry_point, load_engine
@@ -38,23 +39,80 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--predict",
         "answers for models of any kind: called with the merged module and the request's input, returns JSON",
     )
+    parser.add_argument(
+        "--max-batch", type=count, default=16, metavar="N",
+        help="prompts or inputs computed together, at most (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-wait-ms", type=float, default=0.0, metavar="MS",
+        help="how long the first of a batch waits for others (default: 0, it takes what is there)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queue", type=count, default=256, metavar="N",
+        help="prompts or inputs that may wait; more are refused with 429 (default: 256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS",
+        help="what a request may take in all (default: 300)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-key-file", metavar="FILE",
+        help="keys, one a line, of which every request must bring one (default: everybody may ask)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> Result:
     """Serve until told to stop."""
-    from paretofuse.fronts.front import Front
-    from paretofuse.serving import create_app
+    from paretofuse.serving import Limits, create_app
 
-    front = Front.from_csv(options.front) if options.front else None
+    limits = Limits(
+        max_batch=options.max_batch,
+        max_wait_ms=options.max_wait_ms,
+        queue=options.queue,
+        timeout=options.timeout,
+    )
+    keys = _keys(options.api_key_file) if options.api_key_file else []
+    front = None
+    if options.front:
+        from paretofuse.fronts.front import Front
+
+        front = Front.from_csv(options.front)
     predict = entry_point("--predict", options.predict) if options.predict else None
-    engine = load_engine(options, replicas=options.replicas)
-    app = create_app(engine, model_name=options.model_name, front=front, predict=predict, grid=options.grid)
+    app = create_app(
+        load_engine(options, replicas=options.replicas),
+        model_name=options.model_name,
+        front=front,
+        predict=predict,
+        grid=options.grid,
+        limits=limits,
+        api_keys=keys,
+        hosts={"localhost", "127.0.0.1", "[::1]"}
+        if options.host in ("127.0.0.1", "::1", "localhost")
+        else None,
+    )
     from paretofuse.serving.server import serve
 
     serve(
         app,
         options.host,
         options.port,
-        lambda url: print(f"serving {options.store} at {url}", file=sys.stderr),
+        started=lambda url: print(f"{options.store}: served at {url}", file=sys.stderr, flush=True),
+        store=Path(options.store),
+        load=lambda: load_engine(options, replicas=options.replicas),
     )
-    return "", {"store": options.store}, 0
+    return f"{options.store}: no longer served", {"store": options.store}, 0
+
+
+def _keys(path: str) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        ValueError: there are none.
+        OSError: it cannot be read.
+    """
+    keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise ValueError(
+            f"got {path} without a key, expected one on each line; leave --api-key-file out to let all in"
+        )
+    return keys

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 
 import paretofuse
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.layout import ITEM_SIZE
 from paretofuse.fronts.front import Front
 from paretofuse.serving import errors
+from paretofuse.serving.guard import Guard
 from paretofuse.serving.limits import Limits
-from paretofuse.serving.model import Answer, served_model
+from paretofuse.serving.metrics import Metrics
+from paretofuse.serving.model import Predict, ServedModel, served_model
 from paretofuse.serving.preferences import Preferences
 from paretofuse.serving.routes.about import about_routes
+from paretofuse.serving.routes.chat import chat_routes
 from paretofuse.serving.routes.completions import completion_routes
+from paretofuse.serving.routes.docs import docs_routes
+from paretofuse.serving.routes.files import file_routes
+from paretofuse.serving.routes.vectors import vector_routes
 from paretofuse.serving.state import State
 
 
@@ -24,9 +34,11 @@ def create_app(
     model_name: str = "paretofuse",
     front: Front | None = None,
     processor: Any = None,
-    predict: Answer | None = None,
+    predict: Predict | None = None,
     grid: int | None = None,
     limits: Limits | None = None,
+    api_keys: Sequence[str] = (),
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """An ASGI app that serves an engine over HTTP; see docs/serving.md for its addresses.
 
@@ -39,25 +51,67 @@ def create_app(
         predict: serves any model by a function of (merged module, the request's input).
         grid: move preferences to multiples of 1 / grid, so that nearby ones share a replica; None leaves them.
         limits: see `Limits`.
+        api_keys: one of them must come with every request; none lets everybody in.
+        hosts: names that a request may call this server by; None takes any.
 
     Raises:
         ValueError: nothing is known to serve this model, or an argument is out of range.
         TypeError: an argument is of another type.
     """
-    state = State(
-        served_model(engine, model_name, processor, predict),
-        Preferences(engine.objectives, front, grid),
-        limits or Limits(),
-    )
+    if isinstance(api_keys, str) or not all(isinstance(key, str) and key for key in api_keys):
+        raise TypeError(
+            "got api_keys that are no list of texts, expected one text for each key, none of them empty"
+        )
+    limits = limits or Limits()
+
+    def remake(other: Engine) -> ServedModel:
+        return served_model(other, model_name, processor, predict)
+
+    metrics = Metrics(*_sizes(engine))
+    state = State(remake(engine), Preferences(engine.objectives, front, grid), limits, metrics, remake)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        state.start()
+        yield
+        await asyncio.to_thread(state.stop)
+
     app = FastAPI(
         title="ParetoFuse",
         version=paretofuse.__version__,
         docs_url=None,
         redoc_url=None,
-        responses={400: {"model": errors.ErrorDocument}},
+        lifespan=lifespan,
+        responses={"4XX": {"model": errors.ErrorDocument}, "5XX": {"model": errors.ErrorDocument}},
     )
     errors.install(app)
-    app.include_router(about_routes(state))
-    app.include_router(completion_routes(state))
+    for router in (about_routes, completion_routes, chat_routes, vector_routes, file_routes):
+        app.include_router(router(state))
+    app.include_router(docs_routes(app))
+    app.add_middleware(
+        Guard, metrics=metrics, body_bytes=limits.body_bytes, keys=tuple(api_keys), hosts=hosts
+    )
     app.state.serving = state
     return app
+
+
+def reload(app: FastAPI, engine: Engine) -> None:
+    """Have an app serve another engine; requests that it has taken end on the old one, and none is dropped.
+
+    It takes the time of some merges. In asyncio: `await asyncio.to_thread(reload, app, engine)`.
+
+    Args:
+        app: from `create_app`, running.
+        engine: of the same objectives, such as a new version of the store.
+
+    Raises:
+        ValueError: it has other objectives, or cannot be served; nothing has changed.
+    """
+    app.state.serving.reload(engine)
+
+
+def _sizes(engine: Engine) -> tuple[int, int]:
+    """Bytes of a merged model, and those that a merge reads and writes."""
+    model = sum(spec.numel * ITEM_SIZE[spec.dtype] for spec in engine.layout.tensors)
+    planes = sum(plane.nbytes for own in engine.planes.values() for plane in own.values())
+    return model, 2 * model + planes

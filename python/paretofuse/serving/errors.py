@@ -12,23 +12,23 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+_KINDS = ("str", "Bounds")
+"""What pydantic calls the kinds that a field may be of; others are no identifiers."""
 _SHOWN = 80
 """Characters of a client's own value that a message repeats."""
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A request that is refused.
 
     Attributes:
-        status: of HTTP.
         message: got, expected, remedy.
         param: the field of the request that is meant.
         code: a word for programs, such as "queue_full".
-        headers: of the answer.
     """
 
     def __init__(
@@ -40,16 +40,15 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        super().__init__(status, message, headers)
+        self.message, self.param, self.code = message, param, code
 
     def document(self) -> dict[str, Any]:
         """The answer's body."""
         return {
             "error": {
                 "message": self.message,
-                "type": _kind(self.status),
+                "type": _kind(self.status_code),
                 "param": self.param,
                 "code": self.code,
             }
@@ -57,7 +56,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The whole answer."""
-        return JSONResponse(self.document(), self.status, self.headers)
+        return JSONResponse(self.document(), self.status_code, self.headers)
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before the answer."""
 
 
 class ErrorBody(BaseModel):
@@ -73,6 +76,18 @@ class ErrorDocument(BaseModel):
     """A refusal, as OpenAI's clients read it."""
 
     error: ErrorBody
+
+
+def too_late() -> ApiError:
+    """For a request whose deadline has passed."""
+    return ApiError(
+        504, "the request took longer than this server allows; ask for fewer tokens, or later", code="timeout"
+    )
+
+
+def shutting_down() -> ApiError:
+    """For a request that comes too late."""
+    return ApiError(503, "the server is shutting down; ask another one, or later", code="shutting_down")
 
 
 @contextmanager
@@ -102,7 +117,11 @@ def install(app: FastAPI) -> None:
     async def fault(_: Request, __: Exception) -> JSONResponse:
         return ApiError(500, "the server failed at this request; its log says why").response()
 
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(ClientLeft, left)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, wrong_request)
     app.add_exception_handler(Exception, fault)
@@ -123,8 +142,11 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    found: dict[str, Any] = dict(error.errors()[0])
-    where = [str(part) for part in found["loc"] if part != "body"]
+    # Of a field that may be of several kinds there is an error for each; one beyond its kind is the one that is meant.
+    errors: list[dict[str, Any]] = [dict(own) for own in error.errors()]
+    found = next((own for own in errors if not own["type"].endswith("_type")), errors[0])
+    where = [str(part) for part in found["loc"] if part not in ("body", *_KINDS) and str(part).isidentifier()]
+    where += [str(part) for part in found["loc"] if isinstance(part, int)]
     param = ".".join(where) or None
     if found["type"] == "json_invalid":
         return ApiError(400, f"got a body that is no JSON ({found['ctx']['error']}), expected a JSON object")

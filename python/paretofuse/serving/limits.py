@@ -14,6 +14,7 @@ class Limits:
         max_wait_ms: how long the first of a batch waits for others; 0 takes what is there.
         queue: rows that may wait for their turn; more are refused with 429.
         max_tokens: tokens that an answer may have, at most.
+        cache_tokens: rows in work times the tokens that the longest may come to have; others wait for their turn.
         inputs: prompts, texts or images in one request, times the answers to each.
         body_bytes: of a request's body.
         timeout: seconds that a request may take in all.
@@ -23,6 +24,7 @@ class Limits:
     max_wait_ms: float = 0.0
     queue: int = 256
     max_tokens: int = 4096
+    cache_tokens: int = 32768
     inputs: int = 64
     body_bytes: int = 8 << 20
     timeout: float = 300.0

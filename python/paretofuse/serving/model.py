@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from paretofuse.engine.engine import Engine
 
-TASKS = ("text-generation", "text-classification", "image-classification", "feature-extraction", "callable")
-
-Answer = Callable[[Any, Any], Any]
+Predict = Callable[[Any, Any], Any]
 """A user's own function of (merged module, the request's input); what it returns is sent as JSON."""
 
 
@@ -23,25 +26,82 @@ class ServedModel:
     Attributes:
         engine: what merges.
         name: as clients call it.
-        task: one of TASKS.
+        task: "text-generation", "text-classification", "image-classification", "feature-extraction" or "callable".
         processor: a tokenizer or an image processor; None for a callable.
-        answer: the callable, for the task "callable".
+        predict: the callable, for the task "callable".
     """
 
     engine: Engine
     name: str
     task: str
     processor: Any
-    answer: Answer | None = None
+    predict: Predict | None = None
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model's structure, without weights."""
+        return self.engine.blueprint.make()
+
+    @cached_property
+    def takes_images(self) -> bool:
+        """Whether the inputs are images rather than texts."""
+        return getattr(self.skeleton, "main_input_name", None) == "pixel_values"
 
     @property
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return self.task == "text-generation" and bool(getattr(self.processor, "chat_template", None))
 
+    @cached_property
+    def generation(self) -> Any:
+        """transformers' GenerationConfig, as from_pretrained would find it."""
+        from transformers import GenerationConfig
+
+        content = self.engine.blueprint.files.get("generation_config.json")
+        return GenerationConfig.from_dict(json.loads(content)) if content else self.skeleton.generation_config
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        ends = self.generation.eos_token_id
+        if ends is None:
+            ends = getattr(self.processor, "eos_token_id", None)
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens that the model can look at; None where its configuration sets no bound."""
+        config = self.skeleton.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """The names of a classifier's outputs."""
+        return {int(i): str(name) for i, name in self.skeleton.config.id2label.items()}
+
+    @cached_property
+    def pools_first(self) -> bool:
+        """Whether an embedding is the first token's state (images, or as 1_Pooling/config.json says), or their mean."""
+        content = self.engine.blueprint.files.get("1_Pooling/config.json", b"{}")
+        return self.takes_images or bool(json.loads(content).get("pooling_mode_cls_token"))
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """Whether embeddings have length 1, as modules.json says."""
+        return b"models.Normalize" in self.engine.blueprint.files.get("modules.json", b"")
+
+    def padded(self, tokens: list[list[int]]) -> dict[str, Tensor]:
+        """Texts' tokens as a batch: input_ids and attention_mask, [B, T] each, padded on the right."""
+        width = max(map(len, tokens))
+        pad = getattr(self.processor, "pad_token_id", None) or 0
+        device = self.engine.device
+        ids = torch.tensor([own + [pad] * (width - len(own)) for own in tokens], device=device)
+        mask = torch.tensor([[1] * len(own) + [0] * (width - len(own)) for own in tokens], device=device)
+        return {"input_ids": ids, "attention_mask": mask}
+
 
 def served_model(
-    engine: Engine, name: str, processor: Any = None, answer: Answer | None = None
+    engine: Engine, name: str, processor: Any = None, predict: Predict | None = None
 ) -> ServedModel:
     """Find out what a model is for, and load what feeds it.
 
@@ -50,26 +110,29 @@ def served_model(
         name: as clients call it.
         processor: a tokenizer or an image processor of transformers; by default made of the files that the store
             keeps of its model.
-        answer: serves any model by a function of (merged module, input) instead.
+        predict: serves any model by a function of (merged module, input) instead.
 
     Raises:
         ValueError: no task is known for the model, or nothing that feeds it is there.
     """
-    if not name or len(name) > 200:
+    if not isinstance(name, str) or not 1 <= len(name) <= 200:
         raise ValueError(f"got model_name={name!r}, expected 1 to 200 characters")
-    if answer is not None:
-        return ServedModel(engine, name, "callable", None, answer)
-    task = task_of(engine)
-    if task == "image-classification" or (task == "feature-extraction" and _is_for_images(engine)):
-        return ServedModel(engine, name, task, processor or _loaded(engine, "AutoImageProcessor"))
-    return ServedModel(engine, name, task, processor or _loaded(engine, "AutoTokenizer"))
+    if predict is not None:
+        if not callable(predict):
+            raise TypeError(f"got predict={predict!r}, expected a function of (module, input)")
+        return ServedModel(engine, name, "callable", None, predict)
+    model = ServedModel(engine, name, task_of(engine), processor)
+    if processor is not None:
+        return model
+    kind = "AutoImageProcessor" if model.takes_images else "AutoTokenizer"
+    return ServedModel(engine, name, model.task, _loaded(engine.blueprint.files, kind))
 
 
 def task_of(engine: Engine) -> str:
     """What the class of a model is for, by transformers' own tables.
 
     Raises:
-        ValueError: it is none of TASKS.
+        ValueError: it is for none of the tasks that are served.
     """
     from transformers.models.auto import modeling_auto as tables
 
@@ -89,16 +152,12 @@ def task_of(engine: Engine) -> str:
     )
 
 
-def _is_for_images(engine: Engine) -> bool:
-    return "preprocessor_config.json" in engine.blueprint.files
-
-
-def _loaded(engine: Engine, kind: str) -> Any:
+def _loaded(files: Mapping[str, bytes], kind: str) -> Any:
     """A tokenizer or processor of the store's own files; no code of theirs runs, and nothing is fetched."""
     import transformers
 
     with tempfile.TemporaryDirectory(prefix="paretofuse-") as name:
-        for file, content in engine.blueprint.files.items():
+        for file, content in files.items():  # names that the store has checked: relative, below the model
             path = Path(name, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -106,7 +165,7 @@ def _loaded(engine: Engine, kind: str) -> Any:
             return getattr(transformers, kind).from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ValueError(
                 f"got a store without a usable tokenizer or processor ({error}); stack a base directory that has its "
                 "files, or give one: create_app(engine, processor=...)"

@@ -87,6 +87,65 @@ class CompletionRequest(Sampling):
         return list(prompt)
 
 
+class TextPart(_Strict):
+    """A part of a message's content; OpenAI's clients may send content in parts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=64)]
+    name: Annotated[str, Field(max_length=200)] | None = None
+
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class EmbeddingRequest(_Asks):
+    """POST /v1/embeddings: texts or their tokens; of image models, images in base64 (PNG, JPEG, ...)."""
+
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    head: Name | None = None
+
+
+class ClassifyRequest(_Asks):
+    """POST /v1/classify: as `EmbeddingRequest`."""
+
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
+    head: Name | None = None
+
+
+class PredictRequest(_Asks):
+    """POST /v1/predict: whatever the function takes."""
+
+    input: Any
+    head: Name | None = None
+
+
 class Usage(BaseModel):
     """Tokens."""
 
@@ -113,6 +172,85 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    preference: dict[str, float]
+
+
+class ChatAnswer(BaseModel):
+    """What the assistant says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatAnswer
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+    preference: dict[str, float]
+
+
+class Embedding(BaseModel):
+    """One input's; in base64 the float32 numbers, little endian."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """The answer of /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage
+    preference: dict[str, float]
+
+
+class Classification(BaseModel):
+    """One input's: the most likely label, its number, and the probability of each label in order."""
+
+    index: int
+    label: str
+    class_index: int
+    probs: list[float]
+    num_classes: int
+
+
+class ClassificationList(BaseModel):
+    """The answer of /v1/classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+    preference: dict[str, float]
+
+
+class Prediction(BaseModel):
+    """The answer of /v1/predict."""
+
+    id: str
+    object: Literal["prediction"] = "prediction"
+    created: int
+    model: str
+    output: Any
     preference: dict[str, float]
 
 

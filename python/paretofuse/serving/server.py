@@ -1,29 +1,126 @@
-"""uvicorn around the app."""
+"""uvicorn around the app, and the store behind it: a new version is taken up while requests go on."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.store.reader import MANIFEST
+from paretofuse.serving.app import reload
 
-def serve(app: FastAPI, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Serve an app until SIGINT or SIGTERM; requests that are in work end first.
+_LOG = logging.getLogger("paretofuse.serving")
+_LOOK_EVERY = 2.0
+"""Seconds between two looks at the manifest."""
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing: `serve` sets the handlers, and ends with a return instead of the signal."""
+        yield
+
+
+def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    *,
+    started: Callable[[str], None],
+    store: Path | None = None,
+    load: Callable[[], Engine] | None = None,
+) -> None:
+    """Serve an app until SIGINT or SIGTERM; requests that are in work end first, unless a second signal comes.
 
     Args:
         app: from `create_app`.
         host: the address to listen at.
         port: 0 for a free one.
-        started: called with the server's URL.
+        started: called with the server's URL once it listens.
+        store: whose manifest to look at every 2 s. When it is another one, or SIGHUP comes, the store is opened anew
+            and served in the place of the old one.
+        load: opens it.
 
     Raises:
         OSError: the address is taken, or not of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=1024) as listener:
-        at = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        started(f"http://{shown}:{at}")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run([listener])
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=int(app.state.serving.limits.timeout),
+        )
+        asyncio.run(_serve(app, _Server(config), listener, lambda: started(url), store, load))
+
+
+async def _serve(
+    app: FastAPI,
+    server: uvicorn.Server,
+    listener: socket.socket,
+    started: Callable[[], None],
+    store: Path | None,
+    load: Callable[[], Engine] | None,
+) -> None:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, asked.set)
+    watching = asyncio.create_task(_watch(app, asked, store, load)) if store and load else None
+    announcing = asyncio.create_task(_announce(server, started))
+    try:
+        await server.serve([listener])
+    finally:
+        for task in (watching, announcing):
+            if task is not None:
+                task.cancel()
+
+
+async def _announce(server: uvicorn.Server, started: Callable[[], None]) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    started()
+
+
+async def _watch(app: FastAPI, asked: asyncio.Event, store: Path, load: Callable[[], Engine]) -> None:
+    """Reload when the manifest is another, or when asked to."""
+    seen = _version(store)
+    while True:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asked.wait(), _LOOK_EVERY)
+        found = _version(store)
+        if found is None or (found == seen and not asked.is_set()):
+            continue  # a store that is not there is being replaced
+        asked.clear()
+        try:
+            await asyncio.to_thread(lambda: reload(app, load()))
+            _LOG.warning("%s: its new version is served now", store)
+        except Exception as error:  # the old one is served on, until there is yet another
+            _LOG.error("%s: its new version cannot be served, the old one still is: %s", store, error)
+        seen = found
+
+
+def _version(store: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = (store / MANIFEST).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

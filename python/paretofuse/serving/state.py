@@ -1,31 +1,146 @@
-"""What the addresses of one app share."""
+"""What the addresses of one app share: the model that is served now, and how a row of work is asked for."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from threading import Lock, Thread
+from typing import Any
 
-from paretofuse.serving.errors import ApiError
+from starlette.requests import Request
+
+from paretofuse.engine.engine import Engine
+from paretofuse.serving.errors import ApiError, ClientLeft, shutting_down
 from paretofuse.serving.limits import Limits
+from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel
 from paretofuse.serving.preferences import Preferences
+from paretofuse.serving.scheduling.job import Job, Piece
+from paretofuse.serving.scheduling.worker import Worker
 
 
-@dataclass
 class State:
     """One app's.
 
-    Attributes:
-        model: what is served now.
+    Args:
+        model: what is served first.
         preferences: resolves them.
         limits: of requests.
+        metrics: of the app.
+        remake: makes another engine's `ServedModel`, for a reload.
+
+    Attributes:
         created: when the app was made, in seconds since 1970.
+        ready: whether requests are taken.
     """
 
-    model: ServedModel
-    preferences: Preferences
-    limits: Limits
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(
+        self,
+        model: ServedModel,
+        preferences: Preferences,
+        limits: Limits,
+        metrics: Metrics,
+        remake: Callable[[Engine], ServedModel],
+    ) -> None:
+        self.model, self.preferences, self.limits, self.metrics = model, preferences, limits, metrics
+        self.created = int(time.time())
+        self.ready = True
+        self._remake = remake
+        self._worker: Worker | None = None
+        self._reloading = Lock()
+        self._retiring: list[Thread] = []
+
+    def start(self) -> None:
+        """Begin to work; the first request does so too, where nobody runs the app's lifespan."""
+        if self._worker is None:
+            self._worker = Worker(self.model, self.limits, self.metrics)
+            self._worker.wish(tuple(self.preferences.default.values()))
+
+    def stop(self) -> None:
+        """End what was begun, and take no more."""
+        self.ready = False
+        with self._reloading:
+            if self._worker is not None:
+                self._worker.stop(self.limits.timeout)
+            for thread in self._retiring:
+                thread.join()
+
+    def reload(self, engine: Engine) -> None:
+        """Serve another engine from now on; requests that were taken before end on the one that they began with.
+
+        What is popular is merged before the first request comes to the new one. Blocks; requests go on meanwhile.
+
+        Raises:
+            ValueError: it has other objectives, or cannot be served; nothing has changed.
+        """
+        with self._reloading:
+            if engine.objectives != self.preferences.objectives:
+                raise ValueError(
+                    f"got a store of the objectives {list(engine.objectives)}, expected those that are served, "
+                    f"{list(self.preferences.objectives)}; start another server for it"
+                )
+            model = self._remake(engine)
+            old = self._worker
+            new = Worker(model, self.limits, self.metrics, old.popular() if old is not None else ())
+            self.model, self._worker = model, new
+            self.metrics.reloads.inc()
+            if old is not None:
+                self._retiring = [thread for thread in self._retiring if thread.is_alive()]
+                self._retiring.append(Thread(target=old.stop, args=(self.limits.timeout,)))
+                self._retiring[-1].start()
+
+    def set_default(self, preference: dict[str, float]) -> None:
+        """The preference of requests that name none; it is merged as soon as there is time."""
+        self.preferences.default = preference
+        if self._worker is not None:
+            self._worker.wish(tuple(preference.values()))
+
+    def job(self, preference: dict[str, float], payload: Any, head: str | None = None) -> Job:
+        """A row of work, not yet begun."""
+        return Job(preference, payload, time.monotonic() + self.limits.timeout, head)
+
+    def put(self, jobs: Sequence[Job]) -> None:
+        """Take the jobs of one request into the queue; `over` must follow.
+
+        Raises:
+            ApiError: the queue is full, or the server is shutting down.
+        """
+        if self.ready:
+            self.start()
+        if self._worker is None:
+            raise shutting_down()
+        self._worker.put(jobs)
+
+    def over(self, jobs: Sequence[Job]) -> None:
+        """The request has ended: what is not finished is cancelled."""
+        for job in jobs:
+            job.cancelled = True
+        if not all(job.finished for job in jobs):
+            self.metrics.cancelled.inc()
+        merged = "yes" if all(job.hit for job in jobs) else "no"
+        self.metrics.latency.labels(merged).observe(time.monotonic() - jobs[0].born)
+
+    async def results(self, request: Request, jobs: Sequence[Job]) -> list[Piece]:
+        """Each job's last piece; cancels all of them when the client leaves.
+
+        Raises:
+            ApiError: as `put`, or one of them was refused.
+            ClientLeft: nobody waits any more.
+        """
+        self.put(jobs)
+        work = asyncio.gather(*(_finished(job) for job in jobs))
+        gone = asyncio.create_task(_left(request))
+        try:
+            both: tuple[asyncio.Future[Any], asyncio.Future[Any]] = (work, gone)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientLeft
+            return await work
+        finally:
+            gone.cancel()
+            work.cancel()
+            self.over(jobs)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
@@ -54,3 +169,31 @@ class State:
                 "what this server answers",
                 code="wrong_task",
             )
+
+
+async def pieces(job: Job) -> AsyncIterator[Piece]:
+    """A job's pieces as they come, the last with a `finish`.
+
+    Raises:
+        ApiError: it was refused, or failed.
+    """
+    while True:
+        event = await job.events.get()
+        if isinstance(event, Exception):
+            raise event
+        yield event
+        if event.finish is not None:
+            return
+
+
+async def _finished(job: Job) -> Piece:
+    """A job's last piece."""
+    async for piece in pieces(job):
+        last = piece
+    return last
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

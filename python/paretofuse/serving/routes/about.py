@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.responses import PlainTextResponse, Response
 
-from paretofuse.serving.errors import refused
+from paretofuse.serving.errors import shutting_down
+from paretofuse.serving.routes.answers import resolved
 from paretofuse.serving.schemas import (
     FrontDocument,
     FrontPoint,
@@ -21,7 +23,7 @@ from paretofuse.serving.state import State
 
 
 def about_routes(state: State) -> APIRouter:
-    """GET /healthz, /readyz, /v1/models, /v1/front; PUT /v1/preference."""
+    """GET /healthz, /readyz, /metrics, /v1/models, /v1/front; PUT /v1/preference."""
     router = APIRouter()
 
     @router.get("/healthz")
@@ -31,13 +33,26 @@ def about_routes(state: State) -> APIRouter:
 
     @router.get("/readyz")
     async def readyz() -> Status:
-        """Requests are taken."""
+        """Requests are taken; 503 while the server shuts down."""
+        if not state.ready:
+            raise shutting_down()
         return Status()
 
     @router.get("/v1/models")
     async def models() -> ModelList:
         """The one model that there is, at any preference."""
         return ModelList(data=[Model(id=state.model.name, created=state.created)])
+
+    @router.get("/v1/models/{model}")
+    async def model(model: str) -> Model:
+        """The one model."""
+        state.check_model(model)
+        return Model(id=state.model.name, created=state.created)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/v1/front")
     async def front() -> FrontDocument:
@@ -53,18 +68,10 @@ def about_routes(state: State) -> APIRouter:
     @router.put("/v1/preference")
     async def set_preference(body: SetPreference) -> PreferenceDocument:
         """The preference of requests that name none, from now on."""
-        with refused("preference"):
-            state.preferences.default = state.preferences.resolve(wanted(body.preference))
+        state.set_default(resolved(state, body.preference))
         return PreferenceDocument(preference=state.preferences.default)
 
     return router
-
-
-def wanted(preference: Any) -> dict[str, Any] | None:
-    """A request's preference as `Preferences.resolve` takes it."""
-    if preference is None or isinstance(preference, dict):
-        return preference
-    return {name: value for name, value in preference.model_dump().items() if value is not None}
 
 
 def _measured(state: State) -> dict[str, Any]:

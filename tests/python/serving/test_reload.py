@@ -1,0 +1,189 @@
+"""A new store version takes over while requests go on, clients leave, and the command starts and stops."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import paretofuse as pf
+from tests.support.models import perturbed, tiny_gpt2
+from tests.support.served import character_tokenizer, running, text_store
+from tests.support.waiting import until
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi", reason="the server comes with the extra `serve`")
+
+BODY = {"prompt": "The sea", "max_tokens": 12, "temperature": 0, "preference": {"news": 0.6, "poems": 0.4}}
+
+
+def greedy(engine: pf.Engine) -> str:
+    tokenizer = character_tokenizer()
+    ids = torch.tensor([tokenizer("The sea")["input_ids"]])
+    found = engine.merge(BODY["preference"]).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    return str(tokenizer.decode(found[0, 7:], skip_special_tokens=True))
+
+
+def other_version(path: Path) -> pf.Engine:
+    """Write other experts into a store's place."""
+    base = path.parent / "base"
+    for seed, name in enumerate(("news", "poems"), start=11):
+        perturbed(tiny_gpt2(positions=64), seed, 0.2).save_pretrained(path.parent / name)  # type: ignore[operator]
+    engine = pf.stack(base, {name: path.parent / name for name in ("news", "poems")})
+    engine.save(path)
+    return engine
+
+
+def test_a_reload_drops_no_request(tmp_path: Path) -> None:
+    from paretofuse.serving import create_app, reload
+
+    store = text_store(tmp_path)
+    old = pf.load(store)
+    app = create_app(old)
+    before = greedy(old)
+    answers: list[str] = []
+
+    def ask(client: Any) -> None:
+        answer = client.post("/v1/completions", json=BODY)
+        assert answer.status_code == 200, answer.text
+        answers.append(answer.json()["choices"][0]["text"])
+
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        ask(client)
+        asked = [pool.submit(ask, client) for _ in range(20)]
+        after = greedy(other_version(store))
+        new = pf.load(store)
+        reload(app, new)
+        for _ in range(10):
+            asked.append(pool.submit(ask, client))
+        for future in asked:
+            future.result()
+        ask(client)
+        assert answers[0] == before
+        assert answers[-1] == after != before
+        assert set(answers) == {before, after}
+        assert "reloads_total 1.0" in client.get("/metrics").text
+        wrong = pf.stack(tiny_gpt2(), {"a": perturbed(tiny_gpt2(), 1)})
+        with pytest.raises(ValueError, match="start another server"):
+            reload(app, wrong)
+        ask(client)
+        assert answers[-1] == after
+
+
+def test_a_client_that_leaves_frees_its_place(tmp_path: Path) -> None:
+    from paretofuse.serving import Limits, create_app
+
+    engine = pf.load(text_store(tmp_path))
+    app = create_app(engine, limits=Limits(max_batch=1))
+
+    def number(client: Any, name: str) -> float:
+        return float(re.search(rf"^paretofuse_{name}(?:{{.*}})? (.*)$", client.get("/metrics").text, re.M)[1])  # type: ignore[index]
+
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for stream in (True, False):
+            before = number(client, "cancelled_total")
+            with httpx.Client(base_url=url, timeout=60) as leaver:
+                request = leaver.build_request(
+                    "POST", "/v1/completions", json={**BODY, "max_tokens": 57, "n": 60, "stream": stream}
+                )
+                _left(leaver, request, stream)
+            until(lambda seen=before: number(client, "cancelled_total") == seen + 1)
+            until(lambda: number(client, "active_rows") <= 1)
+        answer = client.post("/v1/completions", json=BODY)
+        assert answer.json()["choices"][0]["text"] == greedy(engine)
+
+
+def _left(client: Any, request: Any, stream: bool) -> None:
+    """Send a request and close the connection before its answer is whole."""
+    if stream:
+        answer = client.send(request, stream=True)
+        next(answer.iter_lines())
+        answer.close()
+        return
+    request.extensions["timeout"] = {"connect": 60, "read": 0.05, "write": 60, "pool": 60}
+    with pytest.raises(httpx.ReadTimeout):
+        client.send(request)
+
+
+@contextmanager
+def served(store: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL."""
+    command = [sys.executable, "-m", "paretofuse", "serve", str(store), "--port", "0", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"served at (http://127\.0\.0\.1:\d+)", line)
+        assert found, line + process.stderr.read()
+        yield process, found[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    store = text_store(tmp_path)
+    (tmp_path / "keys").write_text("open sesame\n")
+    front = pf.sweep(pf.load(store), lambda module: {"loss": 1.0}, pf.simplex_grid(2, 3), maximize=False)
+    front.to_csv(tmp_path / "front.csv")
+    words = (
+        "--front",
+        str(tmp_path / "front.csv"),
+        "--api-key-file",
+        str(tmp_path / "keys"),
+        "--grid",
+        "10",
+        "--threads",
+        "1",
+    )
+    with served(store, *words) as (process, url):
+        client = httpx.Client(base_url=url, timeout=60, headers={"Authorization": "Bearer open sesame"})
+
+        def ask() -> Any:
+            return client.post("/v1/completions", json=BODY).json()["choices"][0]["text"]
+
+        with client:
+            assert len(client.get("/v1/front").json()["points"]) == 3
+            before = greedy(pf.load(store))
+            assert ask() == before
+            after = greedy(other_version(store))
+            process.send_signal(signal.SIGHUP)
+            until(lambda: ask() == after)
+            answer = client.post(
+                "/v1/completions", json={**BODY, "preference": {"news": 0.58, "poems": 0.42}}
+            )
+            assert answer.json()["preference"] == {"news": 0.6, "poems": 0.4}  # on the grid
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert "no longer served" in out
+
+
+def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.command import call
+
+    store = text_store(tmp_path)
+    (tmp_path / "none").write_text("\n")
+    for words, message in (
+        (["--api-key-file", tmp_path / "none"], "without a key"),
+        (["--queue", "0"], "at least 1"),
+        (["--timeout", "0"], "--timeout 0.0, expected a number above 0"),
+        (["--model-name", ""], "1 to 200 characters"),
+        (["--front", tmp_path / "nothing.csv"], "No such file"),
+        (["--host", "192.0.2.1", "--port", "0"], "assign requested address"),
+    ):
+        code, _, err = call(capsys, "serve", store, *words)
+        assert code in (1, 2), words
+        assert message in err
