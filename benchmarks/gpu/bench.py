@@ -1,92 +1,82 @@
-"""How fast are the kernels on a real GPU? Measured, against PyTorch and PWEMoE; the prediction is `gpu_static`'s.
+"""How fast are the kernels on a real GPU? Measured, against PyTorch, PWEMoE and others; `gpu.static` has predictions.
 
-    python -m benchmarks.gpu.bench            all cases, under 8 minutes on one GPU; appends to data/gpu_bench.csv
-    python -m benchmarks.gpu.bench --quick    tiny sizes, to see that all works; the numbers mean nothing
+    python -m benchmarks.gpu.bench                  all parts; appends to data/gpu_bench.csv
+    python -m benchmarks.gpu.bench merge            one of: merge, products, models
+    python -m benchmarks.gpu.bench --quick          tiny sizes, to see that all works; the numbers mean nothing
+    python -m benchmarks.gpu.bench --interpreter    the same on a CPU, with TRITON_INTERPRET=1 set
 
-Every contender's result is compared with a float64 reference before anything is timed; a wrong one ends the run. Times
-are triton.testing.do_bench's medians and quartiles, the L2 cache flushed before each call. GB/s counts the bytes that
-have to move, each once, whatever a contender really moves; the share is that of a measured copy's bandwidth. PWEMoE's
-module is fetched from PyPI (kept in benchmarks/cache); without it the run goes on and says so.
+`benchmarks/gpu_day.sh` runs each part by itself, beside the tests. Every contender's result is compared with a float64
+reference before it is timed; one that is wrong, or raises, leaves a row that says so, and the run goes on and exits
+with 1. Times are triton.testing.do_bench's medians and quartiles, the L2 cache flushed before each call; in the part
+`models` they are by the clock, from the call until the device is idle. GB/s counts the bytes that have to move, each
+once, whatever a contender really moves. PWEMoE's module is fetched from PyPI (kept in benchmarks/cache); without it the
+run goes on and says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import platform
+import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.gpu.cases import Call, Case, Tools, grad_case, merge_case
 from benchmarks.gpu.products import linear_case, rows_case
+from benchmarks.gpu.record import Line, Times, append, context
+from benchmarks.gpu.whole import step_case, switch_case
 from benchmarks.harness import record
 
 MINUTES = 7.0
-"""No further case is begun after this long."""
-COLUMNS = (
-    "case", "contender", "median_ms", "lower_quartile_ms", "upper_quartile_ms", "gb_per_s", "share_of_copy",
-    "time_by_ours", "date", "quick", "device", "capability", "driver", "torch", "triton", "python", "paretofuse",
-    "commit",
-)  # fmt: skip
+"""No further case of a part is begun after this long."""
+PARTS = ("merge", "products", "models")
 
-Timer = Callable[[Call], tuple[float, float, float]]
-"""A call -> milliseconds: median, lower and upper quartile."""
+Timer = Callable[[Call], Times]
+"""A call -> how long it took."""
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One contender's line."""
-
-    case: str
-    contender: str
-    milliseconds: tuple[float, float, float]
-    gb_per_s: float
-    share_of_copy: float
-    time_by_ours: float | None
-
-
-def measure(case: Case, timer: Timer, copy_gb_per_s: float) -> list[Timed]:
-    """Check all contenders of a case, then time them.
-
-    Raises:
-        BenchmarkError: a result is wrong.
-    """
-    for label in case.contenders:
-        case.verify(label)
-    times = {label: timer(contender.call) for label, contender in case.contenders.items()}
-    ours = next(times[label] for label, contender in case.contenders.items() if contender.ours)
+def measure(case: Case, timer: Timer, copy_bytes_per_s: float) -> list[Line]:
+    """Check each contender of a case, then time those that are right."""
+    errors: dict[str, str] = {}
+    times: dict[str, Times] = {}
+    for label, contender in case.contenders.items():
+        # Whatever another project raises on a device that it does not know must not cost the hour that is left.
+        try:
+            case.verify(label)
+            times[label] = timer(contender.call)
+        except Exception as error:
+            errors[label] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+    ours = next((times[k][0] for k, work in case.contenders.items() if work.ours and k in times), None)
     return [
-        Timed(
-            case.name, label, times[label], speed := contender.moved / times[label][0] / 1e6,
-            speed / copy_gb_per_s, None if contender.ours else times[label][0] / ours[0],
+        Line(
+            case.name, label, times.get(label), errors.get(label, ""), work.moved, case.flops, copy_bytes_per_s,
+            times[label][0] / ours if ours and label in times and not work.ours else None,
         )
-        for label, contender in case.contenders.items()
+        for label, work in case.contenders.items()
     ]  # fmt: skip
 
 
 def copy_speed(timer: Timer, device: torch.device, nbytes: int) -> float:
-    """GB/s of a copy, bytes read and bytes written both counted."""
+    """Bytes a second of a copy, bytes read and bytes written both counted."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = timer(lambda: target.copy_(source))[0] / 1e3
     record.check(torch.equal(source, target), "the copy did not copy")
-    return 2 * nbytes / seconds / 1e9
+    return 2 * nbytes / seconds
 
 
-def models(
-    quick: bool, device: torch.device
-) -> Iterator[tuple[str, Callable[[], nn.Module], torch.dtype, int]]:
-    """(name, maker, dtype, experts) of each whole model to merge."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+def models(quick: bool, device: torch.device) -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
+    """(name, maker, experts) of each whole model to merge."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel, LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     tiny_clip = CLIPVisionConfig(
         hidden_size=16,
@@ -114,39 +104,60 @@ def models(
 
     half, full = torch.bfloat16, torch.float32
     vision, text = CLIPVisionModel, GPT2LMHeadModel
+    llama = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    )
     if quick:
-        yield "tiny CLIP", make(vision, tiny_clip, half), half, 2
-        yield "tiny GPT-2", make(text, tiny_gpt2, full), full, 3
+        yield "tiny CLIP", make(vision, tiny_clip, half), 2
+        yield "tiny GPT-2", make(text, tiny_gpt2, full), 3
         return
-    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), half), half, 8
-    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), half), half, 2
-    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), full), full, 8
-    yield "GPT-2", make(text, GPT2Config(), half), half, 8
-    yield "CLIP ViT-L/14", make(vision, large, half), half, 8
+    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), half), 8
+    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), half), 2
+    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), half), 16
+    yield "CLIP ViT-B/32", make(vision, CLIPVisionConfig(), full), 8
+    yield "GPT-2", make(text, GPT2Config(), half), 8
+    yield "CLIP ViT-L/14", make(vision, large, half), 8
+    yield "a layer of Llama 3 8B", make(lambda config: LlamaDecoderLayer(config, 0), llama, half), 8
 
 
-def cases(quick: bool, tools: Tools) -> Iterator[Case]:
-    """Every case in turn; each is built only when asked for, and should be let go of before the next."""
-    for name, maker, _, experts in models(quick, tools.device):
-        yield from merge_case(name, maker(), experts, tools)
+Maker = Callable[[], Iterable[Case]]
+
+
+def cases(part: str, quick: bool, tools: Tools) -> Iterator[Maker]:
+    """What makes the cases of a part, one maker after the other: each case should be let go of before the next."""
     half, full = torch.bfloat16, torch.float32
-    if quick:
-        yield grad_case("tiny", 8 * 1024, 3, 3, half, tools)
-        yield linear_case(5, 48, 40, 2, half, tools)
-        yield linear_case(5, 48, 40, 2, half, tools, backward=True)
-        yield rows_case(3, 2, 48, 40, 2, full, tools)
-        return
-    for name, n, dtype in (("CLIP ViT-B/32", 85_406 * 1024, half), ("GPT-2", 121_524 * 1024, full)):
-        yield grad_case(name, n, 8, 150, dtype, tools)
-    for rows in (1, 16, 512, 4096):
-        yield linear_case(rows, 3072, 768, 4, half, tools)
-    yield linear_case(1, 4096, 4096, 8, half, tools)
-    yield linear_case(512, 768, 768, 4, full, tools)
-    for rows in (512, 4096):
-        yield linear_case(rows, 3072, 768, 4, half, tools, backward=True)
-    for batch, per in ((8, 1), (64, 1), (8, 128), (64, 50)):
-        yield rows_case(batch, per, 3072, 768, 4, half, tools)
-    yield rows_case(16, 1, 4096, 4096, 8, half, tools)
+
+    def one(kind: Callable[..., Case], *arguments: Any, **options: Any) -> Maker:
+        return lambda: [kind(*arguments, tools, **options)]
+
+    if part == "merge":
+        for name, maker, experts in models(quick, tools.device):
+            yield partial(merge_case, name, maker, experts, tools)
+        if quick:
+            yield one(grad_case, "tiny", 8 * 1024, 3, 3, half)
+            return
+        yield one(grad_case, "CLIP ViT-B/32", 85_406 * 1024, 8, 150, half)
+        yield one(grad_case, "GPT-2", 121_524 * 1024, 8, 150, full)
+    elif part == "products":
+        if quick:
+            yield one(linear_case, 5, 48, 40, 2, half)
+            yield one(linear_case, 5, 48, 40, 2, half, backward=True)
+            yield one(rows_case, 3, 2, 48, 40, 2, full)
+            return
+        for rows in (1, 16, 512, 4096):
+            yield one(linear_case, rows, 3072, 768, 4, half)
+        yield one(linear_case, 1, 4096, 4096, 8, half)
+        yield one(linear_case, 512, 768, 768, 4, full)
+        for rows in (512, 4096):
+            yield one(linear_case, rows, 3072, 768, 4, half, backward=True)
+        for batch, per in ((8, 1), (64, 1), (8, 128), (64, 50)):
+            yield one(rows_case, batch, per, 3072, 768, 4, half)
+        yield one(rows_case, 16, 1, 4096, 4096, 8, half)
+    else:
+        for name, maker, experts in models(quick, tools.device):
+            yield one(switch_case, name, maker, experts)
+            if "CLIP" in name and experts <= 8:
+                yield one(step_case, name, maker, experts, 2 if quick else 32)
 
 
 def gpu_tools(device: torch.device) -> Tools:
@@ -157,21 +168,24 @@ def gpu_tools(device: torch.device) -> Tools:
 
 
 def graphed(call: Call) -> Call:
-    """Capture a call in a CUDA graph; the result replays it and gives the captured result."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    """A call that is captured in a CUDA graph when first made and replayed from then on; gives the captured result."""
+    graphs: list[tuple[torch.cuda.CUDAGraph, Any]] = []
 
-    def replay() -> Tensor:
+    def replay() -> Any:
+        if not graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+            graphs.append((graph, result))
+        graph, result = graphs[0]
         graph.replay()
-        found: Tensor = result
-        return found
+        return result
 
     return replay
 
@@ -180,7 +194,7 @@ def gpu_timer(quick: bool) -> Timer:
     """triton.testing.do_bench, which flushes the L2 cache before each call."""
     from triton.testing import do_bench
 
-    def timer(call: Call) -> tuple[float, float, float]:
+    def timer(call: Call) -> Times:
         lengths = {"warmup": 5, "rep": 10} if quick else {"warmup": 25, "rep": 100}
         median, lower, upper = do_bench(call, quantiles=[0.5, 0.25, 0.75], **lengths)
         return median, lower, upper
@@ -188,77 +202,53 @@ def gpu_timer(quick: bool) -> Timer:
     return timer
 
 
-def context(quick: bool) -> dict[str, object]:
-    """When, where and with what; the same in all rows of a run."""
-    about = record.context(record.Options(quick=quick))
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "date": about.date, "quick": quick, "device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}",
-        "driver": torch.version.hip or torch.version.cuda, "torch": torch.__version__, "triton": version("triton"),
-        "python": platform.python_version(), "paretofuse": about.paretofuse, "commit": about.commit,
-    }  # fmt: skip
+def wall_timer(quick: bool, device: torch.device) -> Timer:
+    """By the clock: from the call until the device has done what was asked of it."""
 
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-def append(rows: Sequence[Timed], about: dict[str, object], path: Path) -> None:
-    """Append rows to the CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            median, lower, upper = (f"{value:.6g}" for value in row.milliseconds)
-            by_ours = "" if row.time_by_ours is None else f"{row.time_by_ours:.4g}"
-            writer.writerow(
-                {
-                    "case": row.case,
-                    "contender": row.contender,
-                    "median_ms": median,
-                    "lower_quartile_ms": lower,
-                    "upper_quartile_ms": upper,
-                    "gb_per_s": f"{row.gb_per_s:.5g}",
-                    "share_of_copy": f"{row.share_of_copy:.4g}",
-                    "time_by_ours": by_ours,
-                    **about,
-                }
-            )
+    def timer(call: Call) -> Times:
+        found = []
+        for _ in range(1 if quick else 50):
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            found.append(1e3 * (time.perf_counter() - start))
+        lower, median, upper = statistics.quantiles(found * 2, n=4, method="inclusive")  # of one value, too
+        return median, lower, upper
 
-
-def show(row: Timed) -> None:
-    """Print one line."""
-    ratio = "" if row.time_by_ours is None else f"{row.time_by_ours:8.3g} x ours"
-    median, lower, upper = row.milliseconds
-    print(
-        f"  {row.contender:32} {median:10.4f} ms ({lower:.4f} to {upper:.4f}) {row.gb_per_s:8.1f} GB/s "
-        f"{row.share_of_copy:6.0%} {ratio}",
-        flush=True,
-    )
+    return timer
 
 
 def run(
-    work: Iterator[Case],
-    timer: Timer,
-    copy_gb_per_s: float,
-    path: Path,
-    about: dict[str, object],
-    minutes: float,
-) -> int:
-    """Measure case after case, each appended at once, until all are done or the time is up; returns their number."""
-    start, done = time.monotonic(), 0
-    for case in work:
-        print(case.name, flush=True)
-        rows = measure(case, timer, copy_gb_per_s)
-        for row in rows:
-            show(row)
-        append(rows, about, path)
-        done += 1
-        del case, rows
+    work: Iterable[Maker], timer: Timer, copy_bytes_per_s: float, path: Path, about: dict[str, object], minutes: float
+) -> tuple[int, int]:  # fmt: skip
+    """Measure case after case, each appended at once, until all are done or the time is up.
+
+    Returns:
+        How many cases were done, and how many contenders (or whole cases, that could not even be made) failed.
+    """
+    start, done, failed = time.monotonic(), 0, 0
+    for make in work:
+        try:
+            for case in make():
+                print(case.name, flush=True)
+                lines = measure(case, timer, copy_bytes_per_s)
+                for line in lines:
+                    print(line.shown(), flush=True)
+                append(lines, about, path)
+                done, failed = done + 1, failed + sum(bool(line.error) for line in lines)
+        except Exception as error:
+            print(f"FAILED before any contender ran: {type(error).__name__}: {error}", flush=True)
+            failed += 1
         gc.collect()
         if time.monotonic() - start > 60 * minutes:
             print(f"{minutes:g} minutes are over; the cases after this one were left out")
             break
-    return done
+    return done, failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,30 +258,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; by default all"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that all works")
+    parser.add_argument(
+        "--interpreter", action="store_true", help="--quick on a CPU, in Triton's interpreter"
+    )
     parser.add_argument("--out", type=Path, help="folder of the CSV file (with --quick: a cache)")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    quick = options.quick or options.interpreter
+    if options.interpreter and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error(
+            "--interpreter needs TRITON_INTERPRET=1 in the environment, which Triton reads when imported"
+        )
+    if not options.interpreter and not torch.cuda.is_available():
         print(
             "no CUDA or ROCm GPU here, so nothing was measured; run this where torch.cuda.is_available(), or see "
             "python -m benchmarks.gpu.static for what is known without one",
             file=sys.stderr,
         )
         return 2
-    folder = options.out or (record.CACHE / "quick" if options.quick else record.DATA)
-    device = torch.device("cuda", torch.cuda.current_device())
-    timer, about = gpu_timer(options.quick), context(options.quick)
+    folder = options.out or (record.CACHE / "quick" if quick else record.DATA)
+    if options.interpreter:
+        device = torch.device("cpu")
+        kernels, tools = wall_timer(True, device), Tools(device, lambda function: function, None, missing)
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        kernels, tools = gpu_timer(quick), gpu_tools(device)
+    about = context(device, quick)
     print(f"== {about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
-    try:
-        speed = copy_speed(timer, device, 1 << (20 if options.quick else 30))
-        print(f"a copy: {speed:.1f} GB/s")
-        work = cases(options.quick, gpu_tools(device))
-        done = run(work, timer, speed, folder / "gpu_bench.csv", about, MINUTES)
-    except record.BenchmarkError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    print(f"appended {done} cases to {folder / 'gpu_bench.csv'}")
-    return 0
+    speed = copy_speed(kernels, device, 1 << (20 if quick else 30))
+    print(f"a copy: {speed / 1e9:.1f} GB/s")
+    failures = 0
+    for part in options.parts or PARTS:
+        timer = wall_timer(quick, device) if part == "models" else kernels
+        done, failed = run(cases(part, quick, tools), timer, speed, folder / "gpu_bench.csv", about, MINUTES)
+        failures += failed
+        print(f"{part}: appended {done} cases to {folder / 'gpu_bench.csv'}; {failed} contenders failed")
+    return 1 if failures else 0
+
+
+def missing() -> Any:
+    """Stands for PWEMoE's module where it is not asked for.
+
+    Raises:
+        MissingContender: always.
+    """
+    raise record.MissingContender("not for a dry run")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class Contender:
 
 @dataclass
 class Case:
-    """One piece of work: its contenders by label, and the float64 truth of each or of all."""
+    """One piece of work: its contenders by label, the float64 truth, and how many operations the formula has."""
 
     name: str
     truth: Tensor
+    flops: float
     contenders: dict[str, Contender] = field(default_factory=dict)
 
     def verify(self, label: str) -> None:
@@ -113,8 +114,9 @@ def stacked(model: nn.Module, experts: int, tools: Tools) -> pf.Engine:
     return pf.stack(model, others, backend="triton")
 
 
-def merge_case(name: str, model: nn.Module, experts: int, tools: Tools) -> Iterator[Case]:
+def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: Tools) -> Iterator[Case]:
     """One merge of a whole model: kernels for deltas of every width, and what PyTorch and PWEMoE offer."""
+    model = make()
     engine = stacked(model, experts, tools)
     flat = engine._bound.flat[0]
     check(len(engine._bound.flat) == 1, f"{name}: expected one flat buffer")
@@ -130,7 +132,7 @@ def merge_case(name: str, model: nn.Module, experts: int, tools: Tools) -> Itera
     once = torch.finfo(dtype).eps / 2 + 1e-6
     moved = n * (2 + experts) * item
     out = torch.full((1, n), float("nan"), dtype=dtype, device=tools.device)
-    case = Case(f"merge {name} {short(dtype)} E={experts}", truth)
+    case = Case(f"merge {name} {short(dtype)} E={experts}", truth, 2 * experts * n)
 
     def ours() -> Tensor:
         return routed_merge(flat.base, flat.deltas, flat.tiles, weights, out=out, tile=TILE)
@@ -204,7 +206,7 @@ def _many(name: str, flat: Any, engine: pf.Engine, tools: Tools) -> Case:
             routed_merge(flat.base, flat.deltas, flat.tiles, weights[k], out=out[k], tile=TILE)
         return out
 
-    case = Case(f"merge of 8 {name} {short(flat.base.dtype)} E={experts}", truth)
+    case = Case(f"merge of 8 {name} {short(flat.base.dtype)} E={experts}", truth, 16 * experts * n)
     case.contenders["ours"] = Contender(ours, n * (9 + experts) * item, once, ours=True)
     case.contenders["ours, one by one"] = Contender(one_by_one, 8 * n * (2 + experts) * item, once)
     return case
@@ -276,7 +278,7 @@ def grad_case(name: str, n: int, experts: int, groups: int, dtype: torch.dtype, 
     plan = plan_groups(tiles, groups, TILE)
     truth = routed_grad_reference(grad, deltas, tiles, groups, tile=TILE)
     moved = n * (1 + experts) * grad.element_size()
-    case = Case(f"grad {name} {short(dtype)} E={experts}", truth)
+    case = Case(f"grad {name} {short(dtype)} E={experts}", truth, 2 * experts * n)
 
     def ours() -> Tensor:
         return group_sums(grad_partials(grad, deltas, tile=TILE), plan)

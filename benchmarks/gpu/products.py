@@ -32,12 +32,14 @@ def linear_case(
     mixed = base.double() + torch.einsum("e,eoi->oi", weights.double(), deltas.double())
     dense = mixed.to(dtype)
     own = weights.to(dtype)
+    product = 2 * rows * outs * ins
 
     def merge() -> Tensor:
         return torch.addmv(base.flatten(), deltas.flatten(1).T, own).view(outs, ins)
 
     if not backward:
-        case = Case(f"linear {rows} x {ins} -> {outs} {short(dtype)} E={experts}", x.double() @ mixed.T)
+        name = f"linear {rows} x {ins} -> {outs} {short(dtype)} E={experts}"
+        case = Case(name, x.double() @ mixed.T, product)
 
         def ours() -> Tensor:
             return routed_linear(x, base, deltas, weights)
@@ -60,11 +62,11 @@ def linear_case(
             lambda: F.linear(x, dense), item * (outs * ins + rows * (ins + outs)), allowed(dtype, 4)
         )
         return case
-    product = grad.double().T @ x.double()
-    truth = torch.cat([(grad.double() @ mixed).flatten(), (deltas.double() * product).sum((1, 2))])
+    outer = grad.double().T @ x.double()
+    truth = torch.cat([(grad.double() @ mixed).flatten(), (deltas.double() * outer).sum((1, 2))])
     scale = truth[-experts:].abs().max() / truth[:-experts].abs().max()
     truth[-experts:] /= scale
-    case = Case(f"linear backward {rows} x {ins} -> {outs} {short(dtype)} E={experts}", truth)
+    case = Case(f"linear backward {rows} x {ins} -> {outs} {short(dtype)} E={experts}", truth, 2 * product)
 
     def joined(found: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([found[0].double().flatten(), found[1].double() / scale])
@@ -97,7 +99,8 @@ def rows_case(
     moved = item * ((1 + experts) * outs * ins + batch * per * (ins + outs))
     each = torch.einsum("bpi,eoi->bepo", x.double(), deltas.double())
     truth = x.double() @ base.double().T + torch.einsum("be,bepo->bpo", weights.double(), each)
-    case = Case(f"rows {batch} x {per} x {ins} -> {outs} {short(dtype)} E={experts}", truth)
+    name = f"rows {batch} x {per} x {ins} -> {outs} {short(dtype)} E={experts}"
+    case = Case(name, truth, 2 * batch * per * outs * ins)
     own = weights.to(dtype)
 
     def merge_each() -> Tensor:

@@ -279,6 +279,9 @@ def meta_models() -> dict[str, torch.nn.Module]:
             "CLIP ViT-L/14": CLIPVisionModel(large),
             "GPT-2": GPT2LMHeadModel(GPT2Config()),
             "7B (Llama-2)": LlamaForCausalLM(LlamaConfig()),
+            "8B (Llama-3)": LlamaForCausalLM(
+                LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+            ),
         }
     return {name: model.bfloat16() for name, model in models.items()}
 

@@ -25,7 +25,7 @@ from paretofuse.kernels.aot import build
 from paretofuse.kernels.aot.variants import merge_variants
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
-from tests.support.models import net_and_experts
+from tests.support.cuda import STORES, assert_cpu_results, equal, net_store
 from tests.support.process import run
 
 STREAM = 0x1230
@@ -79,43 +79,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_kernels(tmp_path_factory.mktemp("kernels") / "all")
 
 
-def net_store(path: Path, count: int = 3, **options: Any) -> Path:
-    base, experts = net_and_experts(count=count)
-    pf.stack(base, experts, **options).save(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With static tensors, too."""
     route = lambda name: None if name.startswith("norm") else name  # noqa: E731
     return net_store(tmp_path_factory.mktemp("stores") / "net", route=route)
-
-
-def equal(got: np.ndarray, truth: np.ndarray) -> bool:
-    """Bit for bit, but for the sign of a zero: the CPU skips weights of zero, the kernel multiplies by them."""
-    if got.dtype == np.uint16:
-        got, truth = (np.where(a & 0x7FFF == 0, 0, a) for a in (got, truth))
-    return got.shape == truth.shape and bool(np.array_equal(got, truth))
-
-
-def assert_cpu_results(device: dict[str, Any], host: dict[str, Any]) -> None:
-    assert device.keys() == host.keys()
-    assert [name for name in host if not equal(device[name], host[name])] == []
-
-
-STORES: dict[str, Callable[[Path], Path]] = {
-    "float32": lambda path: net_store(path),
-    "bfloat16": lambda path: net_store(path, dtype=torch.bfloat16),
-    "float16, a group for each tensor": lambda path: net_store(path, dtype=torch.float16, route="tensor"),
-    "bfloat16 deltas": lambda path: net_store(path, delta_dtype=torch.bfloat16),
-    "one expert": lambda path: net_store(path, count=1),
-    "eight experts": lambda path: net_store(path, count=8, route="tensor"),
-    "experts of one objective and of none": lambda path: net_store(
-        path, count=4, objectives={"x": ["a", "c"], "y": ["b"]}
-    ),
-    "static tensors": lambda path: net_store(path, route=lambda n: "one" if "first" in n else None),
-}
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -220,7 +188,7 @@ def test_every_failing_call_is_one_clean_error(
 
 @pytest.mark.slow
 def test_failing_calls_leak_no_host_memory(driver: Driver, kernels: Path, store: Path) -> None:
-    folder = cpplib.build("asan", "cuda_faults", "fake_cuda")
+    folder = cpplib.build_for_leaks("cuda_faults", "fake_cuda")
     (fake,) = folder.glob("libfake_cuda.*")
     run(folder / "cuda_faults", store, kernels, fake, ASAN_OPTIONS="detect_leaks=1")
 

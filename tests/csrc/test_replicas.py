@@ -48,7 +48,7 @@ SWITCHES = pytest.mark.parametrize("switches", [10_000, pytest.param(500_000, ma
 @pytest.mark.slow
 @SWITCHES
 def test_many_switches_leak_nothing(store: Path, switches: int) -> None:
-    folder = cpplib.build("asan", "soak")
+    folder = cpplib.build_for_leaks("soak")
     # Freed memory goes to the sanitizer's quarantine first, which must not pass for growth.
     run(folder / "soak", store, str(switches), ASAN_OPTIONS="detect_leaks=1:quarantine_size_mb=1")
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.cases import Contender, Tools, grad_case, merge_case
-from benchmarks.harness.record import BenchmarkError, MissingContender
+from benchmarks.gpu.cases import Case, Contender, Tools, grad_case, merge_case
+from benchmarks.gpu.record import COLUMNS
+from benchmarks.harness.record import MissingContender
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
@@ -46,45 +47,48 @@ def tools(pwemoe: Any) -> Tools:
     return Tools(torch.device("cpu"), lambda function: function, lambda call: call, pwemoe)
 
 
-def idle(call: Any) -> tuple[float, float, float]:
-    """Stands for a timer where the calls have been checked already, and are slow here."""
-    return 2.0, 1.0, 3.0
-
-
 def timer(call: Any) -> tuple[float, float, float]:
     call()
     return 2.0, 1.0, 3.0
 
 
-def test_every_case_runs_and_is_right(tmp_path: Path) -> None:
-    about = dict.fromkeys(bench.COLUMNS[8:], "here")
-    speed = bench.copy_speed(timer, torch.device("cpu"), 1000)
-    assert speed == pytest.approx(1e-3)
-    path = tmp_path / "gpu_bench.csv"
-    done = bench.run(bench.cases(True, tools(lambda: LikePWEMoE)), idle, speed, path, about, 5.0)
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert done == len({row["case"] for row in rows}) == 8
-    assert sum(row["contender"] == "PWEMoE, eager" for row in rows) == 2
-    assert all(row["device"] == "here" and float(row["median_ms"]) == 2.0 for row in rows)
-    assert {row["time_by_ours"] for row in rows} == {"", "1"}
+def test_pwemoe_beside_ours() -> None:
+    case = next(iter(merge_case("tiny", lambda: nn.Linear(40, 30).bfloat16(), 3, tools(lambda: LikePWEMoE))))
+    case.verify("ours")
+    case.verify("PWEMoE, eager")
 
 
-def test_a_wrong_contender_ends_the_run_and_a_missing_one_does_not(
-    capsys: pytest.CaptureFixture[str],
+def test_who_is_wrong_raises_or_is_missing_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def absent() -> Any:
         raise MissingContender("not here")
 
-    case = next(merge_case("tiny", nn.Linear(4, 4).bfloat16(), 2, tools(absent)))
+    case = next(merge_case("tiny", lambda: nn.Linear(4, 4).bfloat16(), 2, tools(absent)))
     assert "PWEMoE is left out: not here" in capsys.readouterr().out
     assert "PWEMoE, eager" not in case.contenders
     right = case.contenders["ours"]
     case.contenders["wrong"] = Contender(lambda: right.call() * 1.1, 1.0, right.allowed)
-    with pytest.raises(BenchmarkError, match=r"wrong: off by 0\.1"):
-        bench.measure(case, timer, 1.0)
+    case.contenders["raises"] = Contender(lambda: 1 / 0, 1.0, right.allowed)
+
+    def makes_none() -> list[Case]:
+        raise RuntimeError("out of memory")
+
+    about = dict.fromkeys(COLUMNS[12:], "here")
+    path = tmp_path / "gpu_bench.csv"
+    done = bench.run([lambda: [case], makes_none], timer, 1.0, path, about, 5.0)
+    assert done == (1, 3)
+    rows = {row["contender"]: row for row in csv.DictReader(path.read_text().splitlines())}
+    assert rows["wrong"]["error"].startswith("BenchmarkError: merge tiny bf16 E=2, wrong: off by 0.1")
+    assert rows["raises"]["error"] == "ZeroDivisionError: division by zero"
+    assert rows["wrong"]["median_ms"] == rows["raises"]["median_ms"] == ""
+    assert float(rows["ours"]["median_ms"]) == 2.0
+    assert "FAILED before any contender ran: RuntimeError: out of memory" in capsys.readouterr().out
 
 
 def test_no_case_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
-    case = grad_case("tiny", 4096, 2, 2, torch.float32, tools(lambda: LikePWEMoE))
-    about = dict.fromkeys(bench.COLUMNS[8:])
-    assert bench.run(iter([case, case]), timer, 1.0, tmp_path / "x.csv", about, 0.0) == 1
+    def make() -> list[Case]:
+        return [grad_case("tiny", 4096, 2, 2, torch.float32, tools(lambda: LikePWEMoE))]
+
+    about = dict.fromkeys(COLUMNS[12:], "here")
+    assert bench.run([make, make], timer, 1.0, tmp_path / "x.csv", about, 0.0) == (1, 0)

@@ -236,6 +236,6 @@ def test_more_elements_than_32_bits_count() -> None:
 
 # Only the team's start and end differ between OpenMP, which the first build has, and std::thread, which the second has.
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitized", ["asan", "tsan"])
+@pytest.mark.parametrize("sanitized", ["asan-core", "tsan"])
 def test_the_core_is_clean_under_sanitizers(sanitized: str) -> None:
     run(cpplib.build(sanitized, "test_core") / "test_core")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,10 +27,13 @@ CHECKED = ("-DCMAKE_BUILD_TYPE=Debug",)
 BUILDS = {
     "release": ("-DCMAKE_BUILD_TYPE=Release", TESTS),
     "asan": (*CHECKED, TESTS, "-DPARETOFUSE_SANITIZE=address,undefined"),
+    # The core alone, with OpenMP, which the fuzzers' build has not.
+    "asan-core": (*CHECKED, TESTS, "-DPARETOFUSE_LIBRARY=OFF", "-DPARETOFUSE_SANITIZE=address,undefined"),
     # The thread sanitizer follows std::thread but not libgomp, which synchronizes by means it cannot see.
     "tsan": (*CHECKED, TESTS, "-DPARETOFUSE_STD_THREADS=ON", "-DPARETOFUSE_SANITIZE=thread"),
     "fuzz": (
         *CHECKED,
+        TESTS,
         "-DCMAKE_CXX_COMPILER=clang++",
         "-DPARETOFUSE_FUZZERS=ON",
         "-DPARETOFUSE_STD_THREADS=ON",
@@ -72,6 +78,24 @@ def compile_targets(build: Path, *targets: str) -> None:
 def build(name: str, *targets: str) -> Path:
     """One of `BUILDS`, brought up to date; returns its folder."""
     return build_source(name, ROOT / "csrc", BUILDS[name], *targets)
+
+
+@cache
+def has_fuzzer() -> bool:
+    """Whether there is Clang with libFuzzer and the address sanitizer: Linux distributions pack them one by one."""
+    empty = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+    command = ["clang++", "-fsanitize=fuzzer,address", "-x", "c++", "-", "-o", os.devnull]
+    try:
+        return (
+            subprocess.run(command, input=empty, text=True, capture_output=True, check=False).returncode == 0
+        )
+    except FileNotFoundError:
+        return False
+
+
+def build_for_leaks(*targets: str) -> Path:
+    """A build with the address sanitizer: the fuzzers', which other tests need anyway, or one by the usual compiler."""
+    return build("fuzz" if has_fuzzer() else "asan", *targets)
 
 
 def build_source(name: str, source: Path, options: Sequence[str], *targets: str) -> Path:

@@ -12,11 +12,17 @@ from tests.support.process import ROOT, listed_files, run
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what git knows, or would, so that nothing is used that was built in the checkout; returns the copy."""
+    """Copy what git knows, or would, with its times, so that nothing that was built is there; returns the copy."""
     for name in listed_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target / name)
+        shutil.copy2(ROOT / name, target / name)
     return target
+
+
+def lend_objects(copy: Path) -> None:
+    """Put the checkout's compiled objects into a copy: setup.py compiles what is newer, and minutes are saved."""
+    for objects in (ROOT / "build").glob("objects-*"):
+        shutil.copytree(objects, copy / "build" / objects.name, copy_function=shutil.copy2)
 
 
 def distributions() -> tuple[Path, Path]:
@@ -32,9 +38,16 @@ def distributions() -> tuple[Path, Path]:
         if not built.exists():
             for old in folder.iterdir():
                 shutil.rmtree(old) if old.is_dir() else None
-            copy = copy_checkout(folder / "checkout")
-            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "unfinished", copy)
-            (folder / "unfinished").rename(built)
+            copy, unfinished = copy_checkout(folder / "checkout"), folder / "unfinished"
+            build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", unfinished)
+            run(*build, "--sdist", copy)
+            (sdist,) = unfinished.glob("*.tar.gz")
+            shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
+            (unpacked,) = (folder / "unpacked").iterdir()
+            lend_objects(unpacked)
+            run(*build, "--wheel", unpacked)
+            unfinished.rename(built)
             shutil.rmtree(copy)
+            shutil.rmtree(folder / "unpacked")
         (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
     return sdist, wheel
