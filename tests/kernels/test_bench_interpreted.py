@@ -79,7 +79,7 @@ def test_who_is_wrong_raises_or_is_missing_is_told_and_the_others_go_on(
     done = bench.run([lambda: [case], makes_none], timer, 1.0, path, about, 5.0)
     assert done == (1, 3)
     rows = {row["contender"]: row for row in csv.DictReader(path.read_text().splitlines())}
-    assert rows["wrong"]["error"].startswith("BenchmarkError: merge tiny bf16 E=2, wrong: off by 0.1")
+    assert rows["wrong"]["error"].startswith("BenchmarkError: merge tiny bf16 E=2, wrong: off by 0.")
     assert rows["raises"]["error"] == "ZeroDivisionError: division by zero"
     assert rows["wrong"]["median_ms"] == rows["raises"]["median_ms"] == ""
     assert float(rows["ours"]["median_ms"]) == 2.0
