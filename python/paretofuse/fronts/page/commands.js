@@ -27,7 +27,7 @@ function localCommands(front, preference) {
   ];
 }
 
-/** Show commands, each with a button that copies it, anew after every change of the preference. */
+/** Show commands, each with a button that copies it, anew after every change of the preference; returns what shows them. */
 function showCommands(state, commands) {
   const place = byId("commands");
   function write() {
@@ -46,6 +46,7 @@ function showCommands(state, commands) {
   }
   document.addEventListener("preference", write);
   write();
+  return write;
 }
 
 /** Copy by the clipboard's interface, or where that is not allowed (a file, plain http) by a selection. */
