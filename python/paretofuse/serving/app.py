@@ -18,6 +18,7 @@ from paretofuse.serving.guard import Guard
 from paretofuse.serving.limits import Limits
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import Predict, ServedModel, served_model
+from paretofuse.serving.page.routes import OPEN, page_routes
 from paretofuse.serving.preferences import Preferences
 from paretofuse.serving.routes.about import about_routes
 from paretofuse.serving.routes.chat import chat_routes
@@ -88,8 +89,14 @@ def create_app(
     for router in (about_routes, completion_routes, chat_routes, vector_routes, file_routes):
         app.include_router(router(state))
     app.include_router(docs_routes(app))
+    app.include_router(page_routes())
     app.add_middleware(
-        Guard, metrics=metrics, body_bytes=limits.body_bytes, keys=tuple(api_keys), hosts=hosts
+        Guard,
+        metrics=metrics,
+        body_bytes=limits.body_bytes,
+        keys=tuple(api_keys),
+        open_paths=OPEN,
+        hosts=hosts,
     )
     app.state.serving = state
     return app

@@ -284,7 +284,11 @@ class Metric(BaseModel):
 
 
 class FrontDocument(BaseModel):
-    """The answer of GET /v1/front; without a front there are no points and no metrics."""
+    """The answer of GET /v1/front; without a front there are no points and no metrics.
+
+    `takes` is what the model's input is, `chat` and `adapter` whether there are a chat template and an adapter to
+    download, `labels` a classifier's outputs in order, `facts` what every merged model is, in words.
+    """
 
     object: Literal["front"] = "front"
     model: str
@@ -294,6 +298,11 @@ class FrontDocument(BaseModel):
     default: dict[str, float]
     points: list[FrontPoint]
     base: dict[str, float] | None = None
+    takes: Literal["text", "image", "json"]
+    chat: bool
+    adapter: bool
+    labels: list[str]
+    facts: dict[str, str]
 
 
 class PreferenceDocument(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 from paretofuse.serving.errors import shutting_down
+from paretofuse.serving.facts import facts_of
 from paretofuse.serving.routes.answers import resolved
 from paretofuse.serving.schemas import (
     FrontDocument,
@@ -63,6 +64,7 @@ def about_routes(state: State) -> APIRouter:
             objectives=list(state.preferences.objectives),
             default=state.preferences.default,
             **_measured(state),
+            **facts_of(state.model),
         )
 
     @router.put("/v1/preference")
