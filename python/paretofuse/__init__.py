@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
     from paretofuse.fronts.front import Front
+    from paretofuse.fronts.search import search
     from paretofuse.fronts.sweep import sweep
     from paretofuse.recipes.run import run_recipe
 
@@ -41,13 +42,15 @@ _HOMES = {
     "layered_grid": "paretofuse.engine.routing.sampling",
     "sample_preferences": "paretofuse.engine.routing.sampling",
     "Front": "paretofuse.fronts.front",
+    "search": "paretofuse.fronts.search",
     "sweep": "paretofuse.fronts.sweep",
     "run_recipe": "paretofuse.recipes.run",
 }
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
-    "fit", "layered_grid", "load", "run_recipe", "sample_preferences", "simplex_grid", "stack", "sweep", "with_head",
+    "fit", "layered_grid", "load", "run_recipe", "sample_preferences", "search", "simplex_grid", "stack", "sweep",
+    "with_head",
 ]  # fmt: skip
 
 

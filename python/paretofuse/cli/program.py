@@ -19,7 +19,20 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import paretofuse
-from paretofuse.cli import adapter, completion, doctor, export, fit, info, merge, recipe, serve, stack, sweep
+from paretofuse.cli import (
+    adapter,
+    completion,
+    doctor,
+    export,
+    fit,
+    info,
+    merge,
+    recipe,
+    search,
+    serve,
+    stack,
+    sweep,
+)
 from paretofuse.cli.running import Result, in_options
 
 COMMANDS: dict[str, Any] = {
@@ -28,6 +41,7 @@ COMMANDS: dict[str, Any] = {
     "info": info,
     "merge": merge,
     "sweep": sweep,
+    "search": search,
     "serve": serve,
     "adapter": adapter,
     "recipe": recipe,

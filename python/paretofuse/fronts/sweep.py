@@ -78,19 +78,14 @@ def sweep(
     from paretofuse.engine.evaluation.kept_rows import KeptRows
     from paretofuse.engine.evaluation.sweep import Rows, evaluate_preferences
 
-    if not {"objectives", "module", "switch"} <= set(dir(engine)):  # hasattr would build the live module
-        raise TypeError(
-            f"got {type(engine).__name__} to sweep, expected an engine that pf.stack or pf.load made"
-        )
-    check_function("evaluate", evaluate, "evaluate(module) that returns metrics")
-    plain_maximize(maximize)
+    check_arguments(engine, evaluate, maximize)
     if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1):
         raise ValueError(f"got ahead={ahead!r}, expected a whole number of at least 1")
     objectives = tuple(engine.objectives)
     grid = default_preferences(len(objectives)) if preferences is None else _grid(preferences, objectives)
     kept = None
     if out is not None:
-        _check_replaceable(Path(out))
+        prepare_front(out)
         kept = KeptRows(Path(out), objectives)
 
     def check(metrics: tuple[str, ...]) -> None:
@@ -122,6 +117,20 @@ def sweep(
     return front
 
 
+def check_arguments(engine: object, evaluate: object, maximize: object) -> None:
+    """Check the kinds of what is evaluated, and how.
+
+    Raises:
+        TypeError: `engine` is none, `evaluate` is no function, or `maximize` holds something else than booleans.
+    """
+    if not {"objectives", "module", "switch"} <= set(dir(engine)):  # hasattr would build the live module
+        raise TypeError(
+            f"got {type(engine).__name__} to sweep, expected an engine that pf.stack or pf.load made"
+        )
+    check_function("evaluate", evaluate, "evaluate(module) that returns metrics")
+    plain_maximize(maximize)
+
+
 def _grid(preferences: Sequence[Any] | np.ndarray, objectives: tuple[str, ...]) -> np.ndarray:
     """Preferences in any form as [P, E] float64."""
     if not hasattr(preferences, "__len__"):
@@ -134,10 +143,15 @@ def _grid(preferences: Sequence[Any] | np.ndarray, objectives: tuple[str, ...]) 
     return grid
 
 
-def _check_replaceable(out: Path) -> None:
-    """A sweep writes over a front, and over nothing else; whether it can is tried before the long work."""
+def prepare_front(out: str | os.PathLike[str]) -> None:
+    """A front is written over a front, and over nothing else; whether it can is tried before the long work.
+
+    Raises:
+        ValueError: something else stands there.
+        OSError: nothing can be written there.
+    """
     prepare_file(out)
-    if out.exists() and out.stat().st_size > 0:
+    if os.path.exists(out) and os.path.getsize(out) > 0:
         try:
             Front.from_csv(out)
         except ValueError as error:

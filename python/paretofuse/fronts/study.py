@@ -1,0 +1,205 @@
+"""A search as an Optuna study: in memory, or in a storage that several processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from sqlalchemy.exc import DBAPIError
+
+from paretofuse.engine.engine import Engine
+from paretofuse.engine.evaluation.arguments import Maximize, Point, directions, reference_point
+from paretofuse.engine.evaluation.kept_rows import KeptRows, model_digest
+from paretofuse.engine.evaluation.progress import progress_bar
+from paretofuse.engine.evaluation.sweep import Evaluate, Rows, evaluate_at
+from paretofuse.fronts import samplers
+
+_HEARTBEAT = 60
+"""Seconds between signs of life; a trial without one for twice as long is another process's to do again."""
+
+_ATTEMPTS = 5
+"""To open a database: processes that make its tables at the same time get in each other's way."""
+
+
+class SearchedStudy:
+    """The study of `pf.search`, made or found.
+
+    What metrics there are is known only once something was evaluated: a new study begins with the first expert.
+
+    Args: as `pf.search`'s; `kept`: where rows are kept.
+
+    Attributes:
+        metrics: the M metrics' names.
+
+    Raises:
+        ValueError: an argument does not fit the metrics, or the study is another's.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        evaluate: Evaluate,
+        kept: KeptRows | None,
+        maximize: Maximize,
+        at_most: Mapping[str, float],
+        at_least: Mapping[str, float],
+        ref: Point | None,
+        sampler: str | optuna.samplers.BaseSampler,
+        seed: int,
+        storage: str | None,
+        name: str,
+    ) -> None:
+        self._engine = engine
+        self._evaluate = evaluate
+        self._kept = kept
+        self._objectives = engine.objectives
+        self._measured: dict[tuple[float, ...], dict[str, float]] = {}
+        samplers.check_choice(sampler)
+        corners = np.eye(len(self._objectives))
+        equal = corners.mean(axis=0)
+        opened = None if storage is None else _storage(storage)
+        identity = self._identity(equal)
+        found = opened is not None and name in optuna.get_all_study_names(opened)
+        if found:
+            self._study = optuna.load_study(study_name=name, storage=opened)
+            self.metrics: tuple[str, ...] = tuple(self._study.user_attrs["metrics"])
+        else:
+            rows = Rows(self._objectives, corners[:1], None, None)
+            rows.add(0, self._measure(corners[0]), "")
+            self.metrics = rows.table()[1]
+        larger = directions(maximize, self.metrics)
+        self._bounds = bounds_of(at_most, at_least, self.metrics, larger)  # [M]
+        self._signs = np.where(larger, 1.0, -1.0)
+        point = None if ref is None else reference_point(ref, self.metrics)
+        ways = ["maximize" if up else "minimize" for up in larger]
+        if not found:
+            try:
+                self._study = optuna.create_study(study_name=name, storage=opened, directions=ways)
+                self._study.set_user_attr("engine", identity)
+                self._study.set_user_attr("metrics", list(self.metrics))
+                for preference in (*corners, equal):
+                    self._study.enqueue_trial(samplers.parameters(preference, self._objectives))
+            except optuna.exceptions.DuplicatedStudyError:  # another process was faster
+                self._study = optuna.load_study(study_name=name, storage=opened)
+        theirs = [way.name.lower() for way in self._study.directions]
+        if self._study.user_attrs.get("engine", identity) != identity or theirs != ways:
+            raise ValueError(
+                f"got storage={storage!r}, whose study {name!r} is of another engine, another evaluation or other "
+                f"directions ({theirs}); give another name=, or another storage"
+            )
+        self._study.sampler = samplers.make_sampler(
+            sampler, self._objectives, larger, self._bounds, point, seed
+        )
+
+    def run(self, budget: int, progress: bool) -> None:
+        """Evaluate until the study has so many trials, those that other processes are at included."""
+        with progress_bar(progress, total=budget, initial=self._count(), desc="search", unit="model") as bar:
+            while self._count() < budget:
+                self._study.optimize(self._trial, n_trials=1)
+                bar.update()
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Preferences [P, E] and values [P, M] of all that was evaluated, in the order of trials."""
+        done = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        preferences = [samplers.preference_of(trial.params, self._objectives) for trial in done]
+        return np.array(preferences), np.array([trial.values for trial in done], dtype=np.float64)
+
+    def _count(self) -> int:
+        counted = (TrialState.COMPLETE, TrialState.RUNNING)
+        return len(self._study.get_trials(deepcopy=False, states=counted))
+
+    def _trial(self, trial: optuna.Trial) -> tuple[float, ...]:
+        for name, distribution in samplers.distributions(self._objectives).items():
+            trial.suggest_float(name, distribution.low, distribution.high)
+        numbers = self._measure(samplers.preference_of(trial.params, self._objectives))
+        if set(numbers) != set(self.metrics):
+            raise ValueError(
+                f"got metrics {sorted(numbers)} from evaluate, expected {sorted(self.metrics)} as before"
+            )
+        values = np.array([numbers[name] for name in self.metrics])
+        missed = (self._bounds - values) * self._signs
+        for name, miss in zip(self.metrics, missed.tolist(), strict=True):
+            if np.isfinite(miss):
+                trial.set_constraint(name, miss)  # kept to where it is at most 0
+        return tuple(values.tolist())
+
+    def _measure(self, preference: Sequence[float] | np.ndarray) -> dict[str, float]:
+        """The metrics at a preference, evaluated only if they were not before."""
+        chosen = tuple(float(share) for share in preference)
+        if chosen in self._measured:
+            return self._measured[chosen]
+        self._engine.switch(chosen)
+        known = None if self._kept is None else self._kept.at(chosen)
+        numbers, digest = evaluate_at(self._engine.module, self._evaluate, self._objectives, chosen, known)
+        if self._kept is not None and known is not None and digest not in known:
+            self._kept.add(chosen, list(numbers.values()), digest, tuple(numbers))
+        self._measured[chosen] = numbers
+        return numbers
+
+    def _identity(self, preference: np.ndarray) -> str:
+        """Tells this engine and evaluation from others in a storage."""
+        self._engine.switch(preference)
+        digest = hashlib.sha256(model_digest(self._engine.module, self._evaluate).encode())
+        digest.update("\n".join(self._objectives).encode())
+        return digest.hexdigest()[:16]
+
+
+def bounds_of(
+    at_most: Mapping[str, float],
+    at_least: Mapping[str, float],
+    metrics: Sequence[str],
+    larger: Sequence[bool],
+) -> np.ndarray:
+    """[M]: what each metric must reach, infinitely bad where it need not.
+
+    Raises:
+        ValueError: a name is no metric, a bound is not finite, or it bounds a metric from its good side.
+    """
+    bounds = np.where(larger, -np.inf, np.inf)
+    for option, wanted, given in (("at_most", False, at_most), ("at_least", True, at_least)):
+        for name, bound in given.items():
+            if name not in metrics:
+                raise ValueError(f"got {option} for {name!r}, expected some of the metrics {list(metrics)}")
+            index = metrics.index(name)
+            if larger[index] != wanted:
+                way, other = ("larger", "at_least") if larger[index] else ("smaller", "at_most")
+                raise ValueError(
+                    f"got {option} for {name!r}, of which {way} numbers are better; expected {other}, or the other way "
+                    "in maximize="
+                )
+            if not np.isfinite(bound):
+                raise ValueError(f"got {option}={bound} for {name!r}, expected a finite number")
+            bounds[index] = bound
+    return bounds
+
+
+def _storage(url: str) -> Any:
+    """A storage by URL, in which trials of processes that died are found out.
+
+    Raises:
+        ValueError: that is no URL of a database that SQLAlchemy can open here.
+    """
+    attempt = 1
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
+                return optuna.storages.RDBStorage(
+                    url,
+                    heartbeat_interval=_HEARTBEAT,
+                    heartbeat_stale_trial_callback=lambda study, trial: study.enqueue_trial(trial.params),
+                )
+        except Exception as error:  # of SQLAlchemy and of each database's driver, as many kinds as there are
+            if not isinstance(error, DBAPIError) or attempt == _ATTEMPTS:
+                raise ValueError(
+                    f"got storage={url!r}, which cannot be opened ({error}); expected a URL such as "
+                    "sqlite:///search.db or postgresql://user@host/database"
+                ) from error
+            attempt += 1
+            time.sleep(0.2)
