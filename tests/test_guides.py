@@ -60,6 +60,21 @@ def test_training(
     assert pf.load("trained.pareto").objectives == ("news", "poems")
 
 
+def test_sweeps(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    base = tiny_gpt2()
+    engine = pf.stack(base, {"news": perturbed(base, 0, 0.02), "poems": perturbed(base, 1, 0.02)})
+    held_out = {"news": token_batches(2, 1), "poems": token_batches(3, 1)}
+    names: dict[str, Any] = {
+        "pf": pf,
+        "engine": engine,
+        "grid": pf.simplex_grid(2, 3),
+        "perplexities": lambda module: pf.evaluate(module, {n: (d, loss) for n, d in held_out.items()}),
+    }
+    run_guide("sweeps.md", names)
+    assert len(names["front"]) == 8
+
+
 def test_production(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
