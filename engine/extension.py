@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 try:
     from paretofuse import _C
 except ImportError as error:
@@ -10,4 +12,13 @@ except ImportError as error:
         "`pip install -e .` in a checkout), which needs a C++17 compiler with OpenMP"
     ) from error
 
-__all__ = ["_C"]
+__all__ = ["_C", "thread_count"]
+
+
+def thread_count(threads: int | None) -> int:
+    """The given number of threads, or as many as this process may use."""
+    if threads is not None:
+        return threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -9,8 +9,7 @@ import os
 
 import numpy as np
 
-from paretofuse.engine.extension import _C
-from paretofuse.engine.merging import native
+from paretofuse.engine.extension import _C, thread_count
 from paretofuse.engine.merging.card import with_card
 from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.store.reader import Progress, Store
@@ -77,7 +76,7 @@ def merge_store(
             out,
             head=head or "",
             files=with_card(store.model_files(head), store, shares, routing, head),
-            threads=native.thread_count(threads),
+            threads=thread_count(threads),
             isa=isa or "",
             progress=progress,
             batch_bytes=BATCH_BYTES,

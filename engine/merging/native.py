@@ -12,13 +12,12 @@ same bits whatever the threads and the instruction set.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from paretofuse.engine.extension import _C
+from paretofuse.engine.extension import _C, thread_count
 from paretofuse.engine.planes.memory import Memory
 
 _DTYPE_CODES = {"F32": 0, "BF16": 1, "F16": 2}
@@ -201,15 +200,6 @@ def _planes(planes: Sequence[Memory | None], shape: tuple[int, ...]) -> _C.Plane
         formats=np.array([_FORMAT_CODES[plane.format] for plane in given], np.uint8).reshape(shape),
         dtypes=np.array([_dtype_code(plane.dtype) for plane in given], np.uint8).reshape(shape),
     )
-
-
-def thread_count(threads: int | None) -> int:
-    """The given number of threads, or as many as this process may use."""
-    if threads is not None:
-        return threads
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _dtype_code(dtype: str) -> int:

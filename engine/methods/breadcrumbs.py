@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.deltas import DeltaMethod, Mask, largest
 from paretofuse.engine.methods.method import Parameter
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.native import Thinned
+from paretofuse.engine.methods.numbers import Floats, Numbers
 from paretofuse.engine.methods.random import Key
 
 
@@ -31,6 +33,15 @@ class Breadcrumbs(DeltaMethod):
             return None
         first, count = kept_span(delta.size, options["density"], options["gamma"])
         return largest(np.abs(delta), first, count)
+
+    def select(
+        self, model: Numbers, base: Numbers, options: Mapping[str, Any], key: Key, threads: int | None
+    ) -> Thinned:
+        """The same in C++."""
+        if options["density"] >= 1:
+            return native.ALL
+        first, count = kept_span(base.numel, options["density"], options["gamma"])
+        return native.keep_largest(model, base, first, count, threads)
 
 
 class BreadcrumbsTies(Breadcrumbs):

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.deltas import DeltaMethod, Mask
 from paretofuse.engine.methods.method import Parameter
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.native import Thinned
+from paretofuse.engine.methods.numbers import Floats, Numbers
 from paretofuse.engine.methods.random import Key, draws, threshold
 
 
@@ -40,6 +42,17 @@ class DellaLinear(DeltaMethod):
         probabilities = np.float32(density - epsilon) + share * np.float32(2 * epsilon)
         kept: Mask = draws(key, delta.size) < threshold(probabilities)
         return kept.reshape(delta.shape)
+
+    def select(
+        self, model: Numbers, base: Numbers, options: Mapping[str, Any], key: Key, threads: int | None
+    ) -> Thinned:
+        """The same in C++."""
+        density, epsilon = options["density"], options["epsilon"]
+        if not 0 < density < 1 or len(base.shape) > 2:
+            return super().select(model, base, options, key, threads)
+        check_epsilon(density, epsilon)
+        columns = row_length(base.shape)
+        return native.keep_ranked(model, base, columns, key, density - epsilon, 2 * epsilon, threads)
 
 
 class Della(DellaLinear):

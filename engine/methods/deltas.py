@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.method import Group, Method, Parameter, base_of
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.native import Thinned
+from paretofuse.engine.methods.numbers import Floats, Numbers
 from paretofuse.engine.methods.random import Key, key_of
 
 Mask = npt.NDArray[np.bool_]
@@ -57,10 +59,42 @@ class DeltaMethod(Method):
             return delta
         thinned: Floats = np.where(kept, delta, 0)
         if rescale:
-            before, after = (float(np.abs(x).sum(dtype=np.float64)) for x in (delta, thinned))
-            if before >= SMALL and after >= SMALL:
-                thinned *= before / after
+            thinned *= rescaled(*(float(np.abs(x).sum(dtype=np.float64)) for x in (delta, thinned)))
         return thinned
+
+    def select(
+        self, model: Numbers, base: Numbers, options: Mapping[str, Any], key: Key, threads: int | None
+    ) -> Thinned:
+        """What `keep` keeps of model - base, as bits and sums; methods of ours compute it in C++."""
+        delta = model.floats() - base.floats()
+        kept = self.keep(delta, options, key)
+        if kept is None:
+            return native.ALL
+        sums = (float(np.abs(x).sum(dtype=np.float64)) for x in (delta, delta[kept]))
+        return Thinned(np.packbits(kept.reshape(-1), bitorder="little"), *sums)
+
+    def merge(self, group: Group, out: Numbers) -> None:
+        """The same as the reference, in C++ where the dtypes allow."""
+        base = base_of(group)
+        if not native.can((base, *group.models, out)):
+            super().merge(group, out)
+            return
+        thinned = [
+            self.select(model, base, own, key_of(group.seed, group.name, number), group.threads)
+            for number, (model, own) in enumerate(zip(group.models, group.each, strict=True))
+        ]
+        native.merge_differences(
+            base,
+            group.models,
+            [own.mask for own in thinned],
+            [rescaled(own.before, own.after) if group.shared["rescale"] else 1.0 for own in thinned],
+            group.values("weight"),
+            out,
+            elects=self.elects,
+            normalizes=group.shared["normalize"],
+            scale=group.shared["lambda"],
+            threads=group.threads,
+        )
 
     def reference(self, group: Group) -> Floats:
         """The formula at the head of this file."""
@@ -86,6 +120,11 @@ class DeltaMethod(Method):
             total = total / divisor
         merged: Floats = base + np.asarray(shared["lambda"], base.dtype) * total
         return merged
+
+
+def rescaled(before: float, after: float) -> float:
+    """What gives a thinned difference its sum of magnitudes back; 1 where there is nothing to divide by."""
+    return before / after if before >= SMALL and after >= SMALL else 1.0
 
 
 def agreement(weighted: Sequence[Floats]) -> list[Mask]:

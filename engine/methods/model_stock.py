@@ -6,8 +6,9 @@ from itertools import combinations
 
 import numpy as np
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.method import Group, Method, Parameter, base_of
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.numbers import Floats, Numbers
 
 
 class ModelStock(Method):
@@ -40,6 +41,23 @@ class ModelStock(Method):
         mean = sum(models) / len(models)
         merged: Floats = share * mean + (1 - share) * base
         return merged
+
+    def merge(self, group: Group, out: Numbers) -> None:
+        """The same in C++ where the dtypes allow."""
+        base, count = base_of(group), len(group.models)
+        if not native.can((base, *group.models, out)):
+            super().merge(group, out)
+            return
+        columns = out.shape[-1] if group.shared["filter_wise"] and out.shape else out.numel
+        dots = native.products(base, group.models, columns, group.threads)  # [rows, K, K]
+        norms = np.sqrt(np.diagonal(dots, axis1=1, axis2=2))
+        cosines = [
+            dots[:, i, j] / np.maximum(norms[:, i] * norms[:, j], 1e-6)
+            for i, j in combinations(range(count), 2)
+        ]
+        share = stock_share(cosines, count)
+        own = np.stack([1 - share, *[share / count] * count], 1)
+        native.combine((base, *group.models), own, out, group.threads)
 
 
 def stock_share(cosines: list[np.ndarray], count: int) -> np.ndarray:

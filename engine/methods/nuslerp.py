@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.method import Group, Method, Parameter
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.numbers import Floats, Numbers
 
 
 class NuSlerp(Method):
@@ -24,10 +25,15 @@ class NuSlerp(Method):
         Parameter("nuslerp_flatten", bool, True),
     )
 
+    @staticmethod
+    def share(group: Group) -> float:
+        """How far to go from the first to the second."""
+        first, second = group.values("weight")
+        return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+
     def reference(self, group: Group) -> Floats:
         """Norms and inner products along the axis, then the formula of `slerp`."""
-        first, second = group.values("weight")
-        t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+        t = self.share(group)
         a, b = (model.floats() for model in group.models)
         base = None if group.base is None else group.base.floats()
         if base is not None:
@@ -40,6 +46,19 @@ class NuSlerp(Method):
         from_a, from_b = arc(t, *sums)
         merged: Floats = from_a.astype(a.dtype) * a + from_b.astype(a.dtype) * b
         return merged if base is None else base + merged
+
+    def merge(self, group: Group, out: Numbers) -> None:
+        """The same in C++ where the dtypes allow."""
+        axes = vector_axes(len(out.shape), group.shared["nuslerp_flatten"], group.shared["nuslerp_row_wise"])
+        inputs = group.models if group.base is None else (group.base, *group.models)
+        if not native.can((*inputs, out)) or (axes == (0,) and len(out.shape) > 1):
+            super().merge(group, out)
+            return
+        columns = out.numel if len(axes) == len(out.shape) else out.shape[-1]
+        dots = native.products(group.base, group.models, columns, group.threads)
+        from_a, from_b = arc(self.share(group), dots[:, 0, 0], dots[:, 1, 1], dots[:, 0, 1])
+        own = [from_a, from_b] if group.base is None else [1 - from_a - from_b, from_a, from_b]
+        native.combine(inputs, np.stack(own, 1), out, group.threads)
 
 
 def vector_axes(dimensions: int, flatten: bool, row_wise: bool) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.method import Group, Method, Parameter, base_of
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.numbers import Floats, Numbers
 
 ALMOST_PARALLEL = 0.9995
 """Above this cosine the arc is taken for the straight line."""
@@ -29,6 +30,16 @@ class Slerp(Method):
         from_base, from_other = slerp_coefficients(group.shared["t"], squares[0], squares[1], dot)
         merged: Floats = from_base * a + from_other * b
         return merged
+
+    def merge(self, group: Group, out: Numbers) -> None:
+        """The same in C++ where the dtypes allow."""
+        pair = (base_of(group), group.models[0])
+        if not native.can((*pair, out)):
+            super().merge(group, out)
+            return
+        ((square_a, dot), (_, square_b)) = native.products(None, pair, out.numel, group.threads)[0]
+        coefficients = slerp_coefficients(group.shared["t"], square_a, square_b, dot)
+        native.combine(pair, np.array(coefficients), out, group.threads)
 
 
 def slerp_coefficients(t: float, square_a: float, square_b: float, dot: float) -> tuple[float, float]:

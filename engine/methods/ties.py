@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from paretofuse.engine.methods import native
 from paretofuse.engine.methods.deltas import DeltaMethod, Mask, largest
-from paretofuse.engine.methods.numbers import Floats
+from paretofuse.engine.methods.native import Thinned
+from paretofuse.engine.methods.numbers import Floats, Numbers
 from paretofuse.engine.methods.random import Key
 
 
@@ -21,9 +23,19 @@ class Ties(DeltaMethod):
 
     def keep(self, delta: Floats, options: Mapping[str, Any], key: Key) -> Mask | None:
         """The largest magnitudes."""
-        density = options["density"]
-        if density >= 1:
-            return None
-        if density <= 0 or not delta.size:
-            return np.zeros(delta.shape, bool)
-        return largest(np.abs(delta), 0, max(1, int(density * delta.size)))
+        count = kept_count(delta.size, options["density"])
+        return None if count is None else largest(np.abs(delta), 0, count)
+
+    def select(
+        self, model: Numbers, base: Numbers, options: Mapping[str, Any], key: Key, threads: int | None
+    ) -> Thinned:
+        """The same in C++."""
+        count = kept_count(base.numel, options["density"])
+        return native.ALL if count is None else native.keep_largest(model, base, 0, count, threads)
+
+
+def kept_count(size: int, density: float) -> int | None:
+    """How many elements stay; None for all."""
+    if density >= 1:
+        return None
+    return 0 if density <= 0 else min(size, max(1, int(density * size)))

@@ -41,6 +41,62 @@ class MergePlan:
         isa: str,
     ) -> str: ...
 
+def keep_largest(
+    model: tuple[int, int],
+    base: tuple[int, int],
+    length: int,
+    mask: npt.NDArray[np.uint8],
+    *,
+    first: int,
+    count: int,
+    threads: int,
+    isa: str,
+) -> tuple[float, float]: ...
+def keep_drawn(
+    model: tuple[int, int],
+    base: tuple[int, int],
+    length: int,
+    mask: npt.NDArray[np.uint8],
+    *,
+    key: tuple[int, int],
+    threshold: int,
+    threads: int,
+    isa: str,
+) -> tuple[float, float]: ...
+def keep_ranked(
+    model: tuple[int, int],
+    base: tuple[int, int],
+    length: int,
+    mask: npt.NDArray[np.uint8],
+    *,
+    columns: int,
+    key: tuple[int, int],
+    low: float,
+    rise: float,
+    threads: int,
+    isa: str,
+) -> tuple[float, float]: ...
+def merge_differences(
+    base: tuple[int, int],
+    shares: Sequence[tuple[int, int, npt.NDArray[np.uint8] | None, float, float]],
+    length: int,
+    out: tuple[int, int],
+    *,
+    elects: bool,
+    normalizes: bool,
+    scale: float,
+    threads: int,
+    isa: str,
+) -> None: ...
+def products(
+    base: tuple[int, int],
+    models: Sequence[tuple[int, int]],
+    length: int,
+    *,
+    columns: int,
+    threads: int,
+    isa: str,
+) -> npt.NDArray[np.float64]: ...
 def inner(
     grad: int,
     planes: Planes,
