@@ -28,6 +28,7 @@ NAMES = (
     "startup",
     "cpp_replicas",
     "plane_merge",
+    "recipes",
 )
 
 

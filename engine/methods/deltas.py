@@ -83,16 +83,17 @@ class DeltaMethod(Method):
             self.select(model, base, own, key_of(group.seed, group.name, number), group.threads)
             for number, (model, own) in enumerate(zip(group.models, group.each, strict=True))
         ]
+        shared, weights = group.shared, group.values("weight")
         native.merge_differences(
             base,
             group.models,
             [own.mask for own in thinned],
-            [rescaled(own.before, own.after) if group.shared["rescale"] else 1.0 for own in thinned],
-            group.values("weight"),
+            [rescaled(own.before, own.after) if shared["rescale"] else 1.0 for own in thinned],
+            weights,
             out,
             elects=self.elects,
-            normalizes=group.shared["normalize"],
-            scale=group.shared["lambda"],
+            normalizes=shared["normalize"],
+            scale=shared["lambda"],
             threads=group.threads,
         )
 

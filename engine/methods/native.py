@@ -5,7 +5,7 @@ Every function gives what its plain definition in this room gives; see csrc/src/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from paretofuse.engine.methods.random import Key
 
 Bits = npt.NDArray[np.uint8]
 """A mask with a bit for each element, the low ones first."""
+
+SLICE = 1 << 20
+"""Elements that whole passes work on before the pages of mapped tensors are let go."""
 
 _CODES = {name: code for code, name in enumerate(MERGED_DTYPES)}
 
@@ -52,6 +55,7 @@ def keep_largest(model: Numbers, base: Numbers, first: int, count: int, threads:
         threads=thread_count(threads),
         isa="",
     )
+    model.release()
     return Thinned(mask, *sums)
 
 
@@ -62,6 +66,7 @@ def keep_drawn(model: Numbers, base: Numbers, key: Key, threshold: int, threads:
         _address(model), _address(base), base.numel, mask, key=key, threshold=threshold, threads=thread_count(threads),
         isa="",
     )  # fmt: skip
+    model.release()
     return Thinned(mask, *sums)
 
 
@@ -74,6 +79,7 @@ def keep_ranked(
         _address(model), _address(base), base.numel, mask, columns=columns, key=key, low=low, rise=rise,
         threads=thread_count(threads), isa="",
     )  # fmt: skip
+    model.release()
     return Thinned(mask, *sums)
 
 
@@ -91,26 +97,43 @@ def merge_differences(
     threads: int | None,
 ) -> None:
     """out = base + scale * sum_k mask_k scales_k weights_k (model_k - base), divided and elected as asked."""
-    shares = [
-        (*_address(model), mask, own, weight)
-        for model, mask, own, weight in zip(models, masks, scales, weights, strict=True)
-    ]
-    _C.merge_differences(
-        _address(base), shares, base.numel, _address(out), elects=elects, normalizes=normalizes, scale=scale,
-        threads=thread_count(threads), isa="",
-    )  # fmt: skip
+    for start, stop in _slices(base.numel, SLICE, [base, *models]):
+        cut = base.slice(start, stop)
+        shares = [
+            (
+                *_address(model.slice(start, stop)),
+                None if mask is None else mask[start // 8 : -(-stop // 8)],
+                own,
+                weight,
+            )
+            for model, mask, own, weight in zip(models, masks, scales, weights, strict=True)
+        ]
+        _C.merge_differences(
+            _address(cut), shares, cut.numel, _address(out.slice(start, stop)), elects=elects, normalizes=normalizes,
+            scale=scale, threads=thread_count(threads), isa="",
+        )  # fmt: skip
 
 
 def products(
     base: Numbers | None, models: Sequence[Numbers], columns: int, threads: int | None
 ) -> npt.NDArray[np.float64]:
     """Inner products of the models' rows (less the base's) with each other: [rows, K, K]."""
-    addresses = [_address(model) for model in models]
-    none = (0, 0)
-    return _C.products(
-        none if base is None else _address(base), addresses, models[0].numel, columns=columns,
-        threads=thread_count(threads), isa="",
-    )  # fmt: skip
+    numel, inputs = models[0].numel, [*models, *([] if base is None else [base])]
+    whole = columns == numel
+    found = []
+    for start, stop in _slices(numel, SLICE if whole else -(-SLICE // columns) * columns, inputs):
+        found.append(
+            _C.products(
+                (0, 0) if base is None else _address(base.slice(start, stop)),
+                [_address(model.slice(start, stop)) for model in models],
+                stop - start,
+                columns=stop - start if whole else columns,
+                threads=thread_count(threads),
+                isa="",
+            )
+        )
+    summed: npt.NDArray[np.float64] = np.sum(found, axis=0) if whole else np.concatenate(found)
+    return summed
 
 
 def combine(
@@ -123,17 +146,24 @@ def combine(
         coefficients: [K], or [rows, K] for one of each of the tensor's rows (of its last axis).
         out: where to write.
     """
-    coefficients = coefficients[0] if len(coefficients) == 1 and coefficients.ndim == 2 else coefficients
+    by_row = coefficients.ndim == 2 and len(coefficients) > 1
+    columns = models[0].numel // len(coefficients) if by_row else 1
+    step = -(-SLICE // columns) * columns
+    for start, stop in _slices(models[0].numel, step, models):
+        own = coefficients[start // columns : stop // columns] if by_row else coefficients.reshape(-1)
+        _combine([model.slice(start, stop) for model in models], own, out.slice(start, stop), threads)
+
+
+def _combine(
+    models: Sequence[Numbers], coefficients: npt.NDArray[np.float64], out: Numbers, threads: int | None
+) -> None:
+    """The same of a slice. The kernel adds to a base, which here is the first model: that counts one less."""
     first, count = models[0], len(models)
-    per_row = coefficients.ndim == 2
-    weights = np.zeros(count) if per_row else coefficients
-    # The kernel adds to a base, which here is the first model: that counts one less.
     less = np.eye(1, count)[0]
-    rows = None
-    columns = first.numel
-    if per_row:
+    rows, weights, columns = None, coefficients - less, first.numel
+    if coefficients.ndim == 2:
+        rows, weights = np.ascontiguousarray(weights.T, np.float32), np.zeros(count)
         columns = first.numel // len(coefficients)
-        rows = np.ascontiguousarray((coefficients - less).T, np.float32)
     plan = _C.MergePlan(
         base=np.array([first.address], np.uint64),
         planes=_dense(models),
@@ -145,12 +175,21 @@ def combine(
         row_count=1,
     )
     plan.run(
-        np.ascontiguousarray((weights - (0 if per_row else less))[None, None], np.float32),
+        np.ascontiguousarray(weights[None, None], np.float32),
         np.array([[out.address]], np.uint64),
         row_weights=None if rows is None else np.array([[rows.ctypes.data]], np.uint64),
         threads=thread_count(threads),
         isa="",
     )
+
+
+def _slices(numel: int, step: int, inputs: Sequence[Numbers]) -> Iterator[tuple[int, int]]:
+    """Starts and ends of slices; each one's inputs are let go before the next."""
+    for start in range(0, numel, step):
+        stop = min(numel, start + step)
+        yield start, stop
+        for own in inputs:
+            own.release(start, stop)
 
 
 def _dense(models: Sequence[Numbers]) -> _C.Planes:

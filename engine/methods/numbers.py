@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +29,13 @@ class Numbers:
         dtype: its safetensors dtype.
         shape: its shape.
         data: its bytes, a flat uint8 array.
+        drop: lets the system drop the pages of the bytes between two places, where they are mapped from a file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+    drop: Callable[[int, int], None] | None = None
 
     @classmethod
     def empty(cls, dtype: str, shape: Sequence[int]) -> Numbers:
@@ -81,13 +83,20 @@ class Numbers:
         nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         stored[...] = np.where(nan, (bits >> 16) | np.uint32(0x40), rounded).reshape(self.shape)
 
+    def slice(self, start: int, stop: int) -> Numbers:
+        """Elements start to stop as a flat tensor of the same memory."""
+        size = ITEM_SIZE[self.dtype]
+        return Numbers(self.dtype, (stop - start,), self.data[start * size : stop * size])
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Say that the elements start to stop are not needed for now: mapped ones are read again when touched."""
+        if self.drop is not None:
+            size = ITEM_SIZE[self.dtype]
+            self.drop(start * size, (self.numel if stop is None else stop) * size)
+
     def rounded_to(self, dtype: str) -> Numbers:
         """The same numbers in a dtype; itself where it has it."""
         return self if self.dtype == dtype else Numbers.of(self.floats(), dtype)
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """The bytes [rows, bytes a row] of some rows of a tensor of at least one dimension."""
-        return self.data.reshape(self.shape[0], -1)[indices]
 
 
 def promoted(dtypes: Sequence[str]) -> str:

@@ -50,12 +50,12 @@ struct Draw {
 };
 
 // Keeps every element whose number is below `threshold`.
-Kept keep_drawn(const Difference& difference, const Draw& draw, std::uint32_t threshold, std::uint8_t* mask,
+Kept keep_drawn(const Difference& difference, const Draw& key, std::uint32_t threshold, std::uint8_t* mask,
                 const Run& run);
 
 // Keeps an element whose number is below 2^24 times (low + rise * rank / (columns - 1)), rounded; rank 0 is
 // the smallest magnitude in its row of `columns` elements.
-Kept keep_ranked(const Difference& difference, std::int64_t columns, const Draw& draw, float low, float rise,
+Kept keep_ranked(const Difference& difference, std::int64_t columns, const Draw& key, float low, float rise,
                  std::uint8_t* mask, const Run& run);
 
 // One model of a merge. mask: null for all elements. scale: of the kept elements, before the weight.

@@ -59,6 +59,29 @@ using WidenFn = void (*)(const std::byte* from, std::int64_t count, float* to);
 
 using CopyFn = void (*)(std::byte* dst, const std::byte* src, std::int64_t nbytes);
 
+// The loops of merge methods over a chunk of floats; loops_generic.h says what each does. Masks have 32 bits
+// for each element, all ones or all zeros, until `pack` makes bits of them.
+struct Loops {
+  void (*subtract)(float* values, const float* less, std::int64_t count);
+  void (*magnitudes)(const float* values, std::int64_t count, std::int32_t* bits);
+  void (*keep_between)(const float* values, std::int64_t count, std::int32_t low, std::int32_t high,
+                       std::uint32_t* kept);
+  void (*draw)(std::uint32_t start, std::uint32_t second, std::int64_t count, std::uint32_t* numbers);
+  void (*keep_below)(const std::uint32_t* numbers, const std::uint32_t* thresholds, std::int64_t count,
+                     std::uint32_t* kept);
+  void (*pack)(const std::uint32_t* kept, std::int64_t count, std::uint8_t* mask);
+  void (*sum_magnitudes)(const float* values, const std::uint32_t* kept, std::int64_t count, double* before,
+                         double* after);
+  void (*weigh)(float* values, const float* base, const std::uint8_t* mask, const std::uint32_t (*bits)[8],
+                float scale, float weight, std::int64_t count);
+  void (*add)(float* sum, const float* values, std::int64_t count);
+  void (*add_elected)(const float* values, const float* elected, float weight, std::int64_t count, float* sum,
+                      float* divisor);
+  void (*divide)(float* sum, const float* divisor, std::int64_t count);
+  void (*finish)(float* sum, const float* base, float scale, std::int64_t count);
+  double (*product)(const float* a, const float* b, std::int64_t count);
+};
+
 struct Kernels {
   const char* name;
   MergeFn merge[kDTypes][kKinds + 1][kDTypes];  // [base][kind of all terms][out]
@@ -66,6 +89,7 @@ struct Kernels {
   DotFn dot[kDTypes][kKinds];
   WidenFn widen[kDTypes];
   CopyFn copy;
+  Loops loops;
 };
 
 // Null where the instruction set does not exist on the architecture compiled for.

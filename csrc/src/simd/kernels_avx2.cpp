@@ -112,6 +112,7 @@ struct Arch {
 };
 
 #include "simd/kernels_generic.h"
+#include "simd/loops_generic.h"
 
 }  // namespace
 

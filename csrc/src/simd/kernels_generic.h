@@ -350,5 +350,6 @@ constexpr Kernels make_kernels(const char* name) {
   fill_base<DType::BF16>(kernels);
   fill_base<DType::F16>(kernels);
   kernels.copy = copy;
+  kernels.loops = make_loops();
   return kernels;
 }

@@ -48,6 +48,7 @@ struct Arch {
 };
 
 #include "simd/kernels_generic.h"
+#include "simd/loops_generic.h"
 
 }  // namespace
 

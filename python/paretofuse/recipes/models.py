@@ -128,13 +128,9 @@ class Model:
 
     def numbers(self, tensor: str) -> Numbers:
         """A tensor, mapped."""
-        view = self.tensors[tensor]
-        return Numbers(view.dtype, view.shape, view.data)
-
-    def release(self, tensor: str) -> None:
-        """Let the system drop a tensor's pages."""
-        view = self.tensors[tensor]
-        self._files[tensor].release(view.offset, view.offset + view.nbytes)
+        view, file = self.tensors[tensor], self._files[tensor]
+        start = view.offset
+        return Numbers(view.dtype, view.shape, view.data, lambda a, b: file.release(start + a, start + b))
 
 
 def split_layer(tensor: str) -> tuple[str, int, str] | None:

@@ -112,8 +112,6 @@ def _write_weights(
                 merged = _merge(recipe, output, seed, threads)
                 file.add(output.name, merged.dtype, merged.shape, [merged.data])
                 where[output.name] = name
-                for part in output.inputs:
-                    part.model.release(part.tensor)
                 done += _nbytes(output)
                 if progress is not None:
                     progress(done, total)
@@ -160,6 +158,8 @@ def _merge(recipe: Recipe, output: Output, seed: int, threads: int | None) -> Nu
         recipe.method.merge(group, merged)
     except ValueError as error:
         raise ValueError(f"{recipe.where(output.line)}: tensor {output.name!r}: {error}") from error
+    for own in given.values():
+        own.release()
     return merged
 
 
