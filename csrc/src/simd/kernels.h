@@ -59,8 +59,8 @@ using WidenFn = void (*)(const std::byte* from, std::int64_t count, float* to);
 
 using CopyFn = void (*)(std::byte* dst, const std::byte* src, std::int64_t nbytes);
 
-// The loops of merge methods over a chunk of floats; loops_generic.h says what each does. Masks have 32 bits
-// for each element, all ones or all zeros, until `pack` makes bits of them.
+// The loops of merge methods over a chunk of floats; chunk_loops_generic.h says what each does. Masks have 32
+// bits for each element, all ones or all zeros, until `pack` makes bits of them.
 struct Loops {
   void (*subtract)(float* values, const float* less, std::int64_t count);
   void (*magnitudes)(const float* values, std::int64_t count, std::int32_t* bits);

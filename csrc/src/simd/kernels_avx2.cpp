@@ -111,8 +111,8 @@ struct Arch {
   }
 };
 
+#include "simd/chunk_loops_generic.h"
 #include "simd/kernels_generic.h"
-#include "simd/loops_generic.h"
 
 }  // namespace
 
