@@ -11,24 +11,51 @@ from paretofuse.adapters.files import companion_files
 from paretofuse.engine.merging.card import BASE_CARD, CARD, kept_lines
 from paretofuse.engine.store.writer import own_version
 from paretofuse.recipes.config import DTYPES, Recipe
-from paretofuse.recipes.models import CONFIG, LAYER_COUNTS
+from paretofuse.recipes.models import CONFIG, LAYER_COUNTS, Model
 from paretofuse.recipes.plan import Plan
+from paretofuse.recipes.templates import chat_template
+from paretofuse.recipes.vocabulary import Vocabulary
 
 RECIPE = "mergekit_config.yml"
 """Where mergekit keeps the recipe beside a merged model; hubs and scripts look for it there."""
 
 
-def files_beside(recipe: Recipe, plan: Plan, rows: int | None) -> dict[str, bytes]:
+_TOKENIZER = (
+    "tokenizer",
+    "vocab.",
+    "merges.txt",
+    "added_tokens",
+    "special_tokens_map",
+    "chat_template",
+    "spiece.",
+)
+"""How names of a tokenizer's files begin."""
+
+
+def files_beside(
+    recipe: Recipe, plan: Plan, models: Mapping[str, Model], vocabulary: Vocabulary | None
+) -> dict[str, bytes]:
     """The donor's own files by name, fitted to the merged model, with its card and its recipe.
 
     Args:
         recipe: the recipe.
         plan: what it comes to.
-        rows: rows of the embeddings, where they are fitted to a tokenizer.
+        models: every model that the recipe names.
+        vocabulary: the merged tokenizer, where the recipe asks for one.
+
+    Raises:
+        ValueError: a chat template that is none.
     """
     files = companion_files(plan.donor.path)
+    if vocabulary is not None:
+        files = {name: content for name, content in files.items() if not name.startswith(_TOKENIZER)}
+        files.update(vocabulary.files())
+    if recipe.chat_template is not None and (template := chat_template(recipe, models)) is not None:
+        files = _with_chat_template(files, template)
     if CONFIG in files:
-        files[CONFIG] = json.dumps(_configuration(recipe, plan, rows), indent=2).encode()
+        files[CONFIG] = json.dumps(
+            _configuration(recipe, plan, None if vocabulary is None else vocabulary.size), indent=2
+        ).encode()
     old = files.pop(CARD, None)
     if old is not None:
         files[BASE_CARD] = old
@@ -83,7 +110,7 @@ The recipe, which is also in [{RECIPE}]({RECIPE}):
 {kept}"""
 
 
-def with_chat_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+def _with_chat_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
     """The files with a chat template in place of the tokenizer's own."""
     found = dict(files)
     name = "tokenizer_config.json"

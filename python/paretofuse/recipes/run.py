@@ -22,6 +22,7 @@ from paretofuse.recipes.config import Recipe, read_recipe
 from paretofuse.recipes.files import RECIPE, files_beside
 from paretofuse.recipes.models import Model
 from paretofuse.recipes.plan import Output, Part, make_plan
+from paretofuse.recipes.vocabulary import Vocabulary, make_vocabulary
 
 _METADATA = {"format": "pt", "written_by": "paretofuse recipe"}
 """In the header of every file: the first for transformers, the second so that only recipes' outputs are replaced."""
@@ -79,21 +80,24 @@ def run_recipe(
     _check_place(place)
     recipe = read_recipe(Path(config), methods)
     models = {name: Model(name) for name in recipe.models}
-    plan = make_plan(recipe, models, None)
+    vocabulary = make_vocabulary(recipe, models)
+    plan = make_plan(recipe, models, None if vocabulary is None else vocabulary.size)
     outputs = sorted(plan.outputs, key=lambda output: -ITEM_SIZE[output.dtype])  # each on its alignment
-    files = files_beside(recipe, plan, None)
+    files = files_beside(recipe, plan, models, vocabulary)
     with fresh(place, directory=True) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        nbytes = _write_weights(folder, recipe, outputs, seed, threads, progress)
-    return Outcome(place, recipe.method.name, len(outputs), nbytes, (*recipe.notes, *plan.notes))
+        nbytes = _write_weights(folder, recipe, outputs, vocabulary, seed, threads, progress)
+    notes = (*recipe.notes, *plan.notes, *(() if vocabulary is None else vocabulary.notes))
+    return Outcome(place, recipe.method.name, len(outputs), nbytes, notes)
 
 
 def _write_weights(
     folder: Path,
     recipe: Recipe,
     outputs: Sequence[Output],
+    vocabulary: Vocabulary | None,
     seed: int,
     threads: int | None,
     progress: Progress | None,
@@ -109,7 +113,7 @@ def _write_weights(
             folder / name, metadata=_METADATA, reserve=max(1024, 256 * (end - start))
         ) as file:
             for output in outputs[start:end]:
-                merged = _merge(recipe, output, seed, threads)
+                merged = _merge(recipe, output, vocabulary, seed, threads)
                 file.add(output.name, merged.dtype, merged.shape, [merged.data])
                 where[output.name] = name
                 done += _nbytes(output)
@@ -125,9 +129,16 @@ def _nbytes(output: Output) -> int:
     return int(np.prod(output.shape, dtype=np.int64)) * ITEM_SIZE[output.dtype]
 
 
-def _merge(recipe: Recipe, output: Output, seed: int, threads: int | None) -> Numbers:
+def _merge(
+    recipe: Recipe, output: Output, vocabulary: Vocabulary | None, seed: int, threads: int | None
+) -> Numbers:
     """One merged tensor."""
     given = {id(part): part.model.numbers(part.tensor) for part in output.inputs}
+    if output.by_token and vocabulary is not None:
+        names = [part.model.name for part in output.inputs]
+        base_name = None if output.base is None else output.base.model.name
+        fitted = vocabulary.fitted(names, list(given.values()), base_name or recipe.base)
+        given = dict(zip(given, fitted, strict=True))
     first = given[id(output.inputs[0])]
     if not first.is_float:
         for part in output.inputs[1:]:
