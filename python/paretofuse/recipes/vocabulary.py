@@ -1,8 +1,8 @@
 """Models of different vocabularies: one tokenizer for all, and for each model the row of every token.
 
-The rules are mergekit's: "base" keeps the base model's tokenizer, "union" adds to it every token that another model has, and
-a model's name takes that model's. A token that a model lacks gets the base's row; where the base lacks it too, the mean of the
-rows of the models that have it; where none has it, zeros. Each row is then merged like any other.
+The rules are mergekit's: "base" keeps the base model's tokenizer, "union" adds to it every token that another model
+has, and a model's name takes that model's. A token that a model lacks gets the base's row; where the base lacks it too,
+the mean of the rows of the models that have it; where none has it, zeros. Each row is then merged like any other.
 """
 
 from __future__ import annotations

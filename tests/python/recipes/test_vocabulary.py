@@ -15,6 +15,7 @@ from tests.support.recipes import by_mergekit, save_family, tensors_of, tiny_lla
 pytest.importorskip("mergekit", reason="the peer that recipes are compared with")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit's libraries
 
+ALONE = "merge_method: passthrough\nmodels: [{model: <a>}]\n"
 WORDS = [f"w{number}" for number in range(37)]
 LINEAR = """
 merge_method: linear
@@ -48,7 +49,7 @@ def save_tokenizer(folder: Path, words: list[str], added: tuple[str, ...] = ()) 
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    """A base of 37 words; a has two more, and one of them b has too, at another place; b's words are in another order."""
+    """A base of 37 words; a has two more, of which b has one at another place; b's words are in another order."""
     found = save_family(tmp_path, tiny_llama(), 2)
     torch.manual_seed(3)
     for name, words, added in (
@@ -124,11 +125,9 @@ def test_chat_templates(models: dict[str, Path], tmp_path: Path) -> None:
         "chatml": "<|im_start|>user\nw1<|im_end|>\n<|im_start|>assistant\nw2<|im_end|>\n",
         '"{{ messages | length }}"': "2",
     }.items():
-        for source in ("", "\ntokenizer_source: union"):
-            run_recipe(
-                written(tmp_path, f"{LINEAR}chat_template: {wanted}{source}", models), tmp_path / "ours"
-            )
+        for recipe in (ALONE, f"{LINEAR}tokenizer_source: union\n"):
+            run_recipe(written(tmp_path, f"{recipe}chat_template: {wanted}", models), tmp_path / "ours")
             tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
             assert tokenizer.apply_chat_template(talk, tokenize=False) == expected
     with pytest.raises(ValueError, match="got chat_template: llama9, expected auto, chatml, or a template"):
-        run_recipe(written(tmp_path, f"{LINEAR}chat_template: llama9", models), tmp_path / "ours")
+        run_recipe(written(tmp_path, f"{ALONE}chat_template: llama9", models), tmp_path / "ours")
