@@ -15,13 +15,14 @@ from torch import Tensor
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.engine.layout import TensorSpec
+from paretofuse.engine.methods.numbers import Floats
 from paretofuse.engine.planes.choose import encode, may_be_small
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.misfit import norm_of, squares_of_product
 from paretofuse.engine.stacking.plan import Plan
-from paretofuse.engine.stacking.sources import Source, TensorInfo
+from paretofuse.engine.stacking.sources import BLOCK, Source, TensorInfo
 
 
 def base_blocks(plan: Plan, spec: TensorSpec) -> Iterator[Tensor]:
@@ -79,7 +80,12 @@ def plane_of(
         CheckpointError: a value is NaN or infinite.
     """
     name = expert.aliases.get(spec.name, spec.name)
-    if name in expert.factors and plan.planes.kind != "dense" and len(spec.shape) > 1:
+    if (
+        name in expert.factors
+        and plan.planes.kind != "dense"
+        and len(spec.shape) > 1
+        and plan.transform is None
+    ):
         sides = [update.sides() for update in expert.factors[name]]
         if all(left.dim() == 2 for left, _ in sides):
             left, right = torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0)
@@ -148,6 +154,28 @@ def head_blocks(plan: Plan, objective: str, name: str) -> Iterator[Tensor]:
 
 
 def _differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Iterator[Tensor]:
+    """What the expert adds, in float32: expert - base, or what the plan's transform makes of it."""
+    if plan.transform is None:
+        yield from _own_differences(plan, expert, spec, name)
+        return
+    sources, device = list(plan.experts.values()), torch.device("cpu")
+
+    def difference(number: int) -> Floats | None:
+        nonlocal device
+        own = sources[number].aliases.get(spec.name, spec.name)
+        if sources[number].is_delta and own not in sources[number].infos:
+            return None
+        blocks = list(_own_differences(plan, sources[number], spec, own))
+        device = blocks[0].device if number == mine and blocks else device
+        found: Floats = torch.cat([block.float().cpu() for block in blocks]).reshape(spec.shape).numpy()
+        return found
+
+    mine = next(number for number, source in enumerate(sources) if source is expert)
+    changed = plan.transform.apply(spec.name, mine, len(sources), difference)
+    yield from torch.from_numpy(changed).reshape(-1).to(device).split(BLOCK)
+
+
+def _own_differences(plan: Plan, expert: Source, spec: TensorSpec, name: str) -> Iterator[Tensor]:
     """expert - base, block by block in float32; for sources of deltas, their own blocks."""
     if expert.is_delta and name not in expert.replaced:
         yield from expert.blocks(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from paretofuse.engine.errors import CheckpointError, some
 from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
+from paretofuse.engine.methods.transform import Transform
 from paretofuse.engine.planes.choose import Wanted
 from paretofuse.engine.routing.groups import Route, assign_groups
 from paretofuse.engine.stacking.members import members_of
@@ -29,6 +30,7 @@ class Plan:
         planes: the format that was asked for.
         notes: what a user should know (mixed dtypes and the like), a sentence each.
         norms: filled while the tensors are read; says then which experts may not belong to the base.
+        transform: what is done to every expert's differences; None for nothing.
     """
 
     layout: Layout
@@ -39,6 +41,7 @@ class Plan:
     planes: Wanted
     notes: tuple[str, ...]
     norms: Norms = field(default_factory=Norms)
+    transform: Transform | None = None
 
     def head_expert(self, objective: str) -> Source:
         """The expert whose head an objective has."""

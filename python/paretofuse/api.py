@@ -20,6 +20,7 @@ from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.layout import Layout
+from paretofuse.engine.methods.transform import parse_transform
 from paretofuse.engine.planes.choose import parse
 from paretofuse.engine.routing.groups import Route
 from paretofuse.engine.routing.routers import check_family, check_init, routers_for
@@ -50,6 +51,7 @@ def stack(
     backend: str | None = None,
     replicas: int = 2,
     allow_misfit: bool = False,
+    transform: str | None = None,
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
@@ -87,6 +89,8 @@ def stack(
         replicas: how many merged modules `engine.replica` may keep, each as large as the model.
         allow_misfit: stack experts whose configuration makes another model of the same tensors (another rope_theta,
             eps or number of heads), and say so in `engine.notes`.
+        transform: what is done to every expert's difference to the base first, by a merge method: "ties:density=0.2",
+            "dare_linear:density=0.3,seed=1", ...; see docs/recipes.md.
 
     Raises:
         CheckpointError: base and experts do not fit together; the message names the tensor or the setting, and both
@@ -97,7 +101,18 @@ def stack(
     place = None if device is None else _device(device)
     check_family(family)
     plan = _plan(
-        base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit, objectives
+        base,
+        experts,
+        route,
+        init,
+        static_weight,
+        dtype,
+        delta_dtype,
+        planes,
+        heads,
+        allow_misfit,
+        objectives,
+        transform,
     )
     routers = routers_for(plan.layout, init, family)
     with _threads_for(plan):
@@ -124,6 +139,7 @@ def stack_to_store(
     family: str = "scalar",
     heads: Sequence[str] = (),
     allow_misfit: bool = False,
+    transform: str | None = None,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
@@ -142,7 +158,18 @@ def stack_to_store(
     """
     check_family(family)
     plan = _plan(
-        base, experts, route, init, static_weight, dtype, delta_dtype, planes, heads, allow_misfit, objectives
+        base,
+        experts,
+        route,
+        init,
+        static_weight,
+        dtype,
+        delta_dtype,
+        planes,
+        heads,
+        allow_misfit,
+        objectives,
+        transform,
     )
     routers = routers_for(plan.layout, init, family)
     parts = persist.streamed(plan, progress)
@@ -244,10 +271,12 @@ def _plan(
     heads: Sequence[str],
     allow_misfit: bool,
     objectives: Mapping[str, Sequence[str]] | None,
+    transform: str | None,
 ) -> Plan:
     if not isinstance(experts, Mapping):
         raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{name: model}}")
     check_init(init)
+    change = None if transform is None else parse_transform(transform)
     names = merged_dtype_name(dtype, "dtype"), merged_dtype_name(delta_dtype, "delta_dtype")
     wanted = parse(planes)
     if wanted.dtype and names[1]:
@@ -270,7 +299,15 @@ def _plan(
         planes=wanted,
         objectives=objectives,
     )
-    return replace(plan, notes=(*misfits, *plan.notes))
+    changes: tuple[str, ...] = ()
+    if change is not None:
+        if source.blueprint.shardings:
+            raise ValueError(
+                f"got transform={transform!r} of sharded tensors, whose elements no process sees all of; transform "
+                "whole models"
+            )
+        changes = (f"every expert's difference is transformed by {transform}",)
+    return replace(plan, notes=(*misfits, *plan.notes, *changes), transform=change)
 
 
 def _notes(plan: Plan) -> tuple[str, ...]:

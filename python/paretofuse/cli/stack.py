@@ -63,6 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="tensors that each objective keeps for itself, such as 'classifier.*'; may be repeated",
     )  # fmt: skip
     parser.add_argument(
+        "--transform", metavar="METHOD:NAME=VALUE,...",
+        help="thin out what each expert adds by a merge method first, such as ties:density=0.2",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow-misfit",
         action="store_true",
         help="stack experts whose configuration makes another model of the same tensors, and say so in a note",
@@ -93,6 +97,7 @@ def run(options: argparse.Namespace) -> Result:
             heads=options.head,
             force=options.force,
             allow_misfit=options.allow_misfit,
+            transform=options.transform,
             progress=update,
         )
     seconds = time.perf_counter() - started
