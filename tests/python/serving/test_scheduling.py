@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -66,12 +67,24 @@ def test_the_cancelled_and_the_late_are_dropped() -> None:
 
 def plan(rows: dict[Any, int], **options: Any) -> Plan:
     settings: dict[str, Any] = {
-        "steps": dict.fromkeys(rows, 50), "ready": (), "replicas": 4, "planes": 2.0, "can_mix": True, **options
-    }  # fmt: skip
+        "steps": dict.fromkeys(rows, 50),
+        "ready": (),
+        "replicas": 16,
+        "planes": 2.0,
+        "several": 3.4,
+        "can_mix": True,
+        **options,
+    }
     return make_plan(rows, **settings)
 
 
 KEYS = [(i / 16, 1 - i / 16) for i in range(17)]
+
+
+def cost(chosen: Plan, rows: dict[Any, int], planes: float, steps: int) -> float:
+    """By the formulas of costs.py, nothing being merged yet."""
+    own = sum(min(rows[key], 3.4) + (2 + planes) / steps for key in chosen.merged)
+    return own + (1 + planes) * min(sum(rows[key] for key in chosen.mixed), 3.4)
 
 
 def test_plans() -> None:
@@ -79,17 +92,32 @@ def test_plans() -> None:
     many = dict.fromkeys(KEYS, 1)
     assert plan(many).merged == ()  # many dense ones: all mixed
     assert set(plan(many).mixed) == set(KEYS)
-    # A few dense ones are cheaper merged; with low-rank planes even two are not.
-    two = dict.fromkeys(KEYS[:2], 1)
-    assert set(plan(two).merged) == set(two)
-    assert set(plan(two, planes=0.02).mixed) == set(two)
-    # One token is not worth a merge of its own where others are mixed anyway.
-    crowded = {**dict.fromkeys(KEYS[:8], 1)}
-    assert plan(crowded, steps=dict.fromkeys(KEYS[:8], 1)).merged == ()
+    # A few dense ones are cheaper merged; with low-rank planes four are not.
+    few = dict.fromkeys(KEYS[:5], 1)
+    assert set(plan(few).merged) == set(few)
+    assert set(plan(few, planes=0.02).mixed) == set(few)
+    # One token is not worth a merge.
+    assert plan(few, steps=dict.fromkeys(few, 1)).merged == ()
+    assert set(plan(few, steps=dict.fromkeys(few, 1), ready=KEYS[:5]).merged) == set(few)
     # What cannot be mixed is merged.
-    assert set(plan(two, can_mix=False).merged) == set(two)
+    assert set(plan(many, can_mix=False).merged) == set(many)
     # Never more than there are replicas.
     assert len(plan(dict.fromkeys(KEYS, 3), planes=30.0, replicas=2).merged) <= 2
+
+
+def test_no_plan_of_another_number_of_merges_is_cheaper() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = {key: draw.randrange(1, 4) for key in draw.sample(KEYS, draw.randrange(1, 12))}
+        planes, steps = draw.choice([0.05, 1.0, 2.0, 8.0]), draw.choice([1, 4, 100])
+        found = plan(rows, planes=planes, steps=dict.fromkeys(rows, steps))
+        assert sorted(found.merged + found.mixed) == sorted(rows)
+        best = min(
+            cost(Plan(tuple(order[:count]), tuple(order[count:])), rows, planes, steps)
+            for order in [sorted(rows, key=lambda key: -rows[key])]
+            for count in range(len(order) + 1)
+        )
+        assert cost(found, rows, planes, steps) <= best + 1e-9
 
 
 class Letters:
