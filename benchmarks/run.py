@@ -26,6 +26,7 @@ NAMES = (
     "training_memory",
     "disk_merge",
     "startup",
+    "serving",
     "cpp_replicas",
     "plane_merge",
     "recipes",

@@ -95,6 +95,22 @@ def test_production(tmp_path: Path) -> None:
     assert torch.equal(names["cola"](names["tokens"]).logits, own)
 
 
+def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai", reason="the official client is among what the tests need")
+    serving = pytest.importorskip("paretofuse.serving")
+    from tests.support.served import running, text_store
+
+    monkeypatch.chdir(tmp_path)
+    store = text_store(tmp_path)
+    preferences, values = [[1.0, 0.0], [0.0, 1.0]], [[20.0, 50.0], [60.0, 25.0]]
+    front = pf.Front(preferences, values, ("news", "poems"), ("news", "poems"), maximize=False)  # type: ignore[arg-type]
+    with running(serving.create_app(pf.load(store), front=front)) as url:
+        names = run_guide("serving.md", {"url": url, "store": store, "front": front})
+    assert names["answer"].preference == {"news": 1.0, "poems": 0.0}
+    assert names["answer"].choices[0].text in capsys.readouterr().out
+    assert len(names["engine"].pool) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data")  # pinned memory without a GPU
 def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
