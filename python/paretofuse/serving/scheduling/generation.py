@@ -102,6 +102,7 @@ class GenerationRunner:
         self._rows: list[Row] = []  # in the order of the cache, neighbours where they share a step
         self._cache = RowCache()
         self._plan = Plan((), ())
+        self._stale = False  # the plan is of other rows
 
     @property
     def active(self) -> int:
@@ -141,7 +142,7 @@ class GenerationRunner:
 
     def step(self) -> None:
         """A token for every row; rows that end, or that nobody waits for any more, leave."""
-        changed = self._leave()
+        self._leave()
         if self._new:
             self._replan()
             with torch.inference_mode():
@@ -150,7 +151,7 @@ class GenerationRunner:
                         self._prefill(rows)
             self._new = []
             self._leave()
-        if changed and self._rows:
+        if self._stale and self._rows:
             self._replan()
         with torch.inference_mode():
             first = 0
@@ -160,6 +161,7 @@ class GenerationRunner:
                     self._decode(first, last)
                 first = last
         self._cache.advance()
+        self._leave()
 
     def fail(self, error: Exception) -> None:
         """Tell all rows that they failed, and forget them."""
@@ -168,8 +170,8 @@ class GenerationRunner:
         self._rows, self._new, self._cache = [], [], RowCache()
         self._modules.keep(())
 
-    def _leave(self) -> bool:
-        """Forget rows that are done, late or cancelled; whether there were any, or any has come."""
+    def _leave(self) -> None:
+        """Forget rows that are done, late or cancelled."""
         now = monotonic()
         for row in self._rows + self._new:
             if not row.done and row.job.deadline < now:
@@ -177,13 +179,12 @@ class GenerationRunner:
                 row.done = True
         stay = [i for i, row in enumerate(self._rows) if not (row.done or row.job.cancelled)]
         self._new = [row for row in self._new if not (row.done or row.job.cancelled)]
-        left = len(stay) < len(self._rows)
-        if left:
+        if len(stay) < len(self._rows):
             self._cache.arrange(stay)
             self._rows = [self._rows[i] for i in stay]
+            self._stale = True
         if not self._rows and not self._new:
             self._modules.keep(())
-        return left or bool(self._new)
 
     def _replan(self) -> None:
         """Choose what shares a step, hold the replicas that it needs, and make neighbours of rows that share one."""
@@ -204,6 +205,7 @@ class GenerationRunner:
         order = sorted(range(len(self._rows)), key=lambda i: place[self._rows[i].job.key])
         self._cache.arrange(order)
         self._rows = [self._rows[i] for i in order]
+        self._stale = bool(self._new)  # rows that are read now stand at the end
 
     def _groups(self) -> Iterator[tuple[Key, ...]]:
         """The preferences of each step."""

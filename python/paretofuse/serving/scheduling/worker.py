@@ -172,6 +172,7 @@ class Worker:
         except Exception as error:
             _LOG.exception("a step failed")
             self._runner.fail(error)
+        self._metrics.active.set(self._runner.active)
         ended = rows - self._runner.active
         if ended > 0:
             self._seconds += 0.1 * ((monotonic() - started) * self._limits.max_batch / ended - self._seconds)
