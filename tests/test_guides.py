@@ -109,6 +109,7 @@ def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert names["answer"].preference == {"news": 1.0, "poems": 0.0}
     assert names["answer"].choices[0].text in capsys.readouterr().out
     assert len(names["engine"].pool) == 4
+    assert "GPT-2 on news and poems" in (tmp_path / "front.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -155,12 +156,3 @@ def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in load_file("merged/model.safetensors").items():
         assert torch.equal(found, torch.stack([state[name] for state in states]).median(0).values)
     assert names["Median"].name == "median"
-
-
-def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("plotly", reason="the page comes with the extra `serve`")
-    monkeypatch.chdir(tmp_path)
-    shares = pf.simplex_grid(2, 3)
-    front = pf.Front(shares, 60 - 30 * shares, ("news", "poems"), ("news", "poems"), maximize=False)
-    run_guide("serving.md", {"front": front, "pf": pf})
-    assert "GPT-2 on news and poems" in (tmp_path / "front.html").read_text(encoding="utf-8")
