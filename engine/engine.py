@@ -248,6 +248,29 @@ class Engine:
         states = self._bound.states(routing, self._stack.head(head))
         return states if is_several(preference, weights) else states[0]
 
+    def named_tensors(
+        self, preference: Preference, *, head: str | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The merged model's tensors as (name, tensor) pairs, each once, as weight-transfer interfaces take them.
+
+        Such are vLLM's and SGLang's updates of a running model (docs/serving.md). Names are the state dict's; of tied
+        names only the first comes, as in a checkpoint's file.
+
+        Args:
+            preference: by objective name, or in the order of `objectives`.
+            head: whose head, where objectives have heads of their own.
+
+        Raises:
+            ValueError: invalid input; before the first pair.
+        """
+        seen: set[int] = set()
+        own = {}
+        for name, tensor in self.merge_state_dict(preference, head=head).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                own[name] = tensor
+        return iter(own.items())
+
     def train_at(self, preference: Preference, *, materialize: bool = True) -> Tensor:
         """Merge the live module at a preference and let gradients flow from it into the routers.
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from examples.serve_llm.texts import rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.serve_llm.texts import rows
 
 STEPS, BATCH, RATE, RANK = 24, 2, 2e-3, 8
 

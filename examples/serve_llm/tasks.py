@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from functools import cache
 
-from examples.serve_llm.texts import NAMES, rows
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import paretofuse as pf
+from examples.serve_llm.texts import NAMES, rows
 
 BASE = "build/serve_llm/base"
 BATCH = 2

@@ -337,3 +337,19 @@ def test_the_engine_says_what_its_live_module_is_merged_for() -> None:
     assert engine.preference == {"a": 0.0, "b": 1.0, "c": 0.0}
     engine.unload([1, 0, 0])
     assert engine.preference is None
+
+
+def test_named_tensors_are_a_checkpoints() -> None:
+    base = tiny_gpt2()
+    engine = pf.stack(base, {name: perturbed(base, seed) for seed, name in enumerate(("news", "poems"))})
+    preference = {"news": 0.7, "poems": 0.3}
+    pairs = engine.named_tensors(preference)
+    merged = engine.merge(preference)
+    parameters = dict(merged.named_parameters())
+    found = dict(pairs)
+    assert next(pairs, None) is None
+    assert parameters.keys() <= found.keys()
+    assert "lm_head.weight" not in found  # tied to the embedding, which is there
+    assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in found.items())
+    with pytest.raises(ValueError, match="expected a sum of 1"):
+        engine.named_tensors({"news": 0.7, "poems": 0.7})
