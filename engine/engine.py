@@ -47,16 +47,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        routers: Routers,
-        blueprint: Blueprint,
-        *,
-        device: torch.device,
-        backend: str | None = None,
-        replicas: int = 2,
-        notes: tuple[str, ...] = (),
-    ) -> None:
+        self, stack: Stack, routers: Routers, blueprint: Blueprint, *, device: torch.device,
+        backend: str | None = None, replicas: int = 2, notes: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.layout = stack.layout
         self.device = device
         self.blueprint = blueprint
@@ -251,25 +244,14 @@ class Engine:
     def named_tensors(
         self, preference: Preference, *, head: str | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The merged model's tensors as (name, tensor) pairs, each once, as weight-transfer interfaces take them.
-
-        Such are vLLM's and SGLang's updates of a running model (docs/serving.md). Names are the state dict's; of tied
-        names only the first comes, as in a checkpoint's file.
-
-        Args:
-            preference: by objective name, or in the order of `objectives`.
-            head: whose head, where objectives have heads of their own.
+        """The merged model's (name, tensor) pairs, of tied names the first, as weight-transfer interfaces take them.
 
         Raises:
             ValueError: invalid input; before the first pair.
         """
-        seen: set[int] = set()
-        own = {}
-        for name, tensor in self.merge_state_dict(preference, head=head).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                own[name] = tensor
-        return iter(own.items())
+        state = self.merge_state_dict(preference, head=head)
+        first = {id(tensor): name for name, tensor in reversed(state.items())}
+        return ((name, tensor) for name, tensor in state.items() if first[id(tensor)] == name)
 
     def train_at(self, preference: Preference, *, materialize: bool = True) -> Tensor:
         """Merge the live module at a preference and let gradients flow from it into the routers.
@@ -413,16 +395,9 @@ class Engine:
 
     def __repr__(self) -> str:
         """Sizes at a glance, and what the live module is merged for."""
-        routed = sum(spec.numel for spec in self.layout.with_role("routed"))
-        total = sum(spec.numel for spec in self.layout.tensors)
-        several = self.layout.planes != self.objectives
-        others = f"{len(self.layout.planes)} planes {list(self.layout.planes)}, " if several else ""
         at = "given as weights" if self._at_weights else self._at_preference
-        return (
-            f"Engine({len(self.objectives)} objectives {list(self.objectives)}, {others}{len(self.groups)} groups, "
-            f"{routed:,} of {total:,} parameters routed, {self.routers.size}, backend={self.backend!r}, "
-            f"device={str(self.device)!r}, preference={at})"
-        )
+        what = f"{self.layout.summary()}, {self.routers.size}, backend={self.backend!r}"
+        return f"Engine({what}, device={str(self.device)!r}, preference={at})"
 
     def set_family(self, family: str) -> None:
         """Give the routers row coefficients ("rows"), zero so that merges stay as they are, or none ("scalar").

@@ -147,6 +147,17 @@ class Layout:
         """Rows of all routed tensors together: R."""
         return sum(spec.rows for spec in self.with_role("routed"))
 
+    def summary(self) -> str:
+        """Sizes at a glance."""
+        routed = sum(spec.numel for spec in self.with_role("routed"))
+        total = sum(spec.numel for spec in self.tensors)
+        several = self.planes != self.objectives
+        others = f"{len(self.planes)} planes {list(self.planes)}, " if several else ""
+        return (
+            f"{len(self.objectives)} objectives {list(self.objectives)}, {others}{len(self.groups)} groups, "
+            f"{routed:,} of {total:,} parameters routed"
+        )
+
     def with_role(self, *roles: Role) -> tuple[TensorSpec, ...]:
         """The tensors of the given roles, in file order."""
         return tuple(t for t in self.tensors if t.role in roles)
