@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+_TRACKERS = ("wandb", "mlflow", "aim", "trackio")
+"""Names that are meant as such, and not as a directory's."""
 
 
 class Log(Protocol):
@@ -27,9 +31,17 @@ def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
         resumed_step: records after this step come from a run that was cut short, and are dropped (0: a new run).
 
     Raises:
-        ValueError: the path is a file that is no log of `pf.fit`; it is left as it is.
+        ValueError: the path is a file that is no log of `pf.fit`; it is left as it is. Or it is a tracker's name, or
+            nearly so, and no directory of that name is there.
         ImportError: the path is a directory and tensorboard is not installed.
     """
+    if isinstance(path, str) and os.sep not in path and not os.path.isdir(path):
+        near = difflib.get_close_matches(path.lower(), _TRACKERS, n=1, cutoff=0.75)
+        if near:
+            raise ValueError(
+                f"got log={path!r}, which looks like the tracker {near[0]!r}; none is known here by name: give a "
+                f".csv file or a TensorBoard directory, {f'./{path}'!r} if that is its name"
+            )
     path = Path(path)
     return CsvLog(path, resumed_step) if path.suffix == ".csv" else TensorBoardLog(path, resumed_step)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
     from paretofuse.fronts.front import Front
+    from paretofuse.fronts.harness import lm_eval_metrics
     from paretofuse.fronts.search import search
     from paretofuse.fronts.sweep import sweep
     from paretofuse.recipes.run import run_recipe
@@ -42,6 +43,7 @@ _HOMES = {
     "layered_grid": "paretofuse.engine.routing.sampling",
     "sample_preferences": "paretofuse.engine.routing.sampling",
     "Front": "paretofuse.fronts.front",
+    "lm_eval_metrics": "paretofuse.fronts.harness",
     "search": "paretofuse.fronts.search",
     "sweep": "paretofuse.fronts.sweep",
     "run_recipe": "paretofuse.recipes.run",
@@ -49,8 +51,8 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
-    "fit", "layered_grid", "load", "run_recipe", "sample_preferences", "search", "simplex_grid", "stack", "sweep",
-    "with_head",
+    "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "simplex_grid",
+    "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

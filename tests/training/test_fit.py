@@ -172,6 +172,18 @@ def test_a_log_never_replaces_another_file(tmp_path: Path, content: bytes) -> No
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("name", ["wandb", "wandbb", "WandB", "mlfow", "aim", "trackio"])
+def test_a_trackers_name_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"got log='{name}', which looks like the tracker.*'\./{name}'"):
+        open_log(name, 0)
+    assert list(tmp_path.iterdir()) == []
+    open_log(f"./{name}", 0).close()
+    open_log(name, 0).close()  # now that it is there
+    open_log(f"{name}.csv", 0).close()
+    open_log("logs", 0).close()
+
+
 def test_a_new_run_replaces_its_earlier_log(tmp_path: Path) -> None:
     path = tmp_path / "not" / "there" / "log.csv"
     path.parent.mkdir(parents=True)

@@ -9,11 +9,17 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import paretofuse
 from paretofuse.cli.options import add_engine, add_entry, add_output, count, named_numbers
 from paretofuse.cli.running import Result, entry_point, in_options, load_engine, shows_progress
+
+if TYPE_CHECKING:
+    from paretofuse.engine.engine import Engine
+    from paretofuse.fronts.harness import LMEvalMetrics
 
 SUMMARY = "evaluate the merged models of evenly spaced preferences"
 EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front.csv --plot front.png"
@@ -26,7 +32,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--evaluate",
         "called with the live module in eval mode; returns a dict of numbers by name",
-        required=True,
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,...",
+        help="or the metrics of these tasks of lm-evaluation-harness, which know which way is better",
+    )  # fmt: skip
+    parser.add_argument("--lm-eval-path", metavar="DIR", help="a directory with task files of your own")
+    parser.add_argument("--lm-eval-results", metavar="DIR", help="where to write the harness's own JSON")
+    parser.add_argument("--limit", type=count, metavar="N", help="documents of each task (default: all)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="the tokenizer's directory (default: the one in the store)"
     )
     add_output(parser, "CSV", "table to write")
     parser.add_argument(
@@ -61,6 +76,32 @@ def processes(count: int, threads: int | None) -> Callable[[], ProcessPoolExecut
     )
 
 
+def harness(options: argparse.Namespace, engine: Engine) -> LMEvalMetrics:
+    """The evaluation of --lm-eval, with the store's own tokenizer unless told."""
+    evaluate = paretofuse.lm_eval_metrics(
+        options.lm_eval.split(","),
+        tokenizer=options.tokenizer,
+        include_path=options.lm_eval_path,
+        limit=options.limit,
+        results=options.lm_eval_results,
+    )
+    if options.tokenizer is None:
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as folder:
+            for name, content in engine.blueprint.files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            try:
+                evaluate.tokenizer = AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError) as error:  # as transformers says that there is none
+                raise ValueError(
+                    f"{options.store} holds no tokenizer; name its directory by --tokenizer"
+                ) from error
+    return evaluate
+
+
 def run(options: argparse.Namespace) -> Result:
     """Evaluate the front; all that can go wrong at the end is tried before the long work."""
     from paretofuse.engine.evaluation.arguments import plain_point, reference_point
@@ -72,7 +113,11 @@ def run(options: argparse.Namespace) -> Result:
         raise ImportError("--html needs plotly; pip install 'paretofuse[serve]'")
     if options.reference is not None:
         plain_point(options.reference)
-    evaluate = entry_point("--evaluate", options.evaluate)
+    if (options.evaluate is None) == (options.lm_eval is None):
+        raise ValueError("got neither or both of --evaluate and --lm-eval, expected one of them")
+    if options.lm_eval and options.minimize:
+        raise ValueError("got --minimize with --lm-eval, whose tasks say which way is better; leave it out")
+    evaluate: Any = None if options.lm_eval else entry_point("--evaluate", options.evaluate)
     if options.plot:
         plots = import_module("paretofuse.fronts.plots")
         plots.check_path(options.plot)
@@ -83,6 +128,10 @@ def run(options: argparse.Namespace) -> Result:
         logging.NullHandler()
     )  # what it would log is printed as a note below
     engine = load_engine(options)
+    maximize: Any = not options.minimize
+    if options.lm_eval:
+        evaluate = harness(options, engine)
+        maximize = evaluate.maximize
 
     def check(metrics: tuple[str, ...]) -> None:
         if options.reference is not None:
@@ -94,7 +143,7 @@ def run(options: argparse.Namespace) -> Result:
         engine,
         evaluate,
         paretofuse.simplex_grid(len(engine.objectives), options.points) if options.points else None,
-        maximize=not options.minimize,
+        maximize=maximize,
         out=options.output,
         ahead=options.ahead,
         executor=processes(options.workers, options.threads) if options.workers else None,
