@@ -35,6 +35,8 @@ def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
             nearly so, and no directory of that name is there.
         ImportError: the path is a directory and tensorboard is not installed.
     """
+    if Path(path).suffix == ".csv":
+        return CsvLog(Path(path), resumed_step)
     if isinstance(path, str) and os.sep not in path and not os.path.isdir(path):
         near = difflib.get_close_matches(path.lower(), _TRACKERS, n=1, cutoff=0.75)
         if near:
@@ -42,8 +44,7 @@ def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
                 f"got log={path!r}, which looks like the tracker {near[0]!r}; none is known here by name: give a "
                 f".csv file or a TensorBoard directory, {f'./{path}'!r} if that is its name"
             )
-    path = Path(path)
-    return CsvLog(path, resumed_step) if path.suffix == ".csv" else TensorBoardLog(path, resumed_step)
+    return TensorBoardLog(Path(path), resumed_step)
 
 
 class CsvLog:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.training.log import open_log
 
 
 class Noisy(nn.Module):
