@@ -53,11 +53,11 @@ def text_store(path: Path, *, chat: bool = False, size: float = 0.1) -> Path:
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The URL of an app that a thread of this process serves on a free port of loopback."""
-    import socket
-
     import uvicorn
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    from paretofuse.serving.server import listening
+
+    with listening("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

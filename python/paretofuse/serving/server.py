@@ -52,8 +52,7 @@ def serve(
     Raises:
         OSError: the address is taken, or not of this machine.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=1024) as listener:
+    with listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
@@ -65,6 +64,27 @@ def serve(
             timeout_graceful_shutdown=int(app.state.serving.limits.timeout),
         )
         asyncio.run(_serve(app, _Server(config), listener, lambda: started(url), store, load))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 takes a free one.
+
+    It says that it is TCP's, which `socket.create_server` leaves out: asyncio sends small packets at once (TCP_NODELAY)
+    on such sockets only, and an answer in two packets would wait 40 ms for the first to be acknowledged.
+
+    Raises:
+        OSError: the address is taken, or not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 async def _serve(
