@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import paretofuse as pf
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.recipes.run import run_recipe
 from tests.support.recipes import by_mergekit, save_family, tensors_of, tiny_llama, written
@@ -131,3 +132,21 @@ def test_chat_templates(models: dict[str, Path], tmp_path: Path) -> None:
             assert tokenizer.apply_chat_template(talk, tokenize=False) == expected
     with pytest.raises(ValueError, match="got chat_template: llama9, expected auto, chatml, or a template"):
         run_recipe(written(tmp_path, f"{ALONE}chat_template: llama9", models), tmp_path / "ours")
+
+
+def test_models_fitted_to_the_same_tokens_are_stacked(models: dict[str, Path], tmp_path: Path) -> None:
+    """What docs/recipes.md advises: a model alone, at weight 1, with all others' tokens."""
+    fitted = {}
+    for name in models:
+        text = "merge_method: linear\ntokenizer_source: union\nbase_model: <base>\nmodels:\n" + "".join(
+            f"- {{model: <{other}>, parameters: {{weight: {int(other == name)}}}}}\n" for other in models
+        )
+        fitted[name] = tmp_path / f"fitted-{name}"
+        run_recipe(written(tmp_path, text, models), fitted[name])
+    base = fitted.pop("base")
+    engine = pf.stack(base, fitted)
+    for name, path in fitted.items():
+        merged, truth = engine.merge_state_dict({name: 1.0}), tensors_of(path)
+        assert truth["lm_head.weight"].shape == (39, 12)
+        for tensor, values in truth.items():
+            torch.testing.assert_close(merged[tensor], values)
