@@ -20,7 +20,8 @@ from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.replicas import Merge, ReplicaPool
 from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
-from paretofuse.engine.routing.preference import Preference, as_preference
+from paretofuse.engine.planes.trained import trained_planes
+from paretofuse.engine.routing.preference import Preference, as_preference, by_name
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.weights import check_one, is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
@@ -50,24 +51,32 @@ class Engine:
         self, stack: Stack, routers: Routers, blueprint: Blueprint, *, device: torch.device,
         backend: str | None = None, replicas: int = 2, notes: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.layout = stack.layout
         self.device = device
         self.blueprint = blueprint
         self.training: dict[str, Any] | None = None
         self.origin: str | None = None
         self.path: str | None = None
         self.routers = routers.to(device)
-        self._bound = BoundStack(stack, backend, blueprint.shardings)
+        self._asked = backend
+        self.pool = ReplicaPool(replicas, device)
+        self._rebind(stack)
         self.notes = (*notes, *self._bound.notes)
         self._bound.check_rows(routers.width)
         self.backend = self._bound.backends.get(device) or choose_backend(device, backend)
-        self._stack = self._bound.stack
+
+    def _rebind(self, stack: Stack) -> None:
+        """Work with this stack from now on, with modules made anew."""
+        self._bound = BoundStack(stack, self._asked, self.blueprint.shardings)
+        self._stack, self.layout = self._bound.stack, stack.layout
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
         self._trained: LiveModule | None = None
-        self.pool = ReplicaPool(replicas, device)
         self._at_preference: dict[str, float] | None = None
         self._at_weights = False
+        self.pool = ReplicaPool(len(self.pool), self.device)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -140,8 +149,7 @@ class Engine:
         Raises:
             ValueError: the preference or the weights are not valid.
         """
-        routing = routing_of(self.routers, preference, weights)
-        check_one(routing)
+        routing = check_one(routing_of(self.routers, preference, weights))
         self._live_module().switch(routing)
         self._note(preference)
 
@@ -283,7 +291,7 @@ class Engine:
                 f"got preferences of shape {list(weights.shape[:-2])} x M, expected one of shape [M]"
             )
         live.write(weights.detach().unsqueeze(0))
-        live.collector.arm(weights)
+        live.collector.arm(weights, trained_planes(self.routers))
         if materialize:
             self._note(preference)
         self._trained = live
@@ -325,20 +333,21 @@ class Engine:
         own, skeleton = self._stack.head(head), self.blueprint.of_head(head).make()
         return batched_module(self._bound, skeleton, routing, isolate=isolate, head=own)
 
-    def jacobian(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
-        """Gradients of losses with respect to the routing weights, without touching the routers' own gradients.
+    def jacobian(self, losses: Sequence[Tensor] | Tensor, *, flat: bool = False) -> Tensor:
+        """Gradients of losses with respect to the routing weights; the parameters' own gradients stay as they are.
 
         Args:
-            losses: M scalars, each computed after `train_at` by the module that it merged: `engine.module`, or
-                `engine.fused_module` with `materialize=False`.
+            losses: M scalars, each computed by the module that `train_at` merged, `module` or `fused_module`.
+            flat: with the gradients of all factors of trained planes behind, in their order.
 
         Returns:
-            float64 [M, G, P] or [M, G + R, P].
+            float64 [M, G, P] or [M, G + R, P]; flat [M, D].
 
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
         """
-        return (self._trained or self._live_module()).collector.jacobian(list(losses))
+        routing, factors = (self._trained or self._live_module()).collector.jacobian(list(losses))
+        return torch.cat([routing.flatten(1), factors], 1) if flat else routing
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write everything to a store: a directory of safetensors files and a manifest, atomically.
@@ -382,15 +391,12 @@ class Engine:
             OSError: writing failed; what was there before is untouched.
         """
         self._bound.check_whole("an adapter")
-        routing = routing_of(self.routers, preference, None).cpu()
-        check_one(routing)
+        routing = check_one(routing_of(self.routers, preference, None)).cpu()
         return write_adapter(path, self._stack, routing[0], self.blueprint, rank)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """Like `merge`, letting go of the live module, the fused one and the replicas first, with their memory."""
-        self._live = self._fused = self._trained = self._at_preference = None
-        self._at_weights = False
-        self.pool = ReplicaPool(len(self.pool), self.device)
+        self._let_go()
         return self.merge(preference, head=head)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
@@ -422,10 +428,7 @@ class Engine:
     def _note(self, preference: Preference | None) -> None:
         """Remember what the live module was merged for; None: given weights."""
         self._at_weights = preference is None
-        self._at_preference = None
-        if preference is not None:
-            numbers = as_preference(preference, self.objectives)
-            self._at_preference = dict(zip(self.objectives, numbers.tolist(), strict=True))
+        self._at_preference = None if preference is None else by_name(preference, self.objectives)
 
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:
         """What a replica holds for a preference, as the routers are now."""
@@ -440,9 +443,8 @@ class Engine:
         )
 
     def _build_live(self, *, fused: bool, weights: Tensor | None = None) -> LiveModule:
-        """A module bound to its mergers, merged at routing weights or at equal preferences."""
-        count = len(self.objectives)
-        weights = routing_of(self.routers, [1 / count] * count, None) if weights is None else weights
+        if weights is None:
+            weights = routing_of(self.routers, [1 / len(self.objectives)] * len(self.objectives), None)
         live = live_module(self._bound, self.blueprint.make(), weights, fused=fused)
         bind_heads(live.module, self._stack.heads, self.blueprint)
         return live

@@ -34,13 +34,14 @@ PLAIN_FIT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A change of the plain setting: arguments of pf.stack and of pf.fit, the length of the run, early stopping."""
+    """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes."""
 
     name: str
     stack: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     longer: float = 1.0
     stop: bool = False
+    rank: int | None = None
 
 
 SETTINGS = (
@@ -89,6 +90,8 @@ SETTINGS = (
     Setting("ours, regularization 0.1", OURS_STACK, {**OURS_FIT, "regularization": 1e-1}),
     Setting("ours, early stop", OURS_STACK, OURS_FIT, stop=True),
     Setting("ours, rows", {**OURS_STACK, "family": "rows"}, OURS_FIT),
+    Setting("ours, rank 4", OURS_STACK, OURS_FIT, rank=4),
+    Setting("ours, rows and rank 4", {**OURS_STACK, "family": "rows"}, OURS_FIT, rank=4),
     Setting("ours, epo", OURS_STACK, {**OURS_FIT, "method": "epo"}),
     Setting(
         "ours, 4 preferences a step, a quarter of the steps",
@@ -121,7 +124,9 @@ def listed(experiment: Experiment) -> list[Contender]:
             stack, fit = {**PLAIN_STACK, **setting.stack}, {**PLAIN_FIT, **setting.fit}
             taken = max(1, round(steps * setting.longer))
             settings: dict[str, Any] = {"steps": taken, "stack": stack, "fit": fit}
-            run = learned(taken, stack, fit)
+            run = learned(taken, stack, fit, setting.rank)
+            if setting.rank is not None:
+                settings |= {"rank": setting.rank}
             if setting.stop:
                 settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE]}
                 run = stopping(taken, stack, fit)

@@ -80,12 +80,14 @@ def _ours(steps: int, several: int = 1) -> Contender:
     return Contender(name, learned(steps, OURS_STACK, fit), steps * several / 75, settings)
 
 
-def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:
-    """Ours with some settings: arguments of pf.stack and of pf.fit."""
+def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any], rank: int | None = None) -> Contend:
+    """Ours with some settings: arguments of pf.stack and of pf.fit, and the rank of trained planes."""
 
     def run(context: Context) -> Outcome:
         with context.meter:
             engine = pf.stack(context.models.base(), context.models.experts(), **stack)
+            if rank is not None:
+                pf.add_planes(engine, rank)
             objectives = context.experiment.objectives
             pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **fit)
         return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))

@@ -11,7 +11,7 @@ import numpy as np
 
 from paretofuse.engine.extension import _C, thread_count
 from paretofuse.engine.merging.card import with_card
-from paretofuse.engine.routing.preference import Preference, as_preference
+from paretofuse.engine.routing.preference import Preference, as_preference, by_name
 from paretofuse.engine.store.reader import Progress, Store
 from paretofuse.engine.termination import termination_raises
 
@@ -64,10 +64,7 @@ def merge_store(
     # A mapping of its own, since its pages are dropped on the way.
     store = Store.open(store.path if isinstance(store, Store) else store)
     routing = _routing_weights(store, preference, weights)
-    shares = None
-    if preference is not None:
-        numbers = as_preference(preference, store.layout.objectives).tolist()
-        shares = dict(zip(store.layout.objectives, numbers, strict=True))
+    shares = None if preference is None else by_name(preference, store.layout.objectives)
     if verify:
         store.verify(threads=threads)
     with termination_raises():

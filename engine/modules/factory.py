@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,8 @@ from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
 from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
+from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.planes.trained import trained_factors, with_own_leaves
 from paretofuse.engine.stacking.sharding import shard
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
 from paretofuse.engine.stacking.stack import Stack, lasting
@@ -50,9 +52,11 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         bound, skeleton, {**out.views[0], **{name: bound.stack.base[name] for name in hidden}}
     )
     mixes: dict[torch.device, Tensor] = {}
+    planes = bound.stack.planes
     if fused:
+        planes = tuple({name: with_own_leaves(plane) for name, plane in own.items()} for own in planes)
         mixes = {d: torch.zeros(weights[0].shape, dtype=torch.float32, device=d) for d in bound.backends}
-        module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, mixes))
+        module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, planes, mixes))
     # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
     stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
     in_flat = {spec.name for flat in bound.flat for spec in flat.bucket.specs}
@@ -62,7 +66,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         bound.routed_merger(merged, out, [stored]),
         {spec.name for spec in merged},
         bound.layout,
-        bound.stack.planes,
+        planes,
         weights,
         deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
         mixes=tuple(mixes.values()),
@@ -104,13 +108,22 @@ def _constants(bound: BoundStack) -> set[str]:
 
 
 def _mixed_weight(
-    bound: BoundStack, mixes: Mapping[torch.device, Tensor], layer: nn.Module, name: str
+    bound: BoundStack,
+    given: Sequence[Mapping[str, Plane]],
+    mixes: Mapping[torch.device, Tensor],
+    layer: nn.Module,
+    name: str,
 ) -> MixedWeight:
     """The weight of a fused layer, given the routing weights [G, P] on each device."""
     base, row, span = bound.stack.base[name], bound.rows[name], bound.layout.row_spans[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
     if bound.backends[base.device] == "native":
-        planes = [own.get(name) for own in bound.stack.planes]
+        planes = [own.get(name) for own in given]
         release = partial(bound.stack.release, [name])
         return LayerwiseWeight(base, planes, mix, row, transposed, release, span)
+    if any(trained_factors(own.get(name)) for own in given):
+        raise ValueError(
+            "got materialize=False with trained planes and the reference backend, whose fused layers copy planes; pass "
+            "materialize=True, or backend='native' on the CPU"
+        )
     return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

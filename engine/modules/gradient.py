@@ -3,6 +3,8 @@
     dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
     dLoss/dC[row, e] = <dLoss/dW_p[row], D_e,p[row]>                       where rows have coefficients
 
+and of the factors of trained planes, as engine/planes/trained.py says.
+
 Each parameter's gradient is reduced to E numbers (for each row) as soon as autograd has it, and freed: nothing of size
 E x N, and never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the
 Triton kernels': fixed order and no atomics, so the same bits every time.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +23,15 @@ from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import TILE, Layout, columns_of, place, rows_of, tile_groups
 from paretofuse.engine.merging import native
 from paretofuse.engine.planes.plane import Plane, memories
+from paretofuse.engine.planes.trained import TrainedPlanes, factor_gradients, trained_factors
+from paretofuse.engine.routing.weights import coefficients
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 
 class GradientCollector:
     """Collects dLoss/dL [G, P], or with row coefficients [G + R, P], float64, during backward passes.
+
+    Behind it go the gradients of all factors of trained planes, flat, in the order of `TrainedPlanes.factors`.
 
     Args:
         parameters: the routed parameters by stored name.
@@ -48,15 +55,21 @@ class GradientCollector:
         self._parameters = dict(parameters)
         self._layout = layout
         self._planes = planes
+        self._factors = [f for own in planes for plane in own.values() for f in trained_factors(plane) or ()]
+        ends = list(accumulate(factor.numel() for factor in self._factors))
+        self._spans = {id(f): slice(end - f.numel(), end) for f, end in zip(self._factors, ends, strict=True)}
         self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
         groups = len(layout.groups)
         self._kernels = _kernel_sums(self._parameters, layout.group_index, deltas or {}, groups)
+        self._factor_sums = torch.zeros(ends[-1] if ends else 0, dtype=torch.float64, device=device)
         self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
+        self._mix: Tensor | None = None
+        self._trained: TrainedPlanes | None = None
         self._check = check
         self._pass: int | None = None
-        self._suspended: dict[int, Tensor] = {}
+        self._suspended: dict[int, tuple[Tensor, Tensor]] = {}
         self._reached = False
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
@@ -64,15 +77,18 @@ class GradientCollector:
         for mix in mixes:
             mix.requires_grad_(True)
             mix.register_post_accumulate_grad_hook(self._take_mix)
+        for factor in self._factors if mixes else []:  # which a fused module's layers read by themselves
+            factor.register_post_accumulate_grad_hook(self._take_factor)
 
-    def arm(self, routing_weights: Tensor) -> None:
-        """From now on each backward pass through the module goes on into these routing weights."""
+    def arm(self, routing_weights: Tensor, trained: TrainedPlanes | None = None) -> None:
+        """From now on each backward pass through the module goes on into these routing weights, and trained planes."""
         for leaf in self._leaves:
             leaf.requires_grad_(True)
         if routing_weights.shape != self._pending.shape:  # rows have coefficients now
             self._pending = self._pending.new_zeros(routing_weights.shape)
         self._forget()
         self._routing_weights = routing_weights
+        self._mix, self._trained = routing_weights.detach(), trained
 
     def disarm(self) -> None:
         """Forwards through the module record no graph for the routed parameters."""
@@ -80,8 +96,10 @@ class GradientCollector:
             leaf.requires_grad_(False)
         self._routing_weights = None
 
-    def jacobian(self, losses: Sequence[Tensor]) -> Tensor:
-        """dLoss_m/dL for each loss, float64 [M, *L.shape]; the routers' own gradients stay as they are.
+    def jacobian(self, losses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """dLoss_m/dL for each loss, float64 [M, *L.shape], and that of all factors of trained planes, float64 [M, N].
+
+        The routers' and the planes' own gradients stay as they are.
 
         Raises:
             ValueError: there are no losses, one is no scalar or depends on no routed weight, or `check` says so.
@@ -110,17 +128,20 @@ class GradientCollector:
         finally:
             self._forget()
             self._routing_weights = weights
-        return torch.stack(rows)
+        return torch.stack([row for row, _ in rows]), torch.stack([factors for _, factors in rows])
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         row, span = self._layout.group_index[name], self._layout.row_spans[name]
         planes = [own.get(name) for own in self._planes]
+        trained = [(j, b_and_a) for j, plane in enumerate(planes) if (b_and_a := trained_factors(plane))]
 
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
             self._enter_pass()
+            if self._mix is not None:
+                self._add_factors(gradient, trained, coefficients(self._mix, row, span))
             if name in self._kernels:
                 self._kernels[name].add(name, gradient)
                 return
@@ -132,6 +153,25 @@ class GradientCollector:
             self._pending[row] += sums
 
         return reduce
+
+    def _add_factors(
+        self, gradient: Tensor, trained: Sequence[tuple[int, tuple[Tensor, Tensor]]], weights: Tensor
+    ) -> None:
+        """Add what one tensor's gradient says of the factors of its trained planes, given with their numbers.
+
+        Weights are the tensor's coefficients, [P] or [P, rows].
+        """
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        for j, (b, a) in trained:
+            for factor, sums in zip((b, a), factor_gradients(b, a, dense, weights[j]), strict=True):
+                self._factor_sums[self._spans[id(factor)]] += sums.flatten().to(self._factor_sums.device)
+
+    def _take_factor(self, factor: Tensor) -> None:
+        """What layers without a merged weight say about the factors of their trained planes."""
+        gradient, factor.grad = factor.grad, None
+        if gradient is not None:
+            self._enter_pass()
+            self._factor_sums[self._spans[id(factor)]] += gradient.flatten().to(self._factor_sums.device)
 
     def _take_mix(self, mix: Tensor) -> None:
         """What layers without a merged weight say about their routing weights."""
@@ -155,7 +195,9 @@ class GradientCollector:
             self._suspended[self._pass] = self._take()
         self._pass = current
         if current in self._suspended:  # back from a pass inside of this one, which is scheduled already
-            self._pending += self._suspended.pop(current)
+            routing, factors = self._suspended.pop(current)
+            self._pending += routing
+            self._factor_sums += factors
         else:
             self._check()
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._flush, current))
@@ -166,26 +208,30 @@ class GradientCollector:
         self._suspended.clear()
         self._pass, self._reached = None, False
 
-    def _take(self) -> Tensor:
-        """What was collected, float64 of L's shape; collecting starts anew."""
-        total = self._pending.clone()
+    def _take(self) -> tuple[Tensor, Tensor]:
+        """What was collected, float64 of L's shape and of all factors; collecting starts anew."""
+        total, factors = self._pending.clone(), self._factor_sums.clone()
         self._pending.zero_()
+        self._factor_sums.zero_()
         for sums in dict.fromkeys(self._kernels.values()):
             taken = sums.take()
             if taken is not None:
                 total += taken.to(total.device)
-        return total
+        return total, factors
 
     def _flush(self, finished: int) -> None:
         """Carry the sums of a pass that has ended into the routers' parameters."""
-        total: Tensor | None
+        total: tuple[Tensor, Tensor] | None
         if finished == self._pass:
             total, self._pass = self._take(), None
         else:
             total = self._suspended.pop(finished, None)
         if self._routing_weights is None or total is None:
             return
-        gradient = total.to(self._routing_weights.dtype)
+        routing, factors = total
+        if self._trained is not None:
+            self._trained.take_gradient(factors, add=True)
+        gradient = routing.to(self._routing_weights.dtype)
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
 
 

@@ -87,6 +87,11 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
     return np.array(numbers, dtype=np.float64)
 
 
+def by_name(preference: Preference, objectives: Sequence[str]) -> dict[str, float]:
+    """Each objective's share of a preference; errors as `as_preference`."""
+    return dict(zip(objectives, as_preference(preference, objectives).tolist(), strict=True))
+
+
 def is_grid(preference: object) -> bool:
     """Whether these are preferences [K, E], a tensor or an array such as `simplex_grid` makes, rather than one [E]."""
     return getattr(preference, "ndim", 1) == 2

@@ -82,6 +82,9 @@ class RowCoefficients(nn.Module):
 class Routers(nn.Module):
     """All routers of an engine; the only trained parameters, a few hundred numbers, or thousands with those of rows.
 
+    `planes` holds the trained planes where there are some (`pf.add_planes`): a module of its own that is kept here, so
+    that whatever keeps, copies or restores the routers does the same with all that is trained.
+
     Args:
         groups: names of the routing groups, G of them.
         objectives: names of the objectives, M of them.
@@ -94,6 +97,7 @@ class Routers(nn.Module):
     """
 
     rows: RowCoefficients | None
+    planes: nn.Module | None
     _owner: Tensor
     _share: Tensor
 
@@ -119,14 +123,12 @@ class Routers(nn.Module):
         count, hidden = len(self.objectives), 2 * len(self.objectives)
         self.hidden = GroupedLinear(len(self.groups), count, hidden)
         self.output = GroupedLinear(len(self.groups), hidden, len(self.members))
-        owners = [self.objectives.index(m.objective) if m.objective is not None else 0 for m in self.members]
-        self.register_buffer(
-            "_owner", torch.tensor(owners), persistent=False
-        )  # [P]; any, where the share is 0
-        shares = [m.share for m in self.members]
-        self.register_buffer("_share", torch.tensor(shares, dtype=torch.float64), persistent=False)  # [P]
+        owners, shares = _places(self.members, self.objectives)
+        self.register_buffer("_owner", owners, persistent=False)
+        self.register_buffer("_share", shares, persistent=False)
         self._row_count = rows
         self.rows = None
+        self.planes = None
         self.set_family(family)
         self.reset(seed)
 
@@ -153,10 +155,39 @@ class Routers(nn.Module):
         made = RowCoefficients(count, len(self.members), self._row_count) if family == "rows" else None
         self.rows = None if made is None else made.to(device)
 
+    @torch.no_grad()
+    def append(self, members: Sequence[Member]) -> None:
+        """Have more planes, behind the others; each starts with its share, and all other weights stay as they are."""
+        for member in members:
+            if member.objective not in self.objectives:
+                raise ValueError(
+                    f"got a plane of {member.objective!r}, expected one of {', '.join(self.objectives)}"
+                )
+        count, old = len(members), len(self.members)
+        self.members += tuple(members)
+        owners, shares = _places(self.members, self.objectives)
+        self._owner, self._share = owners.to(self._owner.device), shares.to(self._share.device)
+        weight, bias = self.output.weight, self.output.bias
+        constant = self.constant * self._share[old:] if self.init == "constant" else 0 * self._share[old:]
+        self.output.weight = nn.Parameter(
+            torch.cat([weight, weight.new_zeros(len(weight), count, weight.shape[2])], 1)
+        )
+        self.output.bias = nn.Parameter(
+            torch.cat([bias, constant.to(bias.dtype).expand(len(bias), count)], 1)
+        )
+        if self.rows is not None:
+            own = self.rows.weight
+            self.rows.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), count, own.shape[2])], 1))
+
     @property
     def width(self) -> int:
         """Length of the first axis of routing weights: G, or G + R with row coefficients."""
         return len(self.groups) + (0 if self.rows is None else self._row_count)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """The parameters as a store keeps them, float32 by name: without trained planes, which are planes there."""
+        own = {name: t for name, t in self.state_dict().items() if not name.startswith("planes.")}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
 
     @property
     def size(self) -> str:
@@ -223,6 +254,12 @@ class Routers(nn.Module):
             f"groups={len(self.groups)}, objectives={list(self.objectives)}, planes={len(self.members)}, "
             f"init={self.init!r}, {self.size}"
         )
+
+
+def _places(members: Sequence[Member], objectives: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Each plane's objective by number (any, where its share is 0) and its share: int64 [P], float64 [P]."""
+    owners = [objectives.index(m.objective) if m.objective is not None else 0 for m in members]
+    return torch.tensor(owners), torch.tensor([m.share for m in members], dtype=torch.float64)
 
 
 def routers_for(layout: Layout, init: str, family: str) -> Routers:

@@ -38,10 +38,11 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
-def check_one(routing: Tensor) -> None:
-    """ValueError unless routing weights [K, G, P] are those of one preference."""
+def check_one(routing: Tensor) -> Tensor:
+    """Routing weights [K, G, P] as they are; ValueError unless they are those of one preference."""
     if len(routing) != 1:
         raise ValueError(f"got {len(routing)} preferences, expected one: there is one live module")
+    return routing
 
 
 def rows_of(

@@ -37,6 +37,7 @@ _TRANSPOSED = ("Conv1D", "Embedding")
 """Modules whose weight is [I, O], so that PEFT's B A is its transpose."""
 
 
+@torch.no_grad()
 def write_adapter(
     path: str | os.PathLike[str],
     stack: Stack,

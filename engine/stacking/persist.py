@@ -143,8 +143,7 @@ def write(
     with StoreWriter(
         path, objectives=layout.objectives, experts=layout.planes, force=force, origin=origin
     ) as writer:
-        state = {name: t.detach().cpu().numpy() for name, t in routers.state_dict().items()}
-        writer.write_routers(routers.init, state, training)
+        writer.write_routers(routers.init, routers.stored(), training)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
         for expert, planes in zip(layout.planes, parts.planes, strict=True):
             described: dict[str, dict[str, Any]] = {}

@@ -50,6 +50,8 @@ def fit(
     family: str | None = None,
     row_lr: float | None = None,
     row_shrinkage: float | None = None,
+    plane_lr: float | None = None,
+    plane_shrinkage: float | None = None,
     materialize: bool = True,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -69,7 +71,7 @@ def fit(
     `accumulate` batches and sum the small Jacobian; the result does not depend on their number, but for dropout.
 
     Args:
-        engine: the engine; only its routers change.
+        engine: the engine; only its routers change, and its trained planes where it has some.
         objectives: one `Objective` for each expert, in any order, or {name: (data, loss)}.
         method: a solver by name ("ls" is linear scalarization; docs/solvers.md has all) or one of your own.
         steps: optimizer steps in all, those before a resumed checkpoint included. With more than the checkpoint's run
@@ -92,6 +94,10 @@ def fit(
         row_lr: learning rate of the row coefficients at the start, 0.03 unless told; it falls as `lr` does.
         row_shrinkage: each step takes this share, times their learning rate, of the row coefficients away; 0 unless
             told. Against overfitting where data is small.
+        plane_lr: learning rate of trained planes (`pf.add_planes`) at the start, 0.01 unless told; it falls as `lr`
+            does.
+        plane_shrinkage: each step takes this share, times their learning rate, of the trained planes away; 0 unless
+            told.
         materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
             less memory, more time, the same gradients. The live module is then neither built nor changed.
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
@@ -136,12 +142,19 @@ def fit(
         family=engine.routers.family if family is None else family,
         row_lr=3e-2 if row_lr is None else row_lr,
         row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
+        plane_lr=1e-2 if plane_lr is None else plane_lr,
+        plane_shrinkage=0.0 if plane_shrinkage is None else plane_shrinkage,
     )
     settings.check()
     if settings.family == "scalar" and not (row_lr is None and row_shrinkage is None):
         raise ValueError(
             f"got row_lr={row_lr} and row_shrinkage={row_shrinkage} for routers without row coefficients; pass "
             'family="rows", or leave them out'
+        )
+    if engine.routers.planes is None and not (plane_lr is None and plane_shrinkage is None):
+        raise ValueError(
+            f"got plane_lr={plane_lr} and plane_shrinkage={plane_shrinkage} for an engine without trained planes; call "
+            "pf.add_planes(engine, rank=4) first, or leave them out"
         )
     check_number("checkpoint_every", checkpoint_every, 1)
     if validation is not None and not isinstance(validation, Validation):

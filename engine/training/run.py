@@ -20,13 +20,14 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.objective import Objective
 from paretofuse.engine.layout import one_for_each
 from paretofuse.engine.modules.heads import with_head
+from paretofuse.engine.planes.trained import trained_factors, trained_planes
 from paretofuse.engine.routing.sampling import make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
 from paretofuse.engine.training.batches import Batches
 from paretofuse.engine.training.checkpoint import damaged, like, read_checkpoint, write_checkpoint
 from paretofuse.engine.training.identity import differences, plain
 from paretofuse.engine.training.random_state import gpus_of, random_states, set_random_states
-from paretofuse.engine.training.settings import ROWS_ONLY, Settings, check_number
+from paretofuse.engine.training.settings import PLANES_ONLY, ROWS_ONLY, Settings, check_number
 from paretofuse.engine.training.smoothing import LossAtEqualPreference
 from paretofuse.engine.training.validation import EarlyStopping, Validation
 
@@ -92,6 +93,7 @@ class Run:
         self.objectives = objectives
         self.solver = solver
         self.settings = settings
+        self.planes = trained_planes(engine.routers)
         self.gpus = gpus_of([engine.device, *(p.device for p in self.trained.module.parameters())])
         self.optimizer = torch.optim.Adam(self._parameter_groups(), lr=settings.lr)
         self.sampler = make_sampler(
@@ -121,17 +123,22 @@ class Run:
         rays = torch.from_numpy(preferences)
         measured = [self._measure(ray) for ray in rays]
         losses = torch.stack([losses for losses, _ in measured])
-        jacobians = torch.stack([jacobian for _, jacobian in measured])
+        jacobians = torch.stack([jacobian for _, jacobian in measured])  # [K, M, *L.shape] or [K, M, 1, D]
         if self.taken == 0:
             self._check_jacobians(losses, jacobians)
         directions = solve_each(self.solver, losses, jacobians, rays)
         self.optimizer.zero_grad()
         weights = self.engine.routers(rays)
+        if self.planes is not None:
+            whole = directions.flatten(1)  # [K, D]
+            size = weights[0].numel()
+            self.planes.take_gradient(whole[:, size:].mean(0), add=False)
+            directions = whole[:, :size].view(weights.shape)
         directions = directions / len(rays) + self._pull(weights.detach(), rays)
         weights.backward(directions.to(device=weights.device, dtype=weights.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(step, group["start"])
-        self._shrink_rows(step)
+        self._shrink(step)
         self.optimizer.step()
         if self.early_stopping is not None:
             self.early_stopping.validate(step + 1)
@@ -210,7 +217,7 @@ class Run:
 
         slots = {
             index: part(f"optimizer.{index}", {**dict.fromkeys(("exp_avg", "exp_avg_sq"), p), "step": p.new_zeros(())})
-            for index, p in enumerate(p.detach().cpu() for p in self.engine.routers.parameters())
+            for index, p in enumerate(p.detach().cpu() for g in self.optimizer.param_groups for p in g["params"])
         }  # fmt: skip
         expected = random_states(self.gpus)
         present = {name: value for name, value in expected.items() if f"random.{name}" in tensors}
@@ -231,26 +238,29 @@ class Run:
         self.engine.routers.load_state_dict(trained)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The routers' parameters, each with the learning rate that it starts from; row coefficients last."""
-        rows = self.engine.routers.rows
-        own = [] if rows is None else [rows.weight]
-        rest = [p for p in self.engine.routers.parameters() if all(p is not row for row in own)]
-        return [
-            {"params": params, "start": start}
-            for params, start in ((rest, self.settings.lr), (own, self.settings.row_lr))
-            if params
-        ]
+        """All that is trained, each with the learning rate that it starts from: MLPs, row coefficients, planes."""
+        routers, settings = self.engine.routers, self.settings
+        mlps = [*routers.hidden.parameters(), *routers.output.parameters()]
+        rows = [] if routers.rows is None else [routers.rows.weight]
+        planes = [] if self.planes is None else list(self.planes.factors)
+        rates = ((mlps, settings.lr), (rows, settings.row_lr), (planes, settings.plane_lr))
+        return [{"params": params, "start": start} for params, start in rates if params]
 
     @torch.no_grad()
-    def _shrink_rows(self, step: int) -> None:
-        """Take a share of the row coefficients away: decoupled weight decay (Loshchilov and Hutter, 1711.05101)."""
+    def _shrink(self, step: int) -> None:
+        """Shrink row coefficients and planes by decoupled weight decay (Loshchilov and Hutter, 1711.05101)."""
         rows = self.engine.routers.rows
         if rows is not None:
             rate = self.settings.rate(step, self.settings.row_lr)
             rows.weight.mul_(1 - rate * self.settings.row_shrinkage)
+        if self.planes is not None:
+            rate = self.settings.rate(step, self.settings.plane_lr)
+            self.planes.shrink(rate * self.settings.plane_shrinkage)
 
     def _measure(self, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [M] and Jacobian [M, *L.shape] at one preference: means over `accumulate` batches, float64 on the CPU.
+        """Losses [M] and Jacobian at one preference: means over `accumulate` batches, float64 on the CPU.
+
+        The Jacobian is [M, *L.shape]; with trained planes [M, 1, D], all of L first and then all factors.
 
         Several processes take the batches in turn, and sum; the result does not depend on how many they are.
         """
@@ -259,7 +269,8 @@ class Run:
         module = self.trained.module
         self.trained.train_at(ray)
         shape = engine.routers.width, len(engine.layout.members)
-        sums = torch.zeros(len(self.objectives), 1 + math.prod(shape), dtype=torch.float64)
+        length = math.prod(shape) + (0 if self.planes is None else self.planes.size)
+        sums = torch.zeros(len(self.objectives), 1 + length, dtype=torch.float64)
         for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
             for index in range(count):
                 batch = stream.take()  # by every process, so that all streams stand at the same place
@@ -268,14 +279,14 @@ class Run:
                 loss = objective.loss(with_head(module, objective.name), batch)
                 _check_loss(loss, objective.name)
                 row[0] += loss.item() / count
-                row[1:] += self._jacobian(loss / count, objective.name).flatten().cpu()
+                row[1:] += self._jacobian(loss / count, objective.name)
         sums = sum_over_ranks(sums, "training")
-        return sums[:, 0], sums[:, 1:].reshape(-1, *shape)
+        return sums[:, 0], sums[:, 1:].reshape(-1, *(shape if self.planes is None else (1, length)))
 
     def _jacobian(self, loss: Tensor, name: str) -> Tensor:
-        """One loss's gradient in the routing weights, [1, *L.shape]; what is wrong with it is told with its name."""
+        """One loss's gradient in L and the trained planes, [D] on the CPU; what is wrong is told with its name."""
         try:
-            return self.engine.jacobian([loss])
+            return self.engine.jacobian([loss], flat=True)[0].cpu()
         except ValueError as error:
             raise ValueError(f"the loss of objective {name!r}: {error}") from error
 
@@ -286,7 +297,7 @@ class Run:
 
         Args:
             losses: [K, M].
-            jacobians: [K, M, *L.shape].
+            jacobians: [K, M, ...].
         """
         for index, objective in enumerate(self.objectives):
             if losses[:, index].any() and not jacobians[:, index].any():
@@ -322,12 +333,14 @@ class Run:
         """What must be the same for a checkpoint to belong to this run, as JSON gives it back; not the steps."""
         layout = self.engine.layout
         left_out = {"steps", *(ROWS_ONLY if self.settings.family == "scalar" else ())}
+        left_out |= set(PLANES_ONLY if self.planes is None else ())
         described = {
             "objectives": self.engine.objectives,
             # Checkpoints from before there were others are of an expert for each objective, and say nothing of it.
             "experts": None if layout.members == one_for_each(layout.objectives) else layout.members,
             "groups": self.engine.groups,
             "init": self.engine.routers.init,
+            "rank": None if self.planes is None else self.planes.rank,
             "weights": self._fingerprint(),
             "static_weight": layout.static_weight,
             "method": self.solver,
@@ -345,6 +358,7 @@ class Run:
         planes = [
             {name + end: t for name, plane in own.items() for end, t in plane.tensors().items()}
             for own in stack.planes
+            if not any(map(trained_factors, own.values()))
         ]
         for tensors in (stack.base, *planes):
             for name, tensor in tensors.items():

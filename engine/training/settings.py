@@ -12,6 +12,9 @@ from paretofuse.engine.routing.sampling import SamplerName
 ROWS_ONLY = ("row_lr", "row_shrinkage")
 """The settings that runs without row coefficients do not have."""
 
+PLANES_ONLY = ("plane_lr", "plane_shrinkage")
+"""Those that runs without trained planes do not have."""
+
 _LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0}
 """The whole numbers among the settings, and the least that each may be."""
 
@@ -33,25 +36,31 @@ class Settings:
     family: str = "scalar"
     row_lr: float = 3e-2
     row_shrinkage: float = 0.0
+    plane_lr: float = 1e-2
+    plane_shrinkage: float = 0.0
 
     def check(self) -> None:
         """Raise TypeError unless each is of its kind, and ValueError unless it is in its range."""
         for name in (field.name for field in fields(self) if field.name not in ("sampler", "family")):
             check_number(name, getattr(self, name), _LEAST.get(name))
         check_family(self.family)
-        for name in ("lr", "alpha", "row_lr"):
+        for name in ("lr", "alpha", "row_lr", "plane_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
-        for name in ("regularization", "row_shrinkage"):
+        for name in ("regularization", "row_shrinkage", "plane_shrinkage"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number of at least 0")
-        if self.row_lr * self.row_shrinkage > 1:
-            raise ValueError(
-                f"got row_shrinkage={self.row_shrinkage} at row_lr={self.row_lr}, expected at most 1 / row_lr, where a "
-                "step takes all of the row coefficients away"
-            )
+        for kind, rate, share in (
+            ("row", self.row_lr, self.row_shrinkage),
+            ("plane", self.plane_lr, self.plane_shrinkage),
+        ):
+            if rate * share > 1:
+                raise ValueError(
+                    f"got {kind}_shrinkage={share} at {kind}_lr={rate}, expected at most 1 / {kind}_lr, where a step "
+                    f"takes all of the {'row coefficients' if kind == 'row' else 'trained planes'} away"
+                )
         size = rank_and_size()[1]
         if self.accumulate < size:
             raise ValueError(

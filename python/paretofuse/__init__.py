@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.routing.preference import simplex_grid
     from paretofuse.engine.routing.sampling import layered_grid, sample_preferences
     from paretofuse.engine.training.fit import fit
+    from paretofuse.engine.training.planes import add_planes
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
     from paretofuse.fronts.front import Front
@@ -38,6 +39,7 @@ _HOMES = {
     "evaluate": "paretofuse.engine.evaluation.evaluate",
     "with_head": "paretofuse.engine.modules.heads",
     "export": "paretofuse.exporting",
+    "add_planes": "paretofuse.engine.training.planes",
     "fit": "paretofuse.engine.training.fit",
     "simplex_grid": "paretofuse.engine.routing.preference",
     "layered_grid": "paretofuse.engine.routing.sampling",
@@ -50,9 +52,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "evaluate", "export",
-    "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "simplex_grid",
-    "stack", "sweep", "with_head",
+    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "add_planes",
+    "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe", "sample_preferences",
+    "search", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from paretofuse.engine.store.reader import Store
 from tests.engine.test_heads import Classifier
 from tests.support import cpplib
 from tests.support.cpplib import Library, assert_same_bits
-from tests.support.models import Net, net_and_experts, perturbed, same
+from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 OBJECTIVES = {"news": ["c", "a"], "poems": ["b"]}  # d belongs to none
 R = {"news": 0.3, "poems": 0.7}
@@ -379,3 +379,29 @@ def test_an_adapter_of_several_experts(tmp_path: Path) -> None:
     (b,), (a,) = ([t for name, t in held.items() if f"lora_{x}" in name] for x in "BA")
     merged = engine.merge_state_dict(R)["0.weight"]
     torch.testing.assert_close(b @ a, merged - base[0].weight.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_recipes_merge_is_a_plane_of_no_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consensus plane: what `paretofuse recipe` makes of the experts stands beside them."""
+    pytest.importorskip("yaml", reason="recipes come with the extra `recipe`")
+    monkeypatch.chdir(tmp_path)
+    base = tiny_gpt2()
+    for seed, name in enumerate(("base", "news", "poems")):
+        (perturbed(base, seed, 0.02) if seed else base).save_pretrained(name)
+    models = "".join(
+        f"  - {{model: {name}, parameters: {{weight: 1.0, density: 0.5}}}}\n" for name in ("news", "poems")
+    )
+    (tmp_path / "ties.yml").write_text(
+        f"merge_method: ties\nbase_model: base\nmodels:\n{models}dtype: float32\n"
+    )
+    pf.run_recipe("ties.yml", "ties")
+    experts = {"news": "news", "poems": "poems", "ties": "ties"}
+    engine = pf.stack("base", experts, objectives={"news": ["news"], "poems": ["poems"]})
+    assert engine.experts == {"news": "news", "poems": "poems", "ties": None}
+    weights = engine.routers([0.5, 0.5]).detach()
+    assert not weights[:, 2].any()
+    alone = torch.zeros_like(weights)
+    alone[:, 2] = 1
+    merged, ties = engine.merge_state_dict(weights=alone), load_file("ties/model.safetensors")
+    for spec in engine.layout.with_role("routed"):
+        torch.testing.assert_close(merged[spec.name], ties[spec.name], rtol=0, atol=1e-6)

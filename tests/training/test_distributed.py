@@ -26,6 +26,8 @@ if "RANK" in os.environ:
     dist.init_process_group("gloo")
 rank = dist.get_rank() if dist.is_initialized() else 0
 engine, objectives = problem()
+if method == "ls":
+    pf.add_planes(engine, 2)
 engine.module.eval()  # dropout would differ between processes
 
 def callback(record):

@@ -28,6 +28,7 @@ from paretofuse.engine.modules.gradient import inner_products
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
 from paretofuse.engine.planes.plane import Plane, memories, merged_tensor
+from paretofuse.engine.planes.trained import factor_gradients_of_tokens
 from paretofuse.engine.routing.weights import coefficients, part_of_span
 
 Release = Callable[[], None]
@@ -150,6 +151,23 @@ def _(
     return x.new_empty((len(values), rows) if by_row else (len(values),), dtype=torch.float32)
 
 
+@torch.library.custom_op("paretofuse::layerwise_factors_grad", mutates_args=(), device_types="cpu")
+def _factors_grad(
+    grad: Tensor, x: Tensor, b: Tensor, a: Tensor, weight: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """dLoss/dB and dLoss/dA of a trained plane, float32; grad [M, O], x [M, I], the plane's weight [] or [rows]."""
+    with torch.autocast("cpu", enabled=False):
+        left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
+        return factor_gradients_of_tokens(b, a, left, right, weight)
+
+
+@_factors_grad.register_fake
+def _(
+    grad: Tensor, x: Tensor, b: Tensor, a: Tensor, weight: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(b), torch.empty_like(a)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, base, values, factors, sizes, weights, bias, transposed = inputs
     ctx.save_for_backward(x, base, weights, *values, *factors)
@@ -161,13 +179,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, base, weights, *parts = ctx.saved_tensors
     count = len(ctx.sizes)
     planes = parts[:count], parts[count:], ctx.sizes
-    need_x, *_, need_weights, need_bias, _ = ctx.needs_input_grad
+    need_x, _, need_values, _, _, need_weights, need_bias, _ = ctx.needs_input_grad
     grad, ops = grad.contiguous(), torch.ops.paretofuse
+    values: list[Tensor | None] = [None] * count
+    factors: list[Tensor | None] = [None] * count
+    for j in (j for j in range(count) if need_values[j]):  # of a trained plane
+        a, b = parts[j], parts[count + j]
+        factors[j], values[j] = ops.layerwise_factors_grad(grad, x, b, a, weights[j], ctx.transposed)
     return (
         ops.layerwise_linear(grad, base, *planes, weights, None, not ctx.transposed) if need_x else None,
         None,
-        [None] * count,
-        [None] * count,
+        values,
+        factors,
         None,
         ops.layerwise_weights_grad(grad, x, *planes, ctx.transposed, weights.dim() == 2)
         if need_weights

@@ -55,6 +55,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--row-shrinkage", type=float, metavar="SHARE",
         help="share of the row coefficients, times their rate, that each step takes away (default: 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--add-planes", type=count, metavar="RANK",
+        help="train a plane of this rank for each objective besides, over every routed matrix (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plane-lr", type=float, metavar="RATE", help="learning rate of trained planes (default: 0.01)"
+    )
+    parser.add_argument(
+        "--plane-shrinkage", type=float, metavar="SHARE",
+        help="share of the trained planes, times their rate, that each step takes away (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add_entry(
         parser, "--validation", "called without arguments; returns a paretofuse.Validation, which stops early"
@@ -77,6 +88,8 @@ def run(options: argparse.Namespace) -> Result:
     engine = load_engine(options)
     output = options.output or options.store
     prepare_store(output, engine, force=options.force)
+    if options.add_planes is not None:
+        paretofuse.add_planes(engine, options.add_planes, seed=options.seed)
     started = time.perf_counter()
     records = paretofuse.fit(
         engine,
@@ -88,6 +101,8 @@ def run(options: argparse.Namespace) -> Result:
         family=options.family,
         row_lr=options.row_lr,
         row_shrinkage=options.row_shrinkage,
+        plane_lr=options.plane_lr,
+        plane_shrinkage=options.plane_shrinkage,
         seed=options.seed,
         validation=validation,
         checkpoint=options.checkpoint,

@@ -98,8 +98,7 @@ def store_of(engine: Any) -> OpenedStore:
             "opens the store; call engine.save(path) first"
         )
     store = Store.open(path)
-    now = {name: tensor.detach().cpu().numpy() for name, tensor in engine.routers.state_dict().items()}
-    then = store.routers
+    now, then = engine.routers.stored(), store.routers
     if now.keys() != then.keys() or any(not np.array_equal(now[name], then[name]) for name in now):
         raise ValueError(
             f"got an engine whose routers differ from those in {path}, which the workers open; call engine.save(path) "
