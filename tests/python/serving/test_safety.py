@@ -174,7 +174,7 @@ def test_nothing_that_schemathesis_sends_breaks_it(engine: pf.Engine) -> None:
             for mode in schemathesis.GenerationMode:
                 cases = found.ok().as_strategy(generation_mode=mode)
                 bounded = settings(
-                    max_examples=12, deadline=None, derandomize=True, database=None,
+                    max_examples=8, deadline=None, derandomize=True, database=None,
                     phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
                 )  # fmt: skip
                 with suppress(Unsatisfiable):  # where nothing can be wrong, as in GET /healthz
