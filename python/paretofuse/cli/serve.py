@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from paretofuse.cli.options import add_engine, add_entry, count
+from paretofuse.cli.options import add_engine, add_entry, count, named_numbers
 from paretofuse.cli.running import Result, entry_point, load_engine
 
 SUMMARY = "serve a store over HTTP, at a preference for each request"
@@ -26,6 +26,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--front", metavar="CSV", help="what was measured at which preference, from `paretofuse sweep`"
     )
+    parser.add_argument(
+        "--base", type=named_numbers, metavar="NAME=VALUE,...",
+        help="the base model's metrics, shown beside the front",
+    )  # fmt: skip
     parser.add_argument(
         "--replicas", type=count, default=2, metavar="N",
         help="merged models that are kept, each as large as the model (default: 2)",
@@ -82,6 +86,7 @@ def run(options: argparse.Namespace) -> Result:
         load_engine(options, replicas=options.replicas),
         model_name=options.model_name,
         front=front,
+        base=options.base,
         predict=predict,
         grid=options.grid,
         limits=limits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi import FastAPI
 import paretofuse
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.layout import ITEM_SIZE
+from paretofuse.fronts.arguments import single_models
 from paretofuse.fronts.front import Front
 from paretofuse.serving import errors
 from paretofuse.serving.guard import Guard
@@ -34,6 +35,7 @@ def create_app(
     *,
     model_name: str = "paretofuse",
     front: Front | None = None,
+    base: Mapping[str, float] | None = None,
     processor: Any = None,
     predict: Predict | None = None,
     grid: int | None = None,
@@ -48,6 +50,7 @@ def create_app(
         model_name: what clients call it.
         front: what was measured at which preference, such as `pf.Front.from_csv("front.csv")` of what
             `paretofuse sweep` wrote; for requests that name a preference by bounds, and for GET /v1/front.
+        base: the base model's metrics by name, shown beside the front.
         processor: a tokenizer or an image processor; by default of the files that the store keeps of its model.
         predict: serves any model by a function of (merged module, the request's input).
         grid: move preferences to multiples of 1 / grid, so that nearby ones share a replica; None leaves them.
@@ -70,6 +73,7 @@ def create_app(
 
     metrics = Metrics(*_sizes(engine))
     state = State(remake(engine), Preferences(engine.objectives, front, grid), limits, metrics, remake)
+    state.base = _base_of(front, base)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,6 +119,21 @@ def reload(app: FastAPI, engine: Engine) -> None:
         ValueError: it has other objectives, or cannot be served; nothing has changed.
     """
     app.state.serving.reload(engine)
+
+
+def _base_of(front: Front | None, base: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The base's metrics in the front's order.
+
+    Raises:
+        ValueError: they are not those of the front, or one is not finite.
+    """
+    if base is None:
+        return None
+    if front is None or set(base) != set(front.metrics):
+        expected = "no base without a front" if front is None else f"exactly {list(front.metrics)}"
+        raise ValueError(f"got a base with the metrics {list(base)}, expected {expected}")
+    row = single_models(front, {"base": [base[name] for name in front.metrics]})["base"]
+    return dict(zip(front.metrics, row.tolist(), strict=True))
 
 
 def _sizes(engine: Engine) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class State:
     Attributes:
         created: when the app was made, in seconds since 1970.
         ready: whether requests are taken.
+        base: the base model's metrics, where they are known.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class State:
         self.model, self.preferences, self.limits, self.metrics = model, preferences, limits, metrics
         self.created = int(time.time())
         self.ready = True
+        self.base: dict[str, float] | None = None
         self._remake = remake
         self._worker: Worker | None = None
         self._reloading = Lock()

@@ -46,7 +46,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> pf.Engine:
 def url(engine: pf.Engine) -> Iterator[str]:
     from paretofuse.serving import create_app
 
-    with running(create_app(engine, model_name="tiny", front=FRONT)) as url:
+    with running(
+        create_app(engine, model_name="tiny", front=FRONT, base={"poems": 44.0, "news": 43.0})
+    ) as url:
         yield url
 
 
@@ -114,6 +116,10 @@ def test_facts_of_the_merged_model(page: Page, engine: pf.Engine) -> None:
     count = sum(spec.numel for spec in engine.layout.tensors)
     expect(page.locator("#facts")).to_contain_text(f"{count:,}")
     expect(page.locator("#metrics")).to_contain_text("lower is better")
+    expect(page.locator("#metrics thead")).to_contain_text("base")
+    base = page.locator("#metrics tbody td:last-child").all_inner_texts()
+    assert base == ["43", "44"]
+    expect(page.locator("#legend")).to_contain_text("◆ base")
 
 
 def test_the_default_is_set_for_all(page: Page, url: str) -> None:
@@ -231,3 +237,7 @@ def test_the_pages_files_and_nothing_else(engine: pf.Engine) -> None:
         for name in ("routes.py", "..%2froutes.py", "%2e%2e/app.py", "page.html"):
             assert client.get(f"/page/{name}", headers={"Authorization": "Bearer key"}).status_code == 404
         assert client.get("/v1/front").status_code == 401
+    with pytest.raises(ValueError, match=r"got a base with the metrics \['news'\], expected exactly"):
+        create_app(engine, front=FRONT, base={"news": 1.0})
+    with pytest.raises(ValueError, match="expected no base without a front"):
+        create_app(engine, base={"news": 1.0})
