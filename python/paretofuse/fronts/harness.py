@@ -95,7 +95,7 @@ class LMEvalMetrics:
         found = evaluate(model, tasks, limit=self._limit, bootstrap_iters=0, log_samples=False)
         if self._results is not None:
             _write_next(self._results, found)
-        numbers = {}
+        numbers: dict[str, float] = {}
         for name, task in tasks.items():
             ways = task.higher_is_better()
             for key, value in found["results"][name].items():

@@ -29,12 +29,12 @@ def preference_of(params: Mapping[str, float], objectives: Sequence[str]) -> lis
     return list(shares / whole) if whole > 0 else [1 / len(shares)] * len(shares)
 
 
-def parameters(preference: Sequence[float], objectives: Sequence[str]) -> dict[str, float]:
+def parameters(preference: Sequence[float] | np.ndarray, objectives: Sequence[str]) -> dict[str, float]:
     """The parameters of a preference."""
     return {parameter(name): float(share) for name, share in zip(objectives, preference, strict=True)}
 
 
-def distributions(objectives: Sequence[str]) -> dict[str, BaseDistribution]:
+def distributions(objectives: Sequence[str]) -> dict[str, FloatDistribution]:
     """What each parameter is drawn from."""
     return {parameter(name): _SHARE for name in objectives}
 
@@ -51,7 +51,7 @@ def make_sampler(
     choice: str | optuna.samplers.BaseSampler,
     objectives: Sequence[str],
     larger: Sequence[bool],
-    bounds: Sequence[float],
+    bounds: np.ndarray,
     ref: Sequence[float] | None,
     seed: int,
 ) -> optuna.samplers.BaseSampler:
@@ -88,21 +88,21 @@ class GrowthSampler(optuna.samplers.BaseSampler):
         self,
         objectives: Sequence[str],
         larger: Sequence[bool],
-        bounds: Sequence[float],
+        bounds: np.ndarray,
         ref: Sequence[float] | None,
         seed: int,
     ) -> None:
         self._objectives = tuple(objectives)
         self._signs = np.where(larger, 1.0, -1.0)
-        self._bounds = np.asarray(bounds) * self._signs
-        self._ref = None if ref is None else np.asarray(ref) * self._signs
+        self._bounds = bounds * self._signs
+        self._ref = None if ref is None else (np.asarray(ref) * self._signs).tolist()
         self._seed = seed
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """The shares of all objectives."""
-        return distributions(self._objectives)
+        return {**distributions(self._objectives)}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -63,7 +63,7 @@ class SearchedStudy:
         samplers.check_choice(sampler)
         corners = np.eye(len(self._objectives))
         equal = corners.mean(axis=0)
-        opened = None if storage is None else _storage(storage)
+        opened: Any = None if storage is None else _storage(storage)
         identity = self._identity(equal)
         found = opened is not None and name in optuna.get_all_study_names(opened)
         if found:
@@ -77,7 +77,7 @@ class SearchedStudy:
         self._bounds = bounds_of(at_most, at_least, self.metrics, larger)  # [M]
         self._signs = np.where(larger, 1.0, -1.0)
         point = None if ref is None else reference_point(ref, self.metrics)
-        ways = ["maximize" if up else "minimize" for up in larger]
+        ways: list[Literal["maximize", "minimize"]] = ["maximize" if up else "minimize" for up in larger]
         if not found:
             try:
                 self._study = optuna.create_study(study_name=name, storage=opened, directions=ways)
