@@ -110,8 +110,12 @@ class GrowthSampler(optuna.samplers.BaseSampler):
         """The preference to evaluate next, as parameters."""
         trials = study.get_trials(deepcopy=False)
         done = [t for t in trials if t.state == TrialState.COMPLETE]
+        # Parameters of another process's newest trial come one by one: it counts when all of them are there.
+        drawn = set(distributions(self._objectives))
         others = [
-            t for t in trials if t.state == TrialState.RUNNING and t.params and t.number != trial.number
+            t
+            for t in trials
+            if t.state == TrialState.RUNNING and t.params.keys() >= drawn and t.number != trial.number
         ]
         preferences, pending = (
             np.array([preference_of(t.params, self._objectives) for t in part]).reshape(
