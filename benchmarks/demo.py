@@ -338,7 +338,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wall, cpu = watch.read()
     print(f"\n{merged}")
     print(f"{wall:.0f} s in all ({cpu:.0f} s of CPU time); everything is in {chosen.out}")
+    print("to explore the front and ask the model in a browser (needs pip install '.[serve]'):")
+    print(f"\n    {serving(chosen.out)}")
     return 0
+
+
+def serving(out: Path) -> str:
+    """The command that serves what was learned."""
+    vit = "benchmarks.models.tiny_vit"
+    return (
+        f"{Path(sys.executable).parent / 'paretofuse'} serve {out / 'store'} --front {out / 'front.csv'} "
+        f"--module {vit}:TinyViT --predict {vit}:classify"
+    )
 
 
 def write(demo: Demo, front: pf.Front, label: str, out: Path) -> None:

@@ -97,3 +97,27 @@ class TinyViT(nn.Module):
             tokens = block(tokens)
         logits: Tensor = self.head(self.norm(tokens[:, 0]))
         return logits
+
+
+def classify(module: nn.Module, image: list[list[float]]) -> list[float]:
+    """The probabilities of the classes, as `paretofuse serve --predict` asks for them.
+
+    Args:
+        module: a merged model.
+        image: 28 rows of 28 brightnesses from 0 to 255, the ink bright.
+
+    Raises:
+        ValueError: not such rows.
+    """
+    try:
+        pixels = torch.tensor(image, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got an image that is no table of numbers ({error}), expected 28 rows of 28"
+        ) from None
+    if pixels.shape != (28, 28):
+        raise ValueError(
+            f"got an image of shape {list(pixels.shape)}, expected 28 rows of 28 numbers, 0 to 255"
+        )
+    probabilities: list[float] = module(pixels.view(1, 1, 28, 28) / 127.5 - 1).softmax(1)[0].tolist()
+    return probabilities

@@ -17,6 +17,8 @@ from benchmarks.data_sets import images
 from benchmarks.data_sets.images import DataError, load_tasks, read_idx, read_task
 from benchmarks.models import pwemoe
 from benchmarks.models.tiny_vit import Attention, TinyViT
+from paretofuse.cli.program import make_parser
+from paretofuse.cli.running import entry_point
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -272,3 +274,14 @@ def test_a_quick_run_leaves_everything_it_promises(tmp_path, capsys, one_thread)
     with open(tmp_path / "front.csv", newline="") as file:
         front = list(csv.reader(file))
     assert len(front) == 1 + demo.QUICK.points
+    command = printed.split("in a browser")[1].split("\n\n")[1].split()
+    options = make_parser().parse_args(command[1:])
+    assert (options.command, options.store, options.front) == (
+        "serve", str(tmp_path / "store"), str(tmp_path / "front.csv"),
+    )  # fmt: skip
+    predict = entry_point("--predict", options.predict)
+    picture = images.digits_tasks().first.test.images[:1]  # [1, 1, 28, 28] in [-1, 1]
+    with pytest.raises(ValueError, match="expected 28 rows of 28 numbers"):
+        predict(model, [[0.0] * 28])
+    brightness = ((picture[0, 0] + 1) * 127.5).tolist()
+    np.testing.assert_allclose(predict(model, brightness), model(picture).softmax(1)[0].tolist(), atol=1e-5)
