@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import nlohmann_json
@@ -32,14 +33,17 @@ class BuildExt(build_ext):
     """Keeps the objects in the checkout; an editable install would compile all of them anew each time."""
 
     def initialize_options(self) -> None:
-        """Name the folder before setuptools names a temporary one."""
+        """Name the folder before setuptools names a temporary one, by all that an object is made with."""
         super().initialize_options()
-        self.build_temp = f"build/objects-{sys.platform}-{sys.implementation.cache_tag}"
+        python = f"{sys.platform}-{sys.implementation.cache_tag}"
+        self.build_temp = (
+            f"build/objects-{python}-pybind11-{pybind11.__version__}-json-{version('nlohmann-json')}"
+        )
 
 
 def is_old(built: str, source: str) -> bool:
     """Whether an object is older than what it is made of; of headers and settings, any of them."""
-    made_of = (source, *headers, __file__, "pyproject.toml", pybind11.__file__, nlohmann_json.__file__)
+    made_of = (source, *headers, __file__, "pyproject.toml")
     return Path(built).stat().st_mtime <= max(Path(path).stat().st_mtime for path in made_of)
 
 

@@ -27,7 +27,7 @@ def merged_ahead(
     Args:
         bound: the stack.
         blueprint: builds the modules.
-        weights: [P, G, E], or with row coefficients [P, G + R, E].
+        weights: [K, G, P], or with row coefficients [K, G + R, P].
         at_once: how many are merged in one pass, K.
 
     Raises:

@@ -60,7 +60,12 @@ def wrapped(name: str) -> Callable[..., Any]:
 def test_every_operator_is_here() -> None:
     known = {str(schema).partition("(")[0] for schema in torch._C._jit_get_all_schemas()}
     ours = {n.removeprefix("paretofuse::") for n in known if n.startswith("paretofuse::")}
-    assert ours == set(inputs()) | {"layerwise_linear", "layerwise_weights_grad"}  # these: test_layerwise.py
+    layerwise = {
+        "layerwise_linear",
+        "layerwise_weights_grad",
+        "layerwise_factors_grad",
+    }  # tests/modules, training
+    assert ours == set(inputs()) | layerwise
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -353,7 +353,7 @@ def test_weights_of_another_size_are_refused() -> None:
     engine = pf.stack(base, experts, family="rows")
     groups, width = len(engine.groups), engine.routers.width
     for count in (groups - 1, groups + 1, width + 1):
-        with pytest.raises(ValueError, match=rf"\[G \+ R, E\] = \[{width}, 3\]"):
+        with pytest.raises(ValueError, match=rf"\[G \+ R, P\] = \[{width}, 3\]"):
             engine.merge(weights=torch.ones(count, 3))
     scalar = pf.stack(base, experts)
     with pytest.raises(ValueError, match=rf"expected \[G, P\] = \[{groups}, 3\]"):

@@ -31,9 +31,9 @@ def test_inputs_are_checked(name: str) -> None:
     solver = get_solver(name)
     losses, jacobian, preference = random_inputs(2, seed=0)
     nan = torch.tensor([1.0, float("nan")], dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"expected \[M\], \[M, G, E\] and \[M\]"):
+    with pytest.raises(ValueError, match=r"expected \[M\], \[M, G, P\] and \[M\]"):
         solver(losses[:1], jacobian, preference)
-    with pytest.raises(ValueError, match=r"expected \[M\], \[M, G, E\] and \[M\]"):
+    with pytest.raises(ValueError, match=r"expected \[M\], \[M, G, P\] and \[M\]"):
         solver(losses, jacobian[:, 0], preference)
     with pytest.raises(ValueError, match="got a loss of objective 1 that is not finite"):
         solver(losses * nan, jacobian, preference)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from paretofuse.serving.errors import ApiError
 from paretofuse.serving.routes.answers import prompt_jobs, stamped, streamed, usage_of
-from paretofuse.serving.routes.streams import EventStream
+from paretofuse.serving.routes.streams import EVENTS, EventStream
 from paretofuse.serving.schemas import ChatAnswer, ChatChoice, ChatCompletion, ChatRequest
 from paretofuse.serving.state import State
 
@@ -20,7 +20,7 @@ def chat_routes(state: State) -> APIRouter:
     """POST /v1/chat/completions."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
     async def chat(body: ChatRequest, request: Request) -> ChatCompletion | Response:
         """The assistant's next turn; with "stream" as server-sent events."""
         state.check_model(body.model)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from paretofuse.serving.routes.answers import USUAL_TOKENS, prompt_jobs, stamped, streamed, usage_of
-from paretofuse.serving.routes.streams import EventStream
+from paretofuse.serving.routes.streams import EVENTS, EventStream
 from paretofuse.serving.schemas import Completion, CompletionChoice, CompletionRequest
 from paretofuse.serving.state import State
 
@@ -18,7 +18,9 @@ def completion_routes(state: State) -> APIRouter:
     """POST /v1/completions."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=Completion, response_model_exclude_none=False)
+    @router.post(
+        "/v1/completions", response_model=Completion, response_model_exclude_none=False, responses=EVENTS
+    )
     async def completions(body: CompletionRequest, request: Request) -> Completion | Response:
         """Text that follows a prompt; with "stream" as server-sent events."""
         state.check_model(body.model)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from paretofuse.serving.scheduling.job import Job
 from paretofuse.serving.state import State
+
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "With `stream`: events",
+    }
+}
+"""What the API's description says of them."""
 
 
 class EventStream(StreamingResponse):
