@@ -75,7 +75,7 @@ def test_editable(empty: Path, tmp_path: Path) -> None:
     """
     checkout = copy_checkout(tmp_path / "checkout")
     lend_objects(checkout)
-    objects: dict[str, int] = {}
+    objects: dict[Path, int] = {}
     for mode, changed in (("lenient", None), ("strict", None), ("lenient", "routing")):
         if changed:
             (source,) = checkout.glob(f"csrc/src/*/{changed}.cpp")
@@ -83,10 +83,10 @@ def test_editable(empty: Path, tmp_path: Path) -> None:
         install(empty, f"--config-settings=editable_mode={mode}", "--editable", checkout)
         found = run(empty, "-c", USE, cwd=tmp_path).strip()
         assert os.path.realpath(found) == os.path.realpath(checkout / "python" / "paretofuse" / "__init__.py")
-        before, objects = objects, {path.stem: path.stat().st_mtime_ns for path in checkout.rglob("*.o")}
-        assert {"module", "merge", "kernels_scalar", "routing"} <= objects.keys()
+        before, objects = objects, {path: path.stat().st_mtime_ns for path in checkout.rglob("*.o")}
+        assert {"module", "merge", "kernels_scalar", "routing"} <= {path.stem for path in objects}
         if before:
-            compiled = {name for name, when in objects.items() if before.get(name) != when}
+            compiled = {path.stem for path, when in objects.items() if before.get(path) != when}
             assert compiled == ({changed} if changed else set())
 
 
