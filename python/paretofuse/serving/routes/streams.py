@@ -13,7 +13,7 @@ from paretofuse.serving.state import State
 
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
         "description": "With `stream`: events",
     }
 }
