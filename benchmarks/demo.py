@@ -118,7 +118,7 @@ def train(model: nn.Module, tasks: Sequence[Task], steps: int, batch: int, seed:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in tqdm(range(steps), desc=f"train {name}", unit="step"):
+    for _ in tqdm(range(steps), desc=f"train {name}", unit="step", disable=None):
         batches = [next(stream) for stream in streams]
         images, labels = (torch.cat(halves) for halves in zip(*batches, strict=True))
         optimizer.zero_grad()
@@ -186,7 +186,7 @@ class Demo:
     def add_task_arithmetic(self, engine: pf.Engine) -> None:
         """Base + c * (sum of deltas) for ten c; the best is chosen on the test images, in its own favour."""
         tried = []
-        for tenths in tqdm(range(1, 11), desc="task arithmetic", unit="model"):
+        for tenths in tqdm(range(1, 11), desc="task arithmetic", unit="model", disable=None):
             weights = torch.full((len(engine.groups), len(engine.objectives)), tenths / 10)
             first, second = accuracies(engine.merge(weights=weights), self.tasks).values()
             tried.append((first * second, first, second, tenths / 10))
