@@ -85,6 +85,17 @@ def add_entry(parser: argparse.ArgumentParser, option: str, text: str, *, requir
     parser.add_argument(option, type=entry, required=required, metavar="MODULE:FUNCTION", help=text)
 
 
+def add_evaluation(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """A store whose merged models are evaluated, and by what."""
+    add_engine(parser, "where to merge and evaluate")
+    add_entry(
+        parser,
+        "--evaluate",
+        "called with the live module in eval mode; returns a dict of numbers by name",
+        required=required,
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """How many threads do the work."""
     parser.add_argument(

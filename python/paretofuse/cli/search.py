@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import paretofuse
-from paretofuse.cli.options import add_engine, add_entry, add_output, count, named_numbers
+from paretofuse.cli.options import add_evaluation, add_output, count, named_numbers
 from paretofuse.cli.running import Result, entry_point, in_options, load_engine, shows_progress
 
 SUMMARY = "evaluate merged models at the preferences that promise most"
@@ -16,13 +16,7 @@ EXAMPLE = "paretofuse search gpt2.store --evaluate tasks.glue:accuracies --budge
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_engine(parser, "where to merge and evaluate")
-    add_entry(
-        parser,
-        "--evaluate",
-        "called with the live module in eval mode; returns a dict of numbers by name",
-        required=True,
-    )
+    add_evaluation(parser, required=True)
     parser.add_argument(
         "--budget", type=count, required=True, metavar="N", help="evaluations in all, earlier ones included"
     )

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import paretofuse
-from paretofuse.cli.options import add_engine, add_entry, add_output, count, named_numbers
+from paretofuse.cli.options import add_evaluation, add_output, count, named_numbers
 from paretofuse.cli.running import Result, entry_point, in_options, load_engine, shows_progress
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ EXAMPLE = "paretofuse sweep gpt2.store --evaluate tasks.glue:accuracies -o front
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_engine(parser, "where to merge and evaluate")
-    add_entry(
-        parser,
-        "--evaluate",
-        "called with the live module in eval mode; returns a dict of numbers by name",
-    )
+    add_evaluation(parser, required=False)
     parser.add_argument(
         "--lm-eval", metavar="TASK,...",
         help="or the metrics of these tasks of lm-evaluation-harness, which know which way is better",
