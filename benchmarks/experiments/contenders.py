@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,11 @@ def contenders(experiment: Experiment) -> list[Contender]:
         Contender("DARE", _pruned(_dare), 1.5, {**tried, "density": DENSITY}),
         Contender("rewarded soups", rewarded_soups, 1.5),
     ]
-    for method in ("ls", "epo"):
-        for mode in ("mlp", "module"):
-            name = f"PWEMoE-{method.upper()} {mode}"
-            run = _pwemoe(method, mode)
-            every_seed = name not in experiment.first_seed_only
-            found.append(Contender(name, run, 10.0, {"steps": experiment.pwemoe_steps}, every_seed))
+    for method, mode, start in product(("ls", "epo"), ("mlp", "module"), pwemoe.STARTS):
+        name = f"PWEMoE-{method.upper()} {mode} {start:g}"
+        settings = {"steps": experiment.pwemoe_steps, "start": start}
+        every_seed = not name.startswith(experiment.first_seed_only)
+        found.append(Contender(name, _pwemoe(method, mode, start), 30.0, settings, every_seed))
     found.append(Contender("dense scalarization", dense_scalarization, 20.0))
     short = min(experiment.ours_steps)
     found += [_ours(short), _ours(short, SEVERAL)]
@@ -143,7 +143,7 @@ def _expert(name: str) -> Contend:
     return lambda context: context.single(context.models.expert(name))
 
 
-def _pwemoe(method: str, mode: str) -> Contend:
+def _pwemoe(method: str, mode: str, start: float) -> Contend:
     def run(context: Context) -> Outcome:
         experiment, steps = context.experiment, context.experiment.pwemoe_steps
         with context.meter:
@@ -153,6 +153,7 @@ def _pwemoe(method: str, mode: str) -> Contend:
                 experiment.objectives,
                 experiment.pwemoe_routes[mode],
                 method=method,
+                start=start,
                 steps=steps,
                 seed=context.seed,
                 progress=False,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from benchmarks.harness.record import peak_bytes, reset_peak, resident
+from benchmarks.models import pwemoe
 from paretofuse.engine.routing.groups import Route
 from paretofuse.engine.training.batches import Batches
 
@@ -45,9 +46,9 @@ class Experiment:
         preferences: where fronts are swept [P, E].
         scalarized: preferences of the separately fine-tuned models [S, E].
         pwemoe_routes: PWEMoE's two modes in this model: routes by name.
-        pwemoe_steps: steps of PWEMoE.
+        pwemoe_steps: steps of PWEMoE; fewer than its own only in a quick run.
         ours_steps: steps of ours, each a contender.
-        first_seed_only: names of contenders too slow to be run for each seed; they are run for seed 0.
+        first_seed_only: what names of contenders begin with that are too slow for each seed; seed 0 runs them.
         more: further contenders by name, such as base + probe.
         notes: sentences for the report.
     """
@@ -68,9 +69,9 @@ class Experiment:
     pwemoe_routes: Mapping[str, str | Route] = field(
         default_factory=lambda: {"mlp": "mlp", "module": "module"}
     )
-    pwemoe_steps: int = 1500
+    pwemoe_steps: int = pwemoe.STEPS
     ours_steps: tuple[int, ...] = (75, 400)
-    first_seed_only: tuple[str, ...] = ()
+    first_seed_only: tuple[str, ...] = ("PWEMoE-LS mlp", "PWEMoE-EPO")
     more: Mapping[str, Contend] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -242,7 +242,6 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
-        first_seed_only=("PWEMoE-LS mlp", "PWEMoE-EPO mlp", "PWEMoE-EPO module"),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from benchmarks.data_sets.images import Part, Task
 from benchmarks.demo import Shuffled
 from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK, trainable
 from benchmarks.experiments.experiment import Context, Experiment, Outcome, fine_tune
-from benchmarks.experiments.vision import Sizes, tasks_of
+from benchmarks.experiments.vision import Sizes, of_models, tasks_of
 from benchmarks.harness.record import BenchmarkError
 from paretofuse.engine.merging.disk import merge_store
 
@@ -162,7 +161,7 @@ def load(quick: bool) -> Experiment:
         make=make,
         train_base=train_base,
         fine_tune=tune,
-        identity=json.dumps([asdict(sizes), CONFIG, [t.name for t in tasks]]),
+        identity=json.dumps([of_models(sizes), CONFIG, [t.name for t in tasks]]),
         preferences=pf.simplex_grid(2, sizes.points),
         scalarized=pf.simplex_grid(2, 5),
         pwemoe_steps=sizes.pwemoe_steps,

@@ -41,6 +41,13 @@ class Sizes:
 
 
 QUICK = Sizes(4, 6, 8, 4, 40, 4, (2, 3), 3)
+_LATER = ("learning_batch", "test_images", "pwemoe_steps", "ours_steps", "points")
+"""Sizes that base and experts do not depend on."""
+
+
+def of_models(sizes: Sizes) -> dict[str, int]:
+    """The sizes that base and experts depend on, by name."""
+    return {name: value for name, value in asdict(sizes).items() if name not in _LATER}
 
 
 def accuracies(tasks: Sequence[Task], model: nn.Module) -> dict[str, float]:
@@ -105,7 +112,7 @@ def load(count: int, quick: bool) -> Experiment:
         make=TinyViT,
         train_base=train_base,
         fine_tune=tune,
-        identity=json.dumps([asdict(sizes), names]),
+        identity=json.dumps([of_models(sizes), names]),
         preferences=pf.simplex_grid(count, sizes.points if count == 2 else min(5, sizes.points)),
         scalarized=pf.simplex_grid(count, 5 if count == 2 else 3),
         pwemoe_steps=sizes.pwemoe_steps,

@@ -1,9 +1,11 @@
 """PWEMoE's procedure, run on this engine, for comparison.
 
-Tang et al., arXiv 2406.09770, as their code runs it (fusion-bench, method pwe_moe): routers E -> 2E -> E with ReLU,
-all weights drawn with standard deviation 0.01 and the last bias at 0.3, whatever the preference; everything that is
-not routed merged at 0.3 for each expert; linear scalarization at preferences from Dirichlet(1), 1500 steps here; Adam
-at learning rate 1e-2, on a cosine down to a tenth of it. The arithmetic is the engine's, the training procedure theirs.
+Tang et al., arXiv 2406.09770, as their scripts run it (tanganke/pareto_set_learning, clip_pareto_moe.sh): routers
+E -> 2E -> E with ReLU, all weights drawn with standard deviation 0.01 and the last bias at a constant, 0.3 or 0.6,
+whatever the preference; everything that is not routed merged at the same constant for each expert; linear scalarization
+or EPO at preferences from Dirichlet(1); 4000 steps of Adam at learning rate 1e-2, on a cosine down to a tenth of it.
+(fusion-bench's later configurations take 2000 and 8000 steps.) The arithmetic is the engine's, the training procedure
+theirs.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from torch import nn
 
 import paretofuse as pf
 
-STEPS = 1500
+STEPS = 4000
 LEARNING_RATE = 1e-2
 LEARNING_RATE_END = 0.1
 """The learning rate's share that is left at the end."""
 DIRICHLET = 1.0
-START = 0.3
-"""Every routing weight at the start, and the weight of each expert in tensors that are not routed."""
+STARTS = (0.3, 0.6)
+"""Every routing weight at the start, and the weight of each expert in tensors that are not routed: both constants that
+their scripts try."""
 
 
 def route_blocks(name: str) -> str | None:
@@ -31,7 +34,7 @@ def route_blocks(name: str) -> str | None:
 
 GROUPINGS: dict[str, str | Callable[[str], str | None]] = {
     "blocks": route_blocks,
-    # Kinder than the publication: every module has a router, the head and the embeddings too.
+    # Kinder than their own: every module has a router, the head and the embeddings too.
     "modules": "module",
 }
 
@@ -51,7 +54,7 @@ def learn(
         base: a TinyViT.
         experts: by objective.
         objectives: data and loss of each.
-        grouping: "blocks" (as published) or "modules" (everything routed).
+        grouping: "blocks" (their partial mode's) or "modules" (everything routed).
         steps: optimizer steps.
         seed: of the routers, the preferences and the data's order.
     """
@@ -65,12 +68,13 @@ def learn_routed(
     route: str | Callable[[str], str | None],
     *,
     method: str = "ls",
+    start: float = STARTS[0],
     steps: int = STEPS,
     seed: int = 0,
     progress: bool = True,
 ) -> pf.Engine:
-    """The same for any model, by a route of its own and either of PWEMoE's solvers ("ls", "epo")."""
-    engine = pf.stack(base, experts, route=route, init="constant", static_weight=START)
+    """The same for any model, by a route of its own, either of PWEMoE's solvers ("ls", "epo") and either start."""
+    engine = pf.stack(base, experts, route=route, family="scalar", init="constant", static_weight=start)
     engine.routers.reset(seed)
     pf.fit(
         engine,
