@@ -13,7 +13,8 @@ from peft.utils import merge_utils
 from torch import Tensor, nn
 
 import paretofuse as pf
-from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
+from benchmarks.experiments import rivals
+from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, trainable
 from benchmarks.models import pwemoe
 
 OURS_STACK: Mapping[str, Any] = {"route": "tensor"}
@@ -66,8 +67,21 @@ def contenders(experiment: Experiment) -> list[Contender]:
         settings = {"steps": experiment.pwemoe_steps, "start": start}
         every_seed = not name.startswith(experiment.first_seed_only)
         found.append(Contender(name, _pwemoe(method, mode, start), 30.0, settings, every_seed))
-    found.append(Contender("dense scalarization", dense_scalarization, 20.0))
-    short = min(experiment.ours_steps)
+    found += [
+        Contender("dense scalarization", rivals.dense(rivals.from_base), 20.0),
+        Contender("dense, from the average", rivals.dense(rivals.from_average), 20.0),
+        Contender("dense, from the nearest expert", rivals.dense(rivals.from_nearest), 20.0),
+    ]
+    short, usual = min(experiment.ours_steps), experiment.ours_steps[1:2] or experiment.ours_steps
+    for steps in usual:
+        fit = {**rivals.SCALAR_FIT, "method": "mgda"}
+        settings = {"steps": steps, "stack": dict(rivals.SCALAR_STACK), "fit": fit}
+        found.append(Contender("MGDA", learned(steps, rivals.SCALAR_STACK, fit), steps / 75, settings))
+        settings = {"evaluations": steps, "population": rivals.POPULATION, "passes": rivals.PASSES}
+        found.append(Contender("NSGA-II", rivals.evolved(steps), steps / 75, settings))
+        if experiment.unlabelled:
+            settings = {"steps": steps, "stack": dict(rivals.SCALAR_STACK), "fit": dict(rivals.SCALAR_FIT)}
+            found.append(Contender("entropy, no labels", rivals.without_labels(steps), steps / 75, settings))
     found += [_ours(short), _ours(short, SEVERAL)]
     found += [_ours(steps) for steps in experiment.ours_steps if steps > short]
     return found
@@ -95,11 +109,6 @@ def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any], rank: 
     return run
 
 
-def trainable(module: nn.Module) -> int:
-    """Parameters that training changes."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def plain_average(context: Context) -> Outcome:
     """The mean of the experts."""
     engine = pf.stack(context.models.base(), context.models.experts())
@@ -116,27 +125,6 @@ def rewarded_soups(context: Context) -> Outcome:
     """Every tensor at L = r: base + sum_e r_e * delta_e, nothing learned (Rame et al., arXiv 2306.04488)."""
     engine = pf.stack(context.models.base(), context.models.experts(), init="identity")
     return Outcome(context.sweep(engine), "front")
-
-
-def dense_scalarization(context: Context) -> Outcome:
-    """For each of a few preferences a whole model, fine-tuned from the base on the weighted sum of losses.
-
-    With all weight on one objective that is the very expert, which is not trained again.
-    """
-    experiment, size = context.experiment, 0
-    models, fresh = [], 0
-    with context.meter:
-        for preference in experiment.scalarized:
-            if preference.max() == 1:
-                models.append(context.models.expert(experiment.names[int(preference.argmax())]))
-                continue
-            model = context.models.base()
-            experiment.fine_tune(model, [float(share) for share in preference], context.seed)
-            models.append(model)
-            size, fresh = trainable(model), fresh + 1
-    front = context.front([context.measured(model) for model in models], experiment.scalarized)
-    note = f"{len(models)} models; costs are of {fresh}, the others are experts"
-    return Outcome(front, "front", parameters=size, note=note)
 
 
 def _expert(name: str) -> Contend:

@@ -49,6 +49,7 @@ class Experiment:
         pwemoe_steps: steps of PWEMoE; fewer than its own only in a quick run.
         ours_steps: steps of ours, each a contender.
         first_seed_only: what names of contenders begin with that are too slow for each seed; seed 0 runs them.
+        unlabelled: the objectives once more, with losses that see no label; empty where there are no classes.
         more: further contenders by name, such as base + probe.
         notes: sentences for the report.
     """
@@ -72,6 +73,7 @@ class Experiment:
     pwemoe_steps: int = pwemoe.STEPS
     ours_steps: tuple[int, ...] = (75, 400)
     first_seed_only: tuple[str, ...] = ("PWEMoE-LS mlp", "PWEMoE-EPO")
+    unlabelled: tuple[pf.Objective, ...] = ()
     more: Mapping[str, Contend] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -198,6 +200,11 @@ class Context:
     def single(self, model: nn.Module, note: str = "") -> Outcome:
         """The outcome of one model."""
         return Outcome(self.front([self.measured(model)]), "model", note=note)
+
+
+def trainable(module: nn.Module) -> int:
+    """Parameters that training changes."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def one_hot(count: int, index: int) -> list[float]:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 import paretofuse as pf
 from benchmarks.data_sets.images import Part, Task
 from benchmarks.demo import Shuffled
-from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK, trainable
-from benchmarks.experiments.experiment import Context, Experiment, Outcome, fine_tune
+from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK
+from benchmarks.experiments.experiment import Context, Experiment, Outcome, fine_tune, trainable
 from benchmarks.experiments.vision import Sizes, of_models, tasks_of
 from benchmarks.harness.record import BenchmarkError
 from paretofuse.engine.merging.disk import merge_store

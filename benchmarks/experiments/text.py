@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -92,6 +92,12 @@ def loss_under(head: nn.Linear, encoder: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of a batch under a frozen head."""
     hidden, mask, labels = batch
     return F.cross_entropy(head(encoder(hidden, mask)), labels)
+
+
+def unsure_under(head: nn.Linear, encoder: nn.Module, batch: Batch) -> Tensor:
+    """The entropy of what a frozen head says of a batch's sentences; the labels are not looked at."""
+    hidden, mask, _ = batch
+    return pf.entropy_loss(head(encoder(hidden, mask)))
 
 
 def accuracies(
@@ -234,9 +240,9 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
     heads = {task: frozen_head(kept, task) for task in TASKS}
     tests = {task: part_of(kept, f"test/{task}").by_length(50) for task in TASKS}
 
-    def objectives(batch: int) -> tuple[pf.Objective, ...]:
+    def objectives(batch: int, loss: Callable[..., Tensor] = loss_under) -> tuple[pf.Objective, ...]:
         return tuple(
-            pf.Objective(task, Shuffled(part_of(kept, f"train/{task}"), batch), partial(loss_under, head))
+            pf.Objective(task, Shuffled(part_of(kept, f"train/{task}"), batch), partial(loss, head))
             for task, head in heads.items()
         )
 
@@ -273,6 +279,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
+        unlabelled=objectives(sizes.learning_batch, unsure_under),
         notes=("The base is the base with its probes: each head was fitted to its embeddings and frozen.",),
     )
 

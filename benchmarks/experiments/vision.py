@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import paretofuse as pf
 from benchmarks.data_sets.images import Part, Task, digits_tasks, load_tasks
@@ -62,6 +62,11 @@ def accuracies(tasks: Sequence[Task], model: nn.Module) -> dict[str, float]:
     return found
 
 
+def unsure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The entropy of what a model says of a batch's images; the labels are not looked at."""
+    return pf.entropy_loss(model(batch[0]))
+
+
 def tasks_of(count: int, quick: bool) -> list[Task]:
     """The first `count` of MNIST, Fashion-MNIST and digits in negative; when quick, nothing but those digits."""
     if quick:
@@ -87,6 +92,8 @@ def load(count: int, quick: bool) -> Experiment:
 
     def objectives(size: int) -> tuple[pf.Objective, ...]:
         return tuple(pf.Objective(t.name, Shuffled(t.train, size), cross_entropy) for t in tasks)
+
+    unlabelled = tuple(pf.Objective(t.name, Shuffled(t.train, sizes.learning_batch), unsure) for t in tasks)
 
     def train_base(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -117,6 +124,7 @@ def load(count: int, quick: bool) -> Experiment:
         scalarized=pf.simplex_grid(count, 5 if count == 2 else 3),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
+        unlabelled=unlabelled,
     )
 
 

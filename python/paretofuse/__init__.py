@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.routing.preference import simplex_grid
     from paretofuse.engine.routing.sampling import layered_grid, sample_preferences
     from paretofuse.engine.training.fit import fit
+    from paretofuse.engine.training.losses import entropy_loss
     from paretofuse.engine.training.planes import add_planes
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
@@ -36,6 +37,7 @@ _HOMES = {
     "StoreError": "paretofuse.engine.errors",
     "Objective": "paretofuse.engine.evaluation.objective",
     "Validation": "paretofuse.engine.training.validation",
+    "entropy_loss": "paretofuse.engine.training.losses",
     "evaluate": "paretofuse.engine.evaluation.evaluate",
     "with_head": "paretofuse.engine.modules.heads",
     "export": "paretofuse.exporting",
@@ -53,8 +55,8 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "add_planes",
-    "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe", "sample_preferences",
-    "search", "simplex_grid", "stack", "sweep", "with_head",
+    "entropy_loss", "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe",
+    "sample_preferences", "search", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ CHOSEN = (
     "expert digits",
     "expert negatives",
     "rewarded soups",
-    "PWEMoE-LS module",
+    "PWEMoE-LS module 0.6",
     "ours, 2 steps",
     "ours, 2 steps of 4 preferences",
     "ours, 3 steps",
