@@ -64,6 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="CONTENDER", help="run these alone, write no CSV"
     )
+    parser.add_argument(
+        "--finished", action="store_true", help="run nothing; tables of the results that are there"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that all works")
     parser.add_argument("--cache", type=Path, default=record.CACHE / "experiments")
     parser.add_argument("--out", type=Path, help="folder of the CSV files (with --quick: in the cache)")
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = (chosen.of or "vision") if chosen.command == "ablation" else chosen.command
     load = loader(name)
     cache = chosen.cache / "quick" if chosen.quick else chosen.cache
-    plan = Plan(chosen.seeds, chosen.jobs, chosen.threads, chosen.quick, cache, chosen.only)
+    plan = Plan(chosen.seeds, chosen.jobs, chosen.threads, chosen.quick, cache, chosen.only, chosen.finished)
     if chosen.quick:
         print("QUICK RUN: tiny sizes, these numbers mean nothing")
     try:

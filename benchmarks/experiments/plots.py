@@ -29,17 +29,17 @@ MARKERS = "s^v<>DXP*h"
 DASHES = ("--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 WORDS = {
-    "ours": "ParetoFuse",
-    "PWEMoE-LS mlp": "PWEMoE, linear scalarization, MLPs routed",
-    "PWEMoE-LS module": "PWEMoE, linear scalarization, all routed",
-    "PWEMoE-EPO mlp": "PWEMoE, exact ratios (EPO), MLPs routed",
-    "PWEMoE-EPO module": "PWEMoE, exact ratios (EPO), all routed",
     "rewarded soups": "rewarded soups (linear merges)",
     "plain average": "plain average of the experts",
     "task arithmetic": "task arithmetic, best of 10 coefficients",
     "TIES": "TIES merge, best of 10 coefficients",
     "DARE": "DARE merge, best of 10 coefficients",
     "dense scalarization": "a model fine-tuned for each preference",
+    "dense, from the average": "the same from the experts' average",
+    "dense, from the nearest expert": "the same from the nearest expert",
+    "MGDA": "MGDA, a scalar for each tensor",
+    "NSGA-II": "NSGA-II over coefficients",
+    "entropy, no labels": "entropies instead of labels (AdaMerging's)",
 }
 """What contenders of the tables are called in pictures, which have no page of words beside them."""
 
@@ -48,17 +48,24 @@ Fronts = Mapping[str, Mapping[int, pf.Front]]
 
 def in_words(contender: str) -> str:
     """A contender's name for a reader who has seen nothing but the picture."""
+    if contender in WORDS:
+        return WORDS[contender]
+    if contender.startswith("PWEMoE-"):
+        solver, mode, start = contender.removeprefix("PWEMoE-").split()
+        solved = {"LS": "linear scalarization", "EPO": "EPO"}[solver]
+        return f"PWEMoE, {solved}, {'MLPs' if mode == 'mlp' else 'all'} routed, start {start}"
     name, comma, rest = contender.partition(",")
-    return WORDS.get(name, name) + comma + rest
+    own = re.sub(r"^ours\b", "ParetoFuse", name)
+    return WORDS.get(own, own) + comma + rest
 
 
 def colour(name: str, longest: str) -> str:
     """A contender's colour: ours in blues (short runs lighter), PWEMoE in red, single models in grey."""
     if name.startswith("ours"):
-        return OURS if name == longest else SEVERAL if "preferences" in name else SHORT
+        return OURS if name == longest else SEVERAL if re.search(r"preferences|\(", name) else SHORT
     if name.startswith("PWEMoE"):
         return THEIRS
-    return {"rewarded soups": SOUPS, "dense scalarization": DENSE}.get(name, GREY)
+    return DENSE if name.startswith("dense") else SOUPS if name == "rewarded soups" else GREY
 
 
 def picture(fronts: Fronts, rows: Sequence[Row], metric: str, title: str, path: Path) -> None:
@@ -66,7 +73,8 @@ def picture(fronts: Fronts, rows: Sequence[Row], metric: str, title: str, path: 
     some = next(iter(fronts["rewarded soups"].values()))
     better = f"{metric} ({'higher' if some.directions[0] else 'lower'} is better)"
     panels = 1 if len(some.objectives) == 2 else len(some.objectives)
-    figure = Figure(figsize=(6.2 + 3.5 * panels, 5.4), layout="constrained")
+    contenders = len({row.contender for row in rows})
+    figure = Figure(figsize=(6.2 + 3.5 * panels, max(5.4, 2.4 + 0.19 * contenders)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(wspace=0.04)
     axes = figure.subplots(1, panels + 1, squeeze=False, width_ratios=[1.0] * panels + [0.95])[0]
@@ -95,15 +103,20 @@ def style(number: int, name: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def chosen(rows: Sequence[Row]) -> list[str]:
-    """The fronts to draw: ours, rewarded soups, dense scalarization, and the best PWEMoE of most seeds."""
+    """The fronts to draw: a few of ours, rewarded soups, dense scalarization, and the best PWEMoE of most seeds.
+
+    Of ours the shortest and the two longest runs, and the longest of hundreds of numbers.
+    """
     means = {
         name: mean(rows, name) for name in dict.fromkeys(row.contender for row in rows if row.kind == "front")
     }
     theirs = [name for name in means if name.startswith("PWEMoE")]
     seeds = Counter(row.contender for row in rows)
     best = max(theirs, key=lambda name: (seeds[name], means[name])) if theirs else None
-    ours = runs_of_ours(list(means)) or [name for name in means if name.startswith("ours")]
-    return [name for name in means if name == best or name in ours or not name.startswith(("PWEMoE", "ours"))]
+    runs = [name for name in runs_of_ours(list(means)) if "preferences" not in name]
+    ours = [*runs[:1], *runs[-2:]] or [name for name in means if name.startswith("ours")]
+    scalar = [name for name in means if name.startswith("ours (scalar)")][-1:]
+    return [name for name in means if name in {"rewarded soups", "dense scalarization", best, *ours, *scalar}]
 
 
 def mean(rows: Sequence[Row], name: str) -> float:

@@ -20,6 +20,8 @@ SCALAR_STACK: Mapping[str, Any] = {"route": "tensor", "family": "scalar"}
 SCALAR_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
 """Ours with hundreds of numbers, where only the losses or the solver are another's."""
 
+STEPS = 400
+"""Of ours, whose cost they may spend."""
 POPULATION = 20
 PASSES = 3
 """Training batches that a candidate of the search is judged by: as forward and backward passes of a step cost."""

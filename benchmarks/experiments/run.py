@@ -38,6 +38,7 @@ class Plan:
         quick: a tiny run whose numbers mean nothing.
         cache: where models and results are kept.
         only: names of the contenders to run; all if empty.
+        finished: run nothing and give the results that are there.
     """
 
     seeds: Sequence[int]
@@ -46,6 +47,7 @@ class Plan:
     quick: bool
     cache: Path
     only: Sequence[str] = ()
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,28 @@ def run_contenders(
         BenchmarkError: a process failed.
     """
     folder = cache_of(experiment, plan.cache)
+    if not plan.finished:
+        _run_missing(experiment, folder, load, chosen, plan, say, find)
+    found = []
+    for contender in chosen:
+        for seed in _seeds(contender, plan):
+            result = _kept(folder, contender, seed)
+            if result is None and not plan.finished:
+                raise BenchmarkError(f"{contender.name}, seed {seed}: no result in {folder}")
+            found += [] if result is None else [result]
+    return found
+
+
+def _run_missing(
+    experiment: Experiment,
+    folder: Path,
+    load: Load,
+    chosen: Sequence[Contender],
+    plan: Plan,
+    say: Callable[[str], None],
+    find: str,
+) -> None:
+    """Train the models and run the contenders that are not in the folder."""
     start = time.perf_counter()
 
     def models(names: Sequence[str]) -> None:
@@ -122,14 +146,6 @@ def run_contenders(
         say(f"{time.perf_counter() - start:6.0f} s  {experiment.name}, seed {seed}: {contender.name}")
 
     _each(plan, [(_contend, (load, plan, seed, contender.name, find)) for contender, seed in todo], done)
-    found = []
-    for contender in chosen:
-        for seed in _seeds(contender, plan):
-            result = _kept(folder, contender, seed)
-            if result is None:
-                raise BenchmarkError(f"{contender.name}, seed {seed}: no result in {folder}")
-            found.append(result)
-    return found
 
 
 def _seeds(contender: Contender, plan: Plan) -> Sequence[int]:

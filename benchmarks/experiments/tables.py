@@ -188,7 +188,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
         lines.append(
             [
-                f"{name} (seed {group[0].seed} alone)" if fewer else name,
+                f"{name} ({_only([row.seed for row in group])} alone)" if fewer else name,
                 cell(lambda row: row.hypervolume),
                 _means([row.best for row in group]),
                 _means([row.middle for row in group]),
@@ -203,6 +203,12 @@ def markdown(rows: Sequence[Row]) -> str:
             ]
         )
     return as_text(lines)
+
+
+def _only(seeds: Sequence[int]) -> str:
+    """Which seeds, in words."""
+    named = " and ".join(map(str, sorted(seeds)))
+    return f"seed {named}" if len(seeds) == 1 else f"seeds {named}"
 
 
 def spread_of(values: Sequence[float], digits: int | None = None) -> str:

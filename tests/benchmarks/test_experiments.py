@@ -62,6 +62,14 @@ def test_every_contender_is_measured_as_it_says(plan, results):
     assert learned.parameters == sum(p.numel() for p in engine.routers.parameters())
 
 
+def test_what_is_finished_can_be_told_alone(plan, results):
+    other = Plan([3, 4], 1, 1, True, plan.cache, plan.only, finished=True)
+    assert run(vision.two, other) == results
+    assert "(seeds 0 and 2 alone)" in tables.markdown(
+        [row("x", s, 1.0) for s in (0, 2)] + [row("y", s, 1.0) for s in range(3)]
+    )
+
+
 def test_a_run_goes_on_with_what_is_missing(plan, results):
     [folder] = plan.cache.iterdir()
     said: list[str] = []
@@ -116,17 +124,45 @@ def row(contender: str, seed: int, hypervolume: float, share: float | None = 1.0
 def test_targets_are_judged_by_means_over_seeds():
     rows = [
         *(row("rewarded soups", s, v) for s, v in enumerate([0.5, 0.7])),
-        *(row("PWEMoE-LS mlp", s, v, steps=1500) for s, v in enumerate([0.6, 0.7])),
-        row("PWEMoE-EPO mlp", 1, 0.69, steps=1500),  # of one seed, in which ours has 0.7
+        *(row("PWEMoE-LS module 0.3", s, v, steps=4000) for s, v in enumerate([0.6, 0.7])),
+        row("PWEMoE-EPO mlp 0.6", 1, 0.69, steps=4000),  # of one seed, in which ours has 0.7
         *(row("dense scalarization", s, 5.0) for s in range(2)),
         *(row("ours, 75 steps", s, v, 0.8) for s, v in enumerate([0.7, 0.5])),
         *(row("ours, 400 steps", s, v, 0.9) for s, v in enumerate([0.64, 0.7])),
+        *(row("ours, 400 steps of 4 preferences", s, 1.0) for s in range(2)),
     ]
-    above, early, short, final = report.targets(rows)
-    assert ": met; ours, 400 steps: 0.7000, PWEMoE-EPO mlp: 0.6900 (ahead with 1 of 1" in above
-    assert "**missed**; ours, 75 steps: 0.5000, PWEMoE-EPO mlp: 0.6900" in early
-    assert "**missed** (0.80" in short
-    assert "met (0.90" in final
+    said = report.targets(rows)
+    above = [line for line in said if "baseline that shares" in line]
+    assert ": met; ours, 400 steps: 0.7000, PWEMoE-EPO mlp 0.6: 0.6900 (ahead with 1 of 1" in above[0]
+    assert len(above) == 2
+    dense = [line for line in said if "fine-tuned" in line]
+    assert "**missed**; ours, 400 steps: 0.6700, dense scalarization: 5.0000" in dense[0]
+    early = [
+        line for line in said if "in at most 1/10" in line
+    ]  # four preferences a step are more than a tenth
+    assert "**missed**; ours, 75 steps: 0.5000, PWEMoE-EPO mlp 0.6: 0.6900" in early[0]
+    assert len(early) == 2
+    shares = [line for line in said if "non-dominated" in line]
+    assert "ours, 75 steps: **missed** (0.80" in shares[0]
+    assert "ours, 400 steps: met (0.90" in shares[1]
+
+
+def test_ends_and_the_experts_own_scores_are_told():
+    def front(values, preferences=((1.0, 0.0), (0.0, 1.0))):
+        return pf.Front(np.array(preferences), np.array(values), ("a", "b"), ("a", "b"), True)
+
+    one = [(0.5, 0.5)]
+    fronts = {
+        "expert a": {0: front([(0.9, 0.1)], one), 1: front([(0.8, 0.1)], one)},
+        "expert b": {0: front([(0.2, 0.5)], one), 1: front([(0.1, 0.6)], one)},
+        "ours, 5 steps": {0: front([(0.8, 0.3), (0.1, 0.6)]), 1: front([(0.8, 0.3), (0.1, 0.6)])},
+    }
+    [said] = report.ends(fronts)
+    assert "ours, 5 steps: -0.050 / +0.050" in said
+    rows = [row("ours, 5 steps", s, v) for s, v in enumerate([0.5, 0.4])]
+    [bound] = report.experts_bound(fronts, rows, (0.0, 0.0))
+    assert "it would span 0.4650 ± 0.0212" in bound  # .9 x .5 and .8 x .6
+    assert "ours none span more" in bound
 
 
 def test_ablations_compare_seed_by_seed():

@@ -88,7 +88,10 @@ def test_the_search_finds_what_weighs_least(context):
     assert at[0][0] == pytest.approx(0, abs=1e-6)  # nothing is nearer to an expert than the expert
     assert at[-1][1] == pytest.approx(0, abs=1e-6)
     gap = at[0][1]
-    assert all(r @ np.array(v) <= min(r[0], r[1], 0.25) * gap + 1e-6 for r, v in zip(front.preferences, at))
+    assert all(
+        r @ np.array(v) <= min(r[0], r[1], 0.25) * gap + 1e-6
+        for r, v in zip(front.preferences, at, strict=True)
+    )
 
 
 def test_entropies_see_no_label(context):
@@ -102,9 +105,7 @@ def test_entropies_see_no_label(context):
 
     own = replace(
         context.experiment,
-        unlabelled=tuple(
-            pf.Objective(o.name, Hidden(o.data), o.loss) for o in context.experiment.unlabelled
-        ),
+        unlabelled=tuple(pf.Objective(o.name, Hidden(o.data), o.loss) for o in context.experiment.unlabelled),
     )
     blind = rivals.without_labels(3)(replace(context, experiment=own)).front
     assert blind == rivals.without_labels(3)(context).front
