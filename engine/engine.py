@@ -14,14 +14,13 @@ from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.ahead import merged_ahead
 from paretofuse.engine.modules.batched.module import batched_module
-from paretofuse.engine.modules.factory import dense_module, live_module
-from paretofuse.engine.modules.heads import bind_heads, with_head
-from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.modules.factory import dense_module
+from paretofuse.engine.modules.heads import with_head
+from paretofuse.engine.modules.in_place import InPlaceModules
 from paretofuse.engine.modules.replicas import Merge, ReplicaPool
 from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
-from paretofuse.engine.planes.trained import trained_planes
-from paretofuse.engine.routing.preference import Preference, as_preference, by_name
+from paretofuse.engine.routing.preference import Preference, as_preference
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.weights import check_one, is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
@@ -58,7 +57,7 @@ class Engine:
         self.path: str | None = None
         self.routers = routers.to(device)
         self._asked = backend
-        self.pool = ReplicaPool(replicas, device)
+        self._replicas = replicas
         self._rebind(stack)
         self.notes = (*notes, *self._bound.notes)
         self._bound.check_rows(routers.width)
@@ -71,12 +70,9 @@ class Engine:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._live: LiveModule | None = None
-        self._fused: LiveModule | None = None
-        self._trained: LiveModule | None = None
-        self._at_preference: dict[str, float] | None = None
-        self._at_weights = False
-        self.pool = ReplicaPool(len(self.pool), self.device)
+        """Forget every merged module; each is built anew when it is asked for."""
+        self._in_place = InPlaceModules(self._bound, self.blueprint, self.routers)
+        self.pool = ReplicaPool(self._replicas, self.device)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -114,7 +110,7 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The live module, built when first asked for, at equal preferences until the first switch."""
-        return self._live_module().module
+        return self._in_place.live().module
 
     @property
     def fused_module(self) -> nn.Module:
@@ -125,7 +121,7 @@ class Engine:
         store it. On the CPU each merges its weight when it runs, and again in the backward pass, from deltas that may
         stay mapped; on GPUs the weight stays in registers. The "reference" backend copies the deltas first.
         """
-        return self._fused_module().module
+        return self._in_place.fused().module
 
     def head(self, objective: str) -> nn.Module:
         """The live module with an objective's own head; it shares all else with `module` and is switched with it.
@@ -139,7 +135,8 @@ class Engine:
     @property
     def preference(self) -> dict[str, float] | None:
         """What the live module was last merged for, by objective; None before a switch, and after given `weights=`."""
-        return None if self._at_preference is None else dict(self._at_preference)
+        at = self._in_place.preference
+        return None if at is None else dict(at)
 
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
         """Rewrite the live module in place for a preference, or for given routing weights [G, P].
@@ -150,8 +147,7 @@ class Engine:
             ValueError: the preference or the weights are not valid.
         """
         routing = check_one(routing_of(self.routers, preference, weights))
-        self._live_module().switch(routing)
-        self._note(preference)
+        self._in_place.switch(routing, preference)
 
     def replica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
@@ -280,22 +276,7 @@ class Engine:
             ValueError: the preference is not valid.
         """
         self._bound.check_whole("training")
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                "got train_at inside torch.inference_mode(), which records no gradients; leave it first"
-            )
-        live = self._live_module() if materialize else self._fused_module()
-        weights: Tensor = self.routers(preference)
-        if weights.dim() != 2:
-            raise ValueError(
-                f"got preferences of shape {list(weights.shape[:-2])} x M, expected one of shape [M]"
-            )
-        live.write(weights.detach().unsqueeze(0))
-        live.collector.arm(weights, trained_planes(self.routers))
-        if materialize:
-            self._note(preference)
-        self._trained = live
-        return weights
+        return self._in_place.train_at(preference, materialize=materialize)
 
     def batched(
         self,
@@ -346,7 +327,7 @@ class Engine:
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
         """
-        routing, factors = (self._trained or self._live_module()).collector.jacobian(list(losses))
+        routing, factors = self._in_place.jacobian(list(losses))
         return torch.cat([routing.flatten(1), factors], 1) if flat else routing
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -401,7 +382,7 @@ class Engine:
 
     def __repr__(self) -> str:
         """Sizes at a glance, and what the live module is merged for."""
-        at = "given as weights" if self._at_weights else self._at_preference
+        at = "given as weights" if self._in_place.at_weights else self._in_place.preference
         what = f"{self.layout.summary()}, {self.routers.size}, backend={self.backend!r}"
         return f"Engine({what}, device={str(self.device)!r}, preference={at})"
 
@@ -415,21 +396,6 @@ class Engine:
             self._bound.check_rows(len(self.groups) + self.layout.row_count)
         self.routers.set_family(family)
 
-    def _live_module(self) -> LiveModule:
-        if self._live is None:
-            self._live = self._build_live(fused=False)
-        return self._live
-
-    def _fused_module(self) -> LiveModule:
-        if self._fused is None or self._fused.width != self.routers.width:  # another family since
-            self._fused = self._build_live(fused=True)
-        return self._fused
-
-    def _note(self, preference: Preference | None) -> None:
-        """Remember what the live module was merged for; None: given weights."""
-        self._at_weights = preference is None
-        self._at_preference = None if preference is None else by_name(preference, self.objectives)
-
     def _merge_of(self, preference: Preference, head: str | None) -> Merge:
         """What a replica holds for a preference, as the routers are now."""
         self._stack.head(head)
@@ -438,13 +404,6 @@ class Engine:
         return Merge(
             (numbers.tobytes(), versions),
             lambda: routing_of(self.routers, numbers.tolist(), None),
-            lambda weights: self._build_live(fused=False, weights=weights),
+            lambda weights: self._in_place.build(weights=weights),
             head,
         )
-
-    def _build_live(self, *, fused: bool, weights: Tensor | None = None) -> LiveModule:
-        if weights is None:
-            weights = routing_of(self.routers, [1 / len(self.objectives)] * len(self.objectives), None)
-        live = live_module(self._bound, self.blueprint.make(), weights, fused=fused)
-        bind_heads(live.module, self._stack.heads, self.blueprint)
-        return live

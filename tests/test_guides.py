@@ -56,7 +56,7 @@ def test_training(
     assert names["front"].values.shape == (11, 2)
     assert names["corners"].shape == (32, 16)
     assert names["inside"].shape == (64, 16)
-    assert names["mapped"]._live is None
+    assert not names["mapped"]._in_place.built
     assert pf.load("trained.pareto").objectives == ("news", "poems")
 
 

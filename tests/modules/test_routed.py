@@ -266,7 +266,7 @@ def test_it_holds_no_merged_weight_and_leaves_all_else_alone() -> None:
     engine = pf.stack(base, experts, backend="reference")
     pristine = {name: tensor.clone() for name, tensor in engine._stack.base.items()}
     engine.train_at(R, materialize=False)
-    assert engine._live is None, "the live module is not built for it"
+    assert not engine._in_place.built, "the live module is not built for it"
     engine.fused_module(torch.randn(3, 8)).sum().backward()
     stored = {t.untyped_storage().data_ptr() for t in engine._stack.base.values()}
     assert not any(p.untyped_storage().data_ptr() in stored for p in engine.fused_module.parameters())

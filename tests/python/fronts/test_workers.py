@@ -60,7 +60,7 @@ def test_processes_give_the_same_front_though_one_dies(
     front = pf.sweep(engine, deadly(mark), GRID, executor=process, out=tmp_path / "f.csv", progress=False)
     assert mark.exists()
     assert front == truth == pf.Front.from_csv(tmp_path / "f.csv")
-    assert engine._live is None  # nothing was merged here
+    assert not engine._in_place.built  # nothing was merged here
 
 
 def test_threads_do_too_each_with_an_engine_of_its_own(

@@ -1,0 +1,101 @@
+"""The modules that an engine merges in place: the live one, and the fused one that trains layer by layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.modules.heads import bind_heads
+from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.planes.trained import trained_planes
+from paretofuse.engine.routing.preference import Preference, by_name
+from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.weights import routing_of
+from paretofuse.engine.stacking.sources import Blueprint
+
+
+class InPlaceModules:
+    """Both modules, each built when first asked for, and what the live one is merged for.
+
+    Attributes:
+        preference: of the live module, by objective; None before a switch, and after given weights.
+        at_weights: whether the live module was merged for given weights.
+    """
+
+    def __init__(self, bound: BoundStack, blueprint: Blueprint, routers: Routers) -> None:
+        self._bound = bound
+        self._blueprint = blueprint
+        self._routers = routers
+        self._live: LiveModule | None = None
+        self._fused: LiveModule | None = None
+        self._trained: LiveModule | None = None
+        self.preference: dict[str, float] | None = None
+        self.at_weights = False
+
+    @property
+    def built(self) -> bool:
+        """Whether anybody asked for the live module."""
+        return self._live is not None
+
+    def live(self) -> LiveModule:
+        """The live module, at equal preferences when it is built."""
+        if self._live is None:
+            self._live = self.build()
+        return self._live
+
+    def fused(self) -> LiveModule:
+        """The fused one; built anew where the routers' family has another width since."""
+        if self._fused is None or self._fused.width != self._routers.width:
+            self._fused = self.build(fused=True)
+        return self._fused
+
+    def switch(self, routing: Tensor, preference: Preference | None) -> None:
+        """Rewrite the live module for routing weights [1, G, P] or [1, G + R, P]; they are given if None is named."""
+        self.live().switch(routing)
+        self._note(preference)
+
+    def train_at(self, preference: Preference, *, materialize: bool) -> Tensor:
+        """Merge one of them and let gradients flow from it into the routers; the weights, part of their graph.
+
+        Raises:
+            ValueError: the preference is not valid.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "got train_at inside torch.inference_mode(), which records no gradients; leave it first"
+            )
+        module = self.live() if materialize else self.fused()
+        weights: Tensor = self._routers(preference)
+        if weights.dim() != 2:
+            raise ValueError(
+                f"got preferences of shape {list(weights.shape[:-2])} x M, expected one of shape [M]"
+            )
+        module.write(weights.detach().unsqueeze(0))
+        module.collector.arm(weights, trained_planes(self._routers))
+        if materialize:
+            self._note(preference)
+        self._trained = module
+        return weights
+
+    def jacobian(self, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradients [M, G, P] or [M, G + R, P] of losses of the module trained last, and [M, F] of all factors.
+
+        Raises:
+            ValueError: a loss is not a scalar, or nothing was trained.
+        """
+        return (self._trained or self.live()).collector.jacobian(losses)
+
+    def build(self, *, fused: bool = False, weights: Tensor | None = None) -> LiveModule:
+        """A module with its heads, apart from those kept here; at equal preferences unless weights are given."""
+        if weights is None:
+            equal = [1 / len(self._routers.objectives)] * len(self._routers.objectives)
+            weights = routing_of(self._routers, equal, None)
+        live = live_module(self._bound, self._blueprint.make(), weights, fused=fused)
+        bind_heads(live.module, self._bound.stack.heads, self._blueprint)
+        return live
+
+    def _note(self, preference: Preference | None) -> None:
+        self.at_weights = preference is None
+        self.preference = None if preference is None else by_name(preference, self._routers.objectives)
