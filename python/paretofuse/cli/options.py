@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def named_numbers(text: str) -> dict[str, float]:
@@ -85,17 +86,6 @@ def add_entry(parser: argparse.ArgumentParser, option: str, text: str, *, requir
     parser.add_argument(option, type=entry, required=required, metavar="MODULE:FUNCTION", help=text)
 
 
-def add_evaluation(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """A store whose merged models are evaluated, and by what."""
-    add_engine(parser, "where to merge and evaluate")
-    add_entry(
-        parser,
-        "--evaluate",
-        "called with the live module in eval mode; returns a dict of numbers by name",
-        required=required,
-    )
-
-
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """How many threads do the work."""
     parser.add_argument(
@@ -109,3 +99,20 @@ def add_preference(parser: argparse.ArgumentParser, text: str, *, required: bool
         "--preference", type=named_numbers, required=required, metavar="NAME=SHARE,...", help=text
     )
     parser.add_argument("--head", metavar="NAME", help="use this objective's head")
+
+
+class Named(argparse.Action):
+    """Collects options that are given once for each name, such as --expert NAME=PATH."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        """Add a pair of name and value, as the option's type makes it."""
+        given = getattr(namespace, self.dest) or []
+        if values[0] in dict(given):
+            parser.error(f"argument {option}: got {values[0]!r} twice, expected each name once")
+        setattr(namespace, self.dest, [*given, values])

@@ -23,6 +23,7 @@ from paretofuse.cli import (
     adapter,
     completion,
     doctor,
+    evaluate,
     export,
     fit,
     info,
@@ -31,6 +32,7 @@ from paretofuse.cli import (
     search,
     serve,
     stack,
+    study,
     sweep,
 )
 from paretofuse.cli.running import Result, in_options
@@ -40,8 +42,10 @@ COMMANDS: dict[str, Any] = {
     "fit": fit,
     "info": info,
     "merge": merge,
+    "evaluate": evaluate,
     "sweep": sweep,
     "search": search,
+    "study": study,
     "serve": serve,
     "adapter": adapter,
     "recipe": recipe,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any
 
 import paretofuse
-from paretofuse.cli.options import add_evaluation, add_output, count, named_numbers
-from paretofuse.cli.running import Result, entry_point, in_options, load_engine, shows_progress
+from paretofuse.cli.evaluating import add_evaluation, find_evaluation
+from paretofuse.cli.front_files import add_front, prepare_front_files, write_front
+from paretofuse.cli.options import count, named_numbers
+from paretofuse.cli.running import Result, load_engine, shows_progress
 
 SUMMARY = "evaluate merged models at the preferences that promise most"
 EXAMPLE = "paretofuse search gpt2.store --evaluate tasks.glue:accuracies --budget 24 -o front.csv"
@@ -16,22 +17,17 @@ EXAMPLE = "paretofuse search gpt2.store --evaluate tasks.glue:accuracies --budge
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
-    add_evaluation(parser, required=True)
+    add_evaluation(parser)
     parser.add_argument(
         "--budget", type=count, required=True, metavar="N", help="evaluations in all, earlier ones included"
     )
-    add_output(parser, "CSV", "table to write")
-    parser.add_argument("--minimize", action="store_true", help="smaller numbers are better, as with losses")
+    add_front(parser, "reference point of the hypervolume that shall grow, which is then printed")
     parser.add_argument(
         "--at-most", type=named_numbers, metavar="NAME=VALUE,...", help="upper bounds of metrics"
     )
     parser.add_argument(
         "--at-least", type=named_numbers, metavar="NAME=VALUE,...", help="lower bounds of metrics"
     )
-    parser.add_argument(
-        "--reference", type=named_numbers, metavar="NAME=VALUE,...",
-        help="reference point of the hypervolume that shall grow, which is then printed",
-    )  # fmt: skip
     parser.add_argument(
         "--sampler", default="growth", metavar="NAME",
         help="growth, or one of Optuna's: tpe, nsga2, gp, random (default: growth)",
@@ -46,14 +42,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Search; what was found is the table."""
-    evaluate = entry_point("--evaluate", options.evaluate)
+    prepare_front_files(options)
+    found = find_evaluation(options, minimize=options.minimize)
     logging.getLogger("optuna").setLevel(logging.WARNING)  # its own lines for each trial would break the bar
     engine = load_engine(options)
+    evaluate, maximize = found(engine)
     front = paretofuse.search(
         engine,
         evaluate,
         options.budget,
-        maximize=not options.minimize,
+        maximize=maximize,
         at_most=options.at_most,
         at_least=options.at_least,
         ref=options.reference,
@@ -64,21 +62,4 @@ def run(options: argparse.Namespace) -> Result:
         out=options.output,
         progress=shows_progress(options),
     )
-    notes = [in_options(note, vars(options)) for note in front.notes]
-    document: dict[str, Any] = {
-        "objectives": list(front.objectives),
-        "metrics": list(front.metrics),
-        "preferences": front.preferences.tolist(),
-        "values": front.values.tolist(),
-        "non_dominated": front.non_dominated().tolist(),
-        "notes": notes,
-        "csv": options.output,
-    }
-    lines = [f"note: {note}" for note in notes]
-    lines.append(
-        f"{options.output}: {len(front)} preferences, {int(front.non_dominated().sum())} not dominated"
-    )
-    if options.reference is not None:
-        document["hypervolume"] = front.hypervolume(options.reference)
-        lines.append(f"hypervolume {document['hypervolume']:.6g}")
-    return "\n".join(lines), document, 0
+    return write_front(options, front)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
 from paretofuse.cli.info import describe
-from paretofuse.cli.options import add_force, add_output, add_threads
+from paretofuse.cli.options import Named, add_force, add_output, add_threads
 from paretofuse.cli.running import Result, bar, use_threads
 
 SUMMARY = "stack a base model and its experts into a store"
@@ -18,11 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The words of this command."""
     parser.add_argument("base", metavar="BASE", help="model directory or .safetensors file")
     parser.add_argument(
-        "--expert", action=_Named, type=_named_path, required=True, metavar="NAME=PATH",
+        "--expert", action=Named, type=_named_path, required=True, metavar="NAME=PATH",
         help="a fine-tuned model, or its LoRA directory; once for each",
     )  # fmt: skip
     parser.add_argument(
-        "--objective", action=_Named, type=_named_list, metavar="NAME=EXPERT,...",
+        "--objective", action=Named, type=_named_list, metavar="NAME=EXPERT,...",
         help="the experts of an objective; once for each. Experts of none belong to none (default: an objective for "
         "each expert, of its name)",
     )  # fmt: skip
@@ -131,19 +130,3 @@ def _named_list(text: str) -> tuple[str, list[str]]:
     if not name or not all(experts.split(",")):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=EXPERT,... such as news=news_a,news_b")
     return name, experts.split(",")
-
-
-class _Named(argparse.Action):
-    """Collects --expert NAME=PATH and --objective NAME=EXPERT,..., each name once."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        given = getattr(namespace, self.dest) or []
-        if values[0] in dict(given):
-            parser.error(f"argument {option}: got {values[0]!r} twice, expected each name once")
-        setattr(namespace, self.dest, [*given, values])

@@ -40,14 +40,22 @@ def write_html(
     points: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     others: Mapping[str, Front] | None = None,
     title: str | None = None,
+    store: str | None = None,
+    report: str = "",
 ) -> None:
     """Write the file; see Front.to_html, which is the same.
+
+    Args:
+        store: the path of the store that the page's commands name; "STORE" unless told.
+        report: HTML of further sections, at the page's end.
 
     Raises:
         ImportError: plotly is missing.
         ValueError: points or others do not have this front's metrics.
     """
     data = as_data(front, points=points, others=others, title=title)
+    if store is not None:
+        data["store"] = store
     plotly = plotly_script()
     styles = (
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<style>{asset("page.css")}</style>'
@@ -55,7 +63,7 @@ def write_html(
     text = json.dumps(data).replace("<", "\\u003c")  # so that no name ends the element
     scripts = [_script(script) for script in (plotly, *map(asset, SCRIPTS))]
     scripts += [f'<script type="application/json" id="front">{text}</script>', _script(_START)]
-    write_file(path, filled(head=styles, scripts="\n".join(scripts)).encode())
+    write_file(path, filled(head=styles, report=report, scripts="\n".join(scripts)).encode())
 
 
 def as_data(

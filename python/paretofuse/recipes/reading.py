@@ -1,4 +1,4 @@
-"""YAML with line numbers, so that whatever a recipe gets wrong is named with its place."""
+"""YAML with line numbers, so that whatever a recipe or a study gets wrong is named with its place."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Node:
-    """A value of a recipe and where it stands.
+    """A value of a file and where it stands.
 
     Attributes:
         value: a scalar, a list of nodes, or nodes by key.
         line: counted from 1; of a list or of keys and values the line of its own key.
-        file: the recipe's name.
+        file: the file's name.
         keys: of a mapping, the line of each key.
     """
 
@@ -73,6 +73,12 @@ class Node:
             raise self.error(f"got {self.shown()} for {what}, expected a whole number")
         return self.value
 
+    def plain(self) -> Any:
+        """The value as Python has it, without places."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
     def shown(self) -> str:
         """The value for a message."""
         if isinstance(self.value, dict):
@@ -91,7 +97,7 @@ def read_yaml(text: str, file: str) -> Node:
         import yaml
     except ImportError as error:
         raise ImportError(
-            'recipes need PyYAML, which is not installed; pip install "paretofuse[recipe]"'
+            'YAML files need PyYAML, which is not installed; pip install "paretofuse[recipe]"'
         ) from error
 
     loader = yaml.SafeLoader(text)
@@ -121,7 +127,7 @@ def read_yaml(text: str, file: str) -> Node:
     try:
         root = loader.get_single_node()
         if root is None:
-            raise ValueError(f"{file}: got an empty file, expected a recipe")
+            raise ValueError(f"{file}: got an empty file, expected keys and values")
         return node_of(root, ())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

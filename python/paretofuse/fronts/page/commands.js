@@ -21,9 +21,10 @@ function pythonDict(front, preference) {
 
 /** The commands that need no server: [title, text] pairs. */
 function localCommands(front, preference) {
+  const store = front.store ?? "STORE";
   return [
-    ["Python", `import paretofuse as pf\n\nengine = pf.load("STORE")\nengine.switch(${pythonDict(front, preference)})\nmodel = engine.module`],
-    ["Command line", `paretofuse merge STORE --preference ${shellWord(written(front, preference))} -o OUT`],
+    ["Python", `import paretofuse as pf\n\nengine = pf.load(${JSON.stringify(store)})\nengine.switch(${pythonDict(front, preference)})\nmodel = engine.module`],
+    ["Command line", `paretofuse merge ${shellWord(store)} --preference ${shellWord(written(front, preference))} -o OUT`],
   ];
 }
 
