@@ -46,6 +46,10 @@ def run(options: argparse.Namespace) -> Result:
     lines, done = [], {}
     with _within(file.resolve().parent):
         record = Record(study.out)
+        for step in study.steps:  # what is misspelt at the end is found before the long work
+            if not record.is_done(step) or record.changes(step, inputs_of(step)):
+                for option, text in step.entries.items():
+                    entry_point(f"[{step.name}] {option}", text)
         restacked = False  # in a dry run: whether what follows would have a new store
         for step in study.steps:
             inputs = inputs_of(step)
@@ -63,8 +67,6 @@ def run(options: argparse.Namespace) -> Result:
                     f"{file.name}: [fit] was begun already, and {', '.join(changes)} changed since; its training would "
                     "be lost: pass --force to train anew, or give another out"
                 )
-            for option, text in step.entries.items():  # before anything is deleted or takes long
-                entry_point(f"[{step.name}] {option}", text)
             if changes or changes is None:
                 shutil.rmtree(step.folder, ignore_errors=True)
             record.begin(step, inputs)

@@ -33,8 +33,8 @@ def losses(module):
     return {name: float(loss(module, data[0])) for name, (data, _) in objectives().items()}
 
 def late(module):
-    import os
-    if len(open("count").read()) == int(os.environ["STOP_AT"]):
+    import os, pathlib
+    if len(pathlib.Path("count").read_text()) == int(os.environ["STOP_AT"]):
         raise KeyError("the disk is full")
     return losses(module)
 """
