@@ -52,6 +52,7 @@ def stack(
     replicas: int = 2,
     allow_misfit: bool = False,
     transform: str | None = None,
+    tokenizer: str | None = None,
 ) -> Engine:
     """Stack the experts of one base model into an engine; the inputs are never changed.
 
@@ -91,6 +92,9 @@ def stack(
             eps or number of heads), and say so in `engine.notes`.
         transform: what is done to every expert's difference to the base first, by a merge method: "ties:density=0.2",
             "dare_linear:density=0.3,seed=1", ...; see docs/recipes.md.
+        tokenizer: of directories with different vocabularies (added tokens, resized embeddings): the base's tokenizer
+            ("base"), the base's with every token added that an expert has ("union"), or a directory's. Embeddings and
+            heads are matched token by token, and merged models bring that tokenizer; see docs/checkpoints.md.
 
     Raises:
         CheckpointError: base and experts do not fit together; the message names the tensor or the setting, and both
@@ -113,6 +117,7 @@ def stack(
         allow_misfit,
         objectives,
         transform,
+        tokenizer,
     )
     routers = routers_for(plan.layout, init, family)
     with _threads_for(plan):
@@ -140,6 +145,7 @@ def stack_to_store(
     heads: Sequence[str] = (),
     allow_misfit: bool = False,
     transform: str | None = None,
+    tokenizer: str | None = None,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[str, ...]:
@@ -170,6 +176,7 @@ def stack_to_store(
         allow_misfit,
         objectives,
         transform,
+        tokenizer,
     )
     routers = routers_for(plan.layout, init, family)
     parts = persist.streamed(plan, progress)
@@ -272,6 +279,7 @@ def _plan(
     allow_misfit: bool,
     objectives: Mapping[str, Sequence[str]] | None,
     transform: str | None,
+    tokenizer: str | None,
 ) -> Plan:
     if not isinstance(experts, Mapping):
         raise TypeError(f"got experts of type {type(experts).__name__}, expected a dict {{name: model}}")
@@ -285,6 +293,11 @@ def _plan(
     if len({str(name) for name in experts}) < len(experts):
         raise ValueError(f"got experts named {list(experts)}, expected names that differ as text")
     sources = {str(name): resolve(model, f"expert {name!r}", source) for name, model in experts.items()}
+    fitted: tuple[str, ...] = ()
+    if tokenizer is not None:
+        from paretofuse.recipes.stacked_vocabulary import with_one_vocabulary
+
+        source, sources, fitted = with_one_vocabulary(tokenizer, source, sources, (base, experts))
     misfits = [
         note for expert in sources.values() for note in check_configurations(source, expert, allow_misfit)
     ]
@@ -307,7 +320,7 @@ def _plan(
                 "whole models"
             )
         changes = (f"every expert's difference is transformed by {transform}",)
-    return replace(plan, notes=(*misfits, *plan.notes, *changes), transform=change)
+    return replace(plan, notes=(*fitted, *misfits, *plan.notes, *changes), transform=change)
 
 
 def _notes(plan: Plan) -> tuple[str, ...]:

@@ -66,6 +66,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="thin out what each expert adds by a merge method first, such as ties:density=0.2",
     )  # fmt: skip
     parser.add_argument(
+        "--tokenizer", metavar="TOKENIZER",
+        help="of models with different vocabularies: base, union (every token that any has), or a directory; "
+        "embeddings are matched token by token",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow-misfit",
         action="store_true",
         help="stack experts whose configuration makes another model of the same tensors, and say so in a note",
@@ -97,6 +102,7 @@ def run(options: argparse.Namespace) -> Result:
             force=options.force,
             allow_misfit=options.allow_misfit,
             transform=options.transform,
+            tokenizer=options.tokenizer,
             progress=update,
         )
     seconds = time.perf_counter() - started

@@ -48,8 +48,7 @@ def files_beside(
     """
     files = companion_files(plan.donor.path)
     if vocabulary is not None:
-        files = {name: content for name, content in files.items() if not name.startswith(_TOKENIZER)}
-        files.update(vocabulary.files())
+        files = with_tokenizer(files, vocabulary)
     if recipe.chat_template is not None and (template := chat_template(recipe, models)) is not None:
         files = _with_chat_template(files, template)
     if CONFIG in files:
@@ -62,6 +61,12 @@ def files_beside(
     files[CARD] = _card(recipe, plan, old).encode()
     files[RECIPE] = recipe.text.encode()
     return files
+
+
+def with_tokenizer(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, bytes]:
+    """A directory's files with the merged tokenizer's in the place of its own."""
+    kept = {name: content for name, content in files.items() if not name.startswith(_TOKENIZER)}
+    return {**kept, **vocabulary.files()}
 
 
 def _configuration(recipe: Recipe, plan: Plan, rows: int | None) -> dict[str, object]:

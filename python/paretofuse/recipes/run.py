@@ -80,7 +80,15 @@ def run_recipe(
     _check_place(place)
     recipe = read_recipe(Path(config), methods)
     models = {name: Model(name) for name in recipe.models}
-    vocabulary = make_vocabulary(recipe, models)
+    vocabulary = None
+    if recipe.tokenizer is not None:
+        vocabulary = make_vocabulary(
+            recipe.tokenizer,
+            recipe.base or recipe.models[0],
+            models,
+            asked=f"tokenizer_source: {recipe.tokenizer}",
+            pad=recipe.pad_vocabulary_to or 1,
+        )
     plan = make_plan(recipe, models, None if vocabulary is None else vocabulary.size)
     outputs = sorted(plan.outputs, key=lambda output: -ITEM_SIZE[output.dtype])  # each on its alignment
     files = files_beside(recipe, plan, models, vocabulary)

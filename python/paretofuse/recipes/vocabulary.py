@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.methods.numbers import Numbers, promoted
-from paretofuse.recipes.config import Recipe
+from paretofuse.engine.methods.numbers import Floats, Numbers, promoted
 from paretofuse.recipes.models import Model
 
 Rows = npt.NDArray[np.int64]
@@ -58,7 +57,13 @@ class Vocabulary:
             base: the base model's name, whose rows stand in for others' where it is one of them.
         """
         dtype = promoted([own.dtype for own in tensors])
-        wide = [own.floats() for own in tensors]
+        return [
+            Numbers.of(own, dtype)
+            for own in self.fitted_floats(names, [own.floats() for own in tensors], base)
+        ]
+
+    def fitted_floats(self, names: Sequence[str], wide: Sequence[Floats], base: str | None) -> list[Floats]:
+        """The same of tensors as NumPy computes with them."""
         shape = (self.size, *wide[0].shape[1:])
         has = np.stack([self.rows[name] >= 0 for name in names])  # [models, tokens]
         stand_in = np.zeros((self.tokens, *shape[1:]), wide[0].dtype)
@@ -71,50 +76,54 @@ class Vocabulary:
         if base in names:
             own = lacking & has[names.index(base)]
             stand_in[own] = wide[names.index(base)][self.rows[base or ""][own]]
-        found = []
+        found: list[Floats] = []
         for values, name, own in zip(wide, names, has, strict=True):
             merged = np.empty(shape, values.dtype)
             merged[: self.tokens][own] = values[self.rows[name][own]]
             merged[: self.tokens][~own] = stand_in[~own]
             # A row for nobody is as good as any other near the middle.
             merged[self.tokens :] = merged[: self.tokens].mean(0)
-            found.append(Numbers.of(merged, dtype))
+            found.append(merged)
         return found
 
 
-def make_vocabulary(recipe: Recipe, models: Mapping[str, Model]) -> Vocabulary | None:
-    """The merged vocabulary of a recipe; None where it asks for none.
+def make_vocabulary(
+    tokenizer: str, base: str, models: Mapping[str, Model], *, asked: str, pad: int = 1
+) -> Vocabulary:
+    """The merged vocabulary of models.
+
+    Args:
+        tokenizer: "base", "union", or a model's directory or name in the Hub.
+        base: the base model's name among the models.
+        models: by name.
+        asked: how the user asked for this, for messages.
+        pad: rows of embeddings are a multiple of it.
 
     Raises:
         CheckpointError: a model has no tokenizer where one is needed.
         ImportError: transformers is missing.
     """
-    if recipe.tokenizer is None:
-        return None
-    base = recipe.base or recipe.models[0]
     own = {name: _tokenizer(model) for name, model in models.items()}
     if own[base] is None:
         raise CheckpointError(
-            f"{base}: got no tokenizer in its directory, which tokenizer_source: {recipe.tokenizer} needs; save one "
-            "beside the model"
+            f"{base}: got no tokenizer in its directory, which {asked} needs; save one beside the model"
         )
     notes = [f"{name}: has no tokenizer; read as {base}'s" for name, found in own.items() if found is None]
     tokenizers = {name: own[base] if found is None else found for name, found in own.items()}
-    if recipe.tokenizer == "base":
+    if tokenizer == "base":
         merged = tokenizers[base]
-    elif recipe.tokenizer == "union":
+    elif tokenizer == "union":
         merged = _union(base, tokenizers, models)
     else:
-        merged = _tokenizer(Model(recipe.tokenizer))
+        merged = _tokenizer(Model(tokenizer))
         if merged is None:
-            raise CheckpointError(f"{recipe.tokenizer}: got no tokenizer in its directory, expected one")
+            raise CheckpointError(f"{tokenizer}: got no tokenizer in its directory, expected one")
     vocabulary: dict[str, int] = merged.get_vocab()
     tokens = max(vocabulary.values()) + 1
-    pad = recipe.pad_vocabulary_to or 1
     size = -(-tokens // pad) * pad
     rows = {}
-    for name, tokenizer in tokenizers.items():
-        theirs, limit = tokenizer.get_vocab(), models[name].vocabulary
+    for name, found_tokenizer in tokenizers.items():
+        theirs, limit = found_tokenizer.get_vocab(), models[name].vocabulary
         found = np.full(tokens, -1, np.int64)
         for token, index in vocabulary.items():
             row = theirs.get(token, -1)

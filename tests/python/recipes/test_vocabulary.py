@@ -11,6 +11,7 @@ import torch
 import paretofuse as pf
 from paretofuse.engine.errors import CheckpointError
 from paretofuse.recipes.run import run_recipe
+from tests.support.command import call
 from tests.support.recipes import by_mergekit, save_family, tensors_of, tiny_llama, written
 
 pytest.importorskip("mergekit", reason="the peer that recipes are compared with")
@@ -150,3 +151,94 @@ def test_models_fitted_to_the_same_tokens_are_stacked(models: dict[str, Path], t
         assert truth["lm_head.weight"].shape == (39, 12)
         for tensor, values in truth.items():
             torch.testing.assert_close(merged[tensor], values)
+
+
+@pytest.mark.parametrize("tokenizer", ["union", "base"])
+def test_stacking_by_token_is_stacking_what_recipes_fit(
+    tokenizer: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    truth = {}
+    for name in models:
+        text = (
+            f"merge_method: linear\ntokenizer_source: {tokenizer}\nbase_model: <base>\nmodels:\n"
+            + "".join(
+                f"- {{model: <{other}>, parameters: {{weight: {int(other == name)}}}}}\n" for other in models
+            )
+        )
+        run_recipe(written(tmp_path, text, models), tmp_path / f"fitted-{name}")
+        truth[name] = tensors_of(tmp_path / f"fitted-{name}")
+    experts = {name: models[name] for name in ("a", "b")}
+    engine = pf.stack(models["base"], experts, tokenizer=tokenizer)
+    for name in experts:
+        merged = engine.merge_state_dict({name: 1.0})
+        for tensor, values in truth[name].items():
+            torch.testing.assert_close(merged[tensor], values)
+    nothing = engine.merge_state_dict(weights=torch.zeros(len(engine.groups), 2))
+    routed = engine.tensor_groups
+    for tensor, values in truth["base"].items():
+        if routed.get(tensor) is not None:
+            torch.testing.assert_close(nothing[tensor], values)
+    lacks = 0 if tokenizer == "union" else 37
+    assert any("one vocabulary of" in note for note in engine.notes)
+    assert any(
+        note == f"expert 'a': 39 tokens, of the merged {39 if lacks == 0 else 37} it lacks 0"
+        for note in engine.notes
+    )
+
+    engine.save(tmp_path / "store")
+    from paretofuse.engine.merging.disk import merge_store
+
+    merge_store(tmp_path / "store", {"a": 0.5, "b": 0.5}, tmp_path / "merged")
+    _, words = by_token(tmp_path / "merged")
+    _, expected = by_token(tmp_path / "fitted-base")
+    assert words == expected
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == len(words)
+    alike = engine.merge({"a": 0.5, "b": 0.5}).state_dict()
+    for tensor, values in model.state_dict().items():
+        torch.testing.assert_close(values, alike[tensor])
+
+
+def test_stacking_by_token_on_the_command_line_and_its_refusals(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    for name, modules in (("plain", ["q_proj"]), ("wide", ["q_proj", "embed_tokens"])):
+        lora = get_peft_model(
+            LlamaForCausalLM.from_pretrained(models["base"]),
+            LoraConfig(r=2, target_modules=modules, init_lora_weights=False),
+        )
+        lora.save_pretrained(tmp_path / name)
+    words = [
+        "stack",
+        models["base"],
+        "--expert",
+        f"a={models['a']}",
+        "--tokenizer",
+        "union",
+        "-o",
+        tmp_path / "s",
+    ]
+    code, out, err = call(capsys, *words, "--expert", f"lora={tmp_path / 'plain'}")
+    assert (code, err) == (0, "")
+    assert "note: one vocabulary of 39 tokens" in out
+    merged = pf.load(tmp_path / "s").merge_state_dict({"lora": 1.0})
+    plain = pf.stack(models["base"], {"lora": tmp_path / "plain"}).merge_state_dict({"lora": 1.0})
+    for name, values in plain.items():
+        torch.testing.assert_close(merged[name][: len(values)] if values.dim() else merged[name], values)
+    code, _, err = call(capsys, *words[:-1], tmp_path / "t", "--expert", f"lora={tmp_path / 'wide'}")
+    assert code == 1
+    assert "cannot be fitted to another tokenizer" in err
+    base = LlamaForCausalLM.from_pretrained(models["base"])
+    with pytest.raises(TypeError, match="got tokenizer='union' and the base as a LlamaForCausalLM"):
+        pf.stack(base, {"a": models["a"]}, tokenizer="union")
+    for path in models["base"].glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        CheckpointError, match="got no tokenizer in its directory, which tokenizer='union' needs"
+    ):
+        pf.stack(models["base"], {"a": models["a"]}, tokenizer="union")
