@@ -41,7 +41,9 @@ def example(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks for it
 def test_from_models_to_a_report(capsys: pytest.CaptureFixture[str], example: Path) -> None:
     (models,) = example.glob("*_models.py")
     with torch.random.fork_rng(devices=[]):

@@ -135,24 +135,6 @@ def test_chat_templates(models: dict[str, Path], tmp_path: Path) -> None:
         run_recipe(written(tmp_path, f"{ALONE}chat_template: llama9", models), tmp_path / "ours")
 
 
-def test_models_fitted_to_the_same_tokens_are_stacked(models: dict[str, Path], tmp_path: Path) -> None:
-    """What docs/recipes.md advises: a model alone, at weight 1, with all others' tokens."""
-    fitted = {}
-    for name in models:
-        text = "merge_method: linear\ntokenizer_source: union\nbase_model: <base>\nmodels:\n" + "".join(
-            f"- {{model: <{other}>, parameters: {{weight: {int(other == name)}}}}}\n" for other in models
-        )
-        fitted[name] = tmp_path / f"fitted-{name}"
-        run_recipe(written(tmp_path, text, models), fitted[name])
-    base = fitted.pop("base")
-    engine = pf.stack(base, fitted)
-    for name, path in fitted.items():
-        merged, truth = engine.merge_state_dict({name: 1.0}), tensors_of(path)
-        assert truth["lm_head.weight"].shape == (39, 12)
-        for tensor, values in truth.items():
-            torch.testing.assert_close(merged[tensor], values)
-
-
 @pytest.mark.parametrize("tokenizer", ["union", "base"])
 def test_stacking_by_token_is_stacking_what_recipes_fit(
     tokenizer: str, models: dict[str, Path], tmp_path: Path
