@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.merging.disk import merge_store
+from paretofuse.engine.merging.publish import push, stored
 from paretofuse.engine.modules.ahead import merged_ahead
 from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import dense_module
@@ -374,6 +378,43 @@ class Engine:
         self._bound.check_whole("an adapter")
         routing = check_one(routing_of(self.routers, preference, None)).cpu()
         return write_adapter(path, self._stack, routing[0], self.blueprint, rank)
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], preference: Preference, *, head: str | None = None
+    ) -> None:
+        """Write a preference's model, from the engine's store or a temporary one, to a directory with a model card.
+
+        Raises:
+            ValueError: invalid input, or a path that holds other files.
+            OSError: writing failed; what was there before is untouched.
+        """
+        self._bound.check_whole("a directory")
+        with stored(self.path, self._stack, self.routers, self.blueprint, self.training) as store:
+            merge_store(store, preference, path, head=head)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        preference: Preference,
+        *,
+        head: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address.
+
+        Raises as it does, OSError also where the Hub refuses it, ImportError without huggingface_hub.
+
+        Args:
+            repo_id: "org/name"; made if it is not there, `private` or not.
+            preference, head: as for `merge`.
+            revision: the branch, made if it is not there; "main" unless told.
+            token: to log in; the saved one unless told.
+        """
+        with tempfile.TemporaryDirectory(prefix="paretofuse-") as folder:
+            self.save_pretrained(place := Path(folder, "model"), preference, head=head)
+            return push(place, repo_id, private=private, revision=revision, token=token)
 
     def unload(self, preference: Preference, *, head: str | None = None) -> nn.Module:
         """Like `merge`, letting go of the live module, the fused one and the replicas first, with their memory."""

@@ -61,7 +61,7 @@ def stack(
 
     Args:
         base: an nn.Module, a state dict, or a path (a Hugging Face directory, sharded or not, an open_clip
-            directory, a .safetensors file; or a Hub id that the local Hugging Face cache holds).
+            directory, a .safetensors file; or a Hub id, org/name or org/name@revision).
         experts: the experts by name, one for each objective unless `objectives` says otherwise; like base, or a LoRA of
             PEFT (a directory, or a live PeftModel).
         route: which tensors share a router: "mlp" (one for each MLP block, nothing else routed), "module", "tensor",

@@ -1,4 +1,4 @@
-"""Hub ids such as "org/name": directories that the local Hugging Face cache holds; nothing is ever downloaded."""
+"""Hub ids such as "org/name" or "org/name@revision": directories in the Hugging Face cache, or downloaded into it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,49 @@ from pathlib import Path
 
 from paretofuse.engine.errors import CheckpointError
 
-_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_ID = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(?P<revision>[\w.][\w./-]*))?")
+
+_UNREAD = [
+    "*.bin",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "*.ot",
+    "*.pt",
+    "*.pth",
+    "*.tflite",
+    "openvino/*",
+]
+"""Weights in other formats than safetensors, which are not downloaded."""
 
 
-def cached(name: str, label: str) -> Path:
-    """The directory of a model in the local Hugging Face cache.
+def directory(name: str, label: str) -> Path:
+    """The directory of a model of the Hub, at a revision if the name has one.
+
+    huggingface_hub finds or downloads it; with HF_HUB_OFFLINE=1 only the local cache is asked.
 
     Raises:
-        CheckpointError: no Hub id, or the cache does not hold it; says how to get a directory.
+        CheckpointError: no Hub id, or neither cache nor Hub has it; says why.
     """
-    if not _ID.fullmatch(name) or name.endswith(".safetensors"):
+    found = _ID.fullmatch(name)
+    if found is None or name.endswith(".safetensors"):
         raise CheckpointError(
             f"{label} ({name}): no such file or directory; pass a model's directory, a .safetensors file, or the id of "
-            "a model that the local Hugging Face cache holds, such as org/name"
+            "a model on the Hugging Face Hub, such as org/name or org/name@revision"
         )
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, local_files_only=True))
-    except (ImportError, OSError, ValueError) as error:  # of huggingface_hub: not there, or no id
+        return Path(snapshot_download(found["id"], revision=found["revision"], ignore_patterns=_UNREAD))
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:  # of huggingface_hub: not there, no such id, no network
+        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{label} ({name}): no such file or directory, nor a model in the local Hugging Face cache; models are not "
-            f"downloaded here: get it with `hf download {name}`, which prints its directory"
+            f"{label} ({name}): no such file or directory, nor a model that the Hugging Face cache or the Hub has: "
+            f"{reason}"
         ) from error

@@ -61,7 +61,7 @@ def _source(model: Any, label: str, base: Source | None) -> Source:
         )
     path = Path(model)
     if not path.exists():
-        path = hub.cached(str(model), label)
+        path = hub.directory(str(model), label)
     label = f"{label} ({path})"
     if path.is_file() and path.suffix == ".safetensors":
         return from_safetensors([path], label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 from paretofuse.cli.options import add_output, add_preference, add_store, add_threads, add_verify
 from paretofuse.cli.running import Result, bytes_bar, size
@@ -25,6 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa", metavar="NAME", help="force an instruction set; `paretofuse doctor` lists them"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload OUT to this repository of the Hugging Face Hub as well",
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
     add_threads(parser)
 
 
@@ -32,6 +39,10 @@ def run(options: argparse.Namespace) -> Result:
     """Merge from disk to disk."""
     from paretofuse.engine.merging.disk import merge_store
 
+    if options.push_to_hub and options.output.endswith(".safetensors"):
+        raise ValueError(f"got --push-to-hub with the file {options.output}, expected a directory to write")
+    if options.private and not options.push_to_hub:
+        raise ValueError("got --private without --push-to-hub ORG/NAME, which it is for")
     started = time.perf_counter()
     with bytes_bar(options, "merge") as progress:
         merged = merge_store(
@@ -45,7 +56,7 @@ def run(options: argparse.Namespace) -> Result:
             progress=progress,
         )
     seconds = time.perf_counter() - started
-    document = {
+    document: dict[str, Any] = {
         "path": str(merged.path),
         "preference": options.preference,
         "head": options.head,
@@ -55,4 +66,9 @@ def run(options: argparse.Namespace) -> Result:
         "seconds": seconds,
     }
     text = f"{merged.path}: {merged.tensors} tensors, {size(merged.nbytes)}, {seconds:.2f} s ({merged.isa})"
+    if options.push_to_hub:
+        from paretofuse.engine.merging.publish import push
+
+        document["url"] = push(merged.path, options.push_to_hub, private=options.private or None)
+        text += f"\n{document['url']}"
     return text, document, 0

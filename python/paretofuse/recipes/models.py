@@ -37,7 +37,7 @@ class Model:
     """
 
     def __init__(self, name: str) -> None:
-        """Open a directory, or a Hub id (org/name, org/name@revision) that the local cache holds.
+        """Open a directory, or a Hub id (org/name, org/name@revision).
 
         Raises:
             CheckpointError: there is no model, an adapter, or a quantized one.
@@ -46,7 +46,7 @@ class Model:
         self.name = name
         self.path = Path(name)
         if not self.path.exists():
-            self.path = hub.cached(name, "model")
+            self.path = hub.directory(name, "model")
         if not self.path.is_dir():
             raise CheckpointError(f"{name}: this is a file, expected a model's directory with its {CONFIG}")
         if (self.path / "adapter_config.json").is_file():

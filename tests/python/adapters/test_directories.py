@@ -210,24 +210,56 @@ def _floats(*modules: nn.Module) -> list[list[torch.Tensor]]:
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the local cache holds is found, links and all; nothing is downloaded."""
+    """Offline, what the local cache holds is found, links and all, at main or at a revision; nothing else is."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(pf.CheckpointError, match=r"nor a model in the local.*`hf download org/name`"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        pf.CheckpointError, match=r"org/name.: no such file or directory, nor a model that the Hugging"
+    ):
         pf.stack("org/name", {"a": {}})
     for path in ("no/such/path", "none.safetensors", "/none"):
         with pytest.raises(pf.CheckpointError, match=r"no such file or directory; pass a model's directory"):
             pf.stack(path, {"a": {}})
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123456789012345678901234567890123456789"
-    tiny_gpt2().save_pretrained(tmp_path / "blobs")
-    snapshot.mkdir(parents=True)
-    for file in (tmp_path / "blobs").iterdir():
-        (snapshot / file.name).symlink_to(file)
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text(snapshot.name)
-    merged = pf.stack("org/name", {"a": "org/name"}).merge([1.0])
-    assert all(torch.equal(t, merged.state_dict()[n]) for n, t in tiny_gpt2().state_dict().items())
+    models = {"main": tiny_gpt2(), "v2": perturbed(tiny_gpt2(), 1)}
+    (tmp_path / "models--org--name" / "refs").mkdir(parents=True)
+    for number, (revision, model) in enumerate(models.items()):
+        snapshot = tmp_path / "models--org--name" / "snapshots" / (str(number) * 40)
+        model.save_pretrained(tmp_path / "blobs" / revision)  # type: ignore[operator]
+        snapshot.mkdir(parents=True)
+        for file in (tmp_path / "blobs" / revision).iterdir():
+            (snapshot / file.name).symlink_to(file)
+        (tmp_path / "models--org--name" / "refs" / revision).write_text(snapshot.name)
+    engine = pf.stack(
+        "org/name", {"same": "org/name@main", "branch": "org/name@v2", "commit": f"org/name@{'1' * 40}"}
+    )
+    for objective, revision in (("same", "main"), ("branch", "v2"), ("commit", "v2")):
+        merged = engine.merge({objective: 1.0}).state_dict()
+        for name, tensor in models[revision].state_dict().items():
+            torch.testing.assert_close(merged[name], tensor)
+    with pytest.raises(pf.CheckpointError, match=r"org/name@v3.: no such file or directory, nor"):
+        pf.stack("org/name", {"a": "org/name@v3"})
+
+
+def test_online_the_hub_is_asked_for_safetensors_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    tiny_gpt2().save_pretrained(tmp_path / "downloaded")  # type: ignore[operator]
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append((repo_id, options))
+        return str(tmp_path / "downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    pf.stack("org/name@v2", {"a": "org/name"})
+    assert [(name, options["revision"]) for name, options in asked] == [
+        ("org/name", "v2"),
+        ("org/name", None),
+    ]
+    assert "*.bin" in asked[0][1]["ignore_patterns"]
+    assert "local_files_only" not in asked[0][1]
 
 
 @pytest.mark.parametrize(
