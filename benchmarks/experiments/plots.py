@@ -93,12 +93,14 @@ def picture(fronts: Fronts, rows: Sequence[Row], metric: str, title: str, path: 
     figure.savefig(path, dpi=130)
 
 
-def style(number: int, name: str, names: Sequence[str]) -> dict[str, Any]:
-    """How a front is drawn: the longest run of ours solid, each other one with dashes of its own."""
+def style(number: int, name: str, names: Sequence[str], fronts: Fronts) -> dict[str, Any]:
+    """How a front is drawn: the longest run of ours solid, each other one with dashes; seeds that are missing told."""
     solid = name == longest(names)
+    seeds, most = len(fronts[name]), max(len(fronts[other]) for other in names)
+    fewer = f" ({seeds} of {most} seeds)" if seeds < most else ""
     return {
         "color": colour(name, longest(names)), "ls": "-" if solid else DASHES[number % len(DASHES)],
-        "lw": 1.8 if solid else 1.4, "marker": "o", "ms": 3.2, "label": in_words(name),
+        "lw": 1.8 if solid else 1.4, "marker": "o", "ms": 3.2, "label": in_words(name) + fewer,
     }  # fmt: skip
 
 
@@ -145,14 +147,15 @@ def _fronts(ax: Axes, fronts: Fronts, shown: Sequence[str], better: str) -> None
         if len(front) > 1:
             for one in front:
                 ax.plot(*one.values.T, color=colour(name, longest(shown)), lw=0.5, alpha=0.35, zorder=2)
-        ax.plot(*average.T, zorder=4, **style(number, name, shown))
+        ax.plot(*average.T, zorder=4, **style(number, name, shown, fronts))
     singles = [name for name, seeds in fronts.items() if all(len(front) == 1 for front in seeds.values())]
     for name, marker in zip(singles, cycle(MARKERS)):
         x, y = np.mean([front.values[0] for front in fronts[name].values()], axis=0)
         ax.plot(x, y, ls="", marker=marker, ms=5.5, color=INK, mfc="white", zorder=5, label=in_words(name))
     ax.set_xlabel(f"{first[0]} {better}", fontsize=SMALL + 1)
     ax.set_ylabel(f"{first[1]} {better}", fontsize=SMALL + 1)
-    ax.set_title(_seeds(len(fronts[shown[0]]), "mean", "; faint: each seed"), fontsize=SMALL, color=GREY)
+    seeds = max(len(fronts[name]) for name in shown)
+    ax.set_title(_seeds(seeds, "mean", "; faint: each seed"), fontsize=SMALL, color=GREY)
     _plain(ax)
 
 
@@ -166,16 +169,17 @@ def _following(ax: Axes, fronts: Fronts, shown: Sequence[str], index: int, bette
         values = np.mean([f.values[:, index] for f in fronts[contender].values()], axis=0)
         levels = np.unique(shares)
         heights = [values[shares == level].mean() for level in levels]
-        ax.plot(levels, heights, **style(number, contender, shown))
+        ax.plot(levels, heights, **style(number, contender, shown, fronts))
     ax.set_xlabel(f"preference for {name} (share of 1)", fontsize=SMALL + 1)
     ax.set_ylabel(f"{name} {better}", fontsize=SMALL + 1)
-    seeds = _seeds(len(fronts[shown[0]]), "mean")
+    seeds = _seeds(max(len(fronts[name]) for name in shown), "mean")
     ax.set_title(f"{seeds}, mean over the other shares", fontsize=SMALL, color=GREY)
     _plain(ax)
 
 
 def _bars(ax: Axes, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row.contender for row in rows))[::-1]
+    most = len({row.seed for row in rows})
     digits = 3 if max(row.hypervolume for row in rows) < 100 else 0
     for place, name in enumerate(names):
         values = [row.hypervolume for row in rows if row.contender == name]
@@ -183,7 +187,8 @@ def _bars(ax: Axes, rows: Sequence[Row]) -> None:
         height = statistics.mean(values)
         ax.barh(place, height, xerr=deviation or None, color=colour(name, longest(names)), height=0.72,
                 error_kw={"lw": 0.8, "ecolor": INK})  # fmt: skip
-        ax.text(height + deviation, place, f" {height:.{digits}f}", va="center",
+        alone = "" if len(values) == most else f" ({len(values)} of {most} seeds)"
+        ax.text(height + deviation, place, f" {height:.{digits}f}{alone}", va="center",
                 fontsize=SMALL - 1, color=INK)  # fmt: skip
     ax.set_yticks(range(len(names)), [in_words(name) for name in names])
     ax.set_xlabel("hypervolume (higher is better)", fontsize=SMALL + 1)
