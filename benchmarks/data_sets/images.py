@@ -295,7 +295,7 @@ def _packaged_fashion(cache: Path, say: Say) -> Task:
         if not unpacked.is_dir():
             say(f"Fetching Fashion-MNIST: apt-get download {FASHION_PACKAGE}")
             try:
-                _unpack_debian(cache, unpacked)
+                unpack_debian(FASHION_PACKAGE, cache, unpacked)
             except DataError as error:
                 raise DataError(
                     f"Fashion-MNIST: {error}; install Debian's {FASHION_PACKAGE}, or name a folder with "
@@ -314,13 +314,17 @@ def _installed_fashion() -> Path | None:
         return None
 
 
-def _unpack_debian(cache: Path, folder: Path) -> None:
-    """Download the Debian package and unpack it without installing it, which needs no root."""
+def unpack_debian(package: str, cache: Path, folder: Path) -> None:
+    """Download a Debian package and unpack it without installing it, which needs no root; `folder` appears whole.
+
+    Raises:
+        DataError: it cannot be downloaded or unpacked.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    _run(["apt-get", "download", FASHION_PACKAGE], cache)
-    packages = sorted(cache.glob(f"{FASHION_PACKAGE}_*.deb"))
+    _run(["apt-get", "download", package], cache)
+    packages = sorted(cache.glob(f"{package}_*.deb"))
     if not packages:
-        raise DataError(f"apt-get download left no {FASHION_PACKAGE}_*.deb in {cache}")
+        raise DataError(f"apt-get download left no {package}_*.deb in {cache}")
     beside = folder.with_suffix(".partial")
     _run(["dpkg", "-x", str(packages[-1]), str(beside)])
     packages[-1].unlink()

@@ -6,6 +6,7 @@
     python -m benchmarks.experiments vision --quick     tiny, to see that it works; the numbers mean nothing
     python -m benchmarks.experiments text               MiniLM on three text tasks
     python -m benchmarks.experiments language           a small GPT-2 and three styles of English
+    python -m benchmarks.experiments restoration        Real-CUGAN's published models, pictures enlarged and mended
     python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
@@ -32,6 +33,7 @@ EXPERIMENTS = {
     "text": "benchmarks.experiments.text:make",
     "language": "benchmarks.experiments.language:make",
     "openclip": "benchmarks.experiments.openclip:load",
+    "restoration": "benchmarks.experiments.restoration:load",
 }
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
 

@@ -62,7 +62,7 @@ def contenders(experiment: Experiment) -> list[Contender]:
         Contender("DARE", _pruned(_dare), 1.5, {**tried, "density": DENSITY}),
         Contender("rewarded soups", rewarded_soups, 1.5),
     ]
-    for method, mode, start in product(("ls", "epo"), ("mlp", "module"), pwemoe.STARTS):
+    for method, mode, start in product(("ls", "epo"), experiment.pwemoe_routes, pwemoe.STARTS):
         name = f"PWEMoE-{method.upper()} {mode} {start:g}"
         settings = {"steps": experiment.pwemoe_steps, "start": start}
         every_seed = not name.startswith(experiment.first_seed_only)
