@@ -18,7 +18,7 @@ import numpy.typing as npt
 MAGIC = "7767517"
 FLOAT32, FLOAT16 = 0, 0x01306B47
 KERNEL_SIZES = {"Convolution": "6", "Deconvolution": "6", "InnerProduct": "2"}
-"""The kinds with weights, and the parameter that tells how many elements a kernel has; parameter 0 tells the outputs."""
+"""The kinds with weights, and the parameter with the number of a kernel's elements; parameter 0 has the outputs."""
 
 Floats = npt.NDArray[np.float32]
 

@@ -1,8 +1,8 @@
 """Pictures that packages carry: photographs of scikit-image and scikit-learn, and drawings, which are emoji.
 
-PyPI scikit-image 0.25.2 (its README tells each picture's origin; those used here are public domain or CC0),
-scikit-learn's two photographs (CC BY 2.0, by danielbuechele and vultilion), Debian's fonts-noto-color-emoji (SIL OFL 1.1, by
-Google). Versions are pinned and every file is checked by its SHA-256.
+PyPI scikit-image 0.25.2 (its functions tell each picture's origin; those used here are public domain or CC0),
+scikit-learn's two photographs (CC BY 2.0, by danielbuechele and vultilion) and Debian's fonts-noto-color-emoji (SIL OFL
+1.1, by Google). Every file is checked by its SHA-256.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -65,8 +65,7 @@ def contenders(experiment: Experiment) -> list[Contender]:
     for method, mode, start in product(("ls", "epo"), experiment.pwemoe_routes, pwemoe.STARTS):
         name = f"PWEMoE-{method.upper()} {mode} {start:g}"
         settings = {"steps": experiment.pwemoe_steps, "start": start}
-        every_seed = not name.startswith(experiment.first_seed_only)
-        found.append(Contender(name, _pwemoe(method, mode, start), 30.0, settings, every_seed))
+        found.append(Contender(name, _pwemoe(method, mode, start), 30.0, settings))
     found += [
         Contender("dense scalarization", rivals.dense(rivals.from_base), 20.0),
         Contender("dense, from the average", rivals.dense(rivals.from_average), 20.0),
@@ -76,7 +75,7 @@ def contenders(experiment: Experiment) -> list[Contender]:
     short = min(experiment.ours_steps)
     found += [_ours(short), _ours(short, SEVERAL)]
     found += [_ours(steps) for steps in experiment.ours_steps if steps > short]
-    return found
+    return [replace(c, every_seed=not c.name.startswith(experiment.first_seed_only)) for c in found]
 
 
 def _at_our_cost(experiment: Experiment) -> list[Contender]:

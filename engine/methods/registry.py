@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from paretofuse.engine.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from paretofuse.engine.methods.dare import DareLinear, DareTies
 from paretofuse.engine.methods.della import Della, DellaLinear
+from paretofuse.engine.methods.iso_c import IsoC
 from paretofuse.engine.methods.linear import Linear
 from paretofuse.engine.methods.method import Method
 from paretofuse.engine.methods.model_stock import ModelStock
@@ -15,10 +16,11 @@ from paretofuse.engine.methods.passthrough import Passthrough
 from paretofuse.engine.methods.slerp import Slerp
 from paretofuse.engine.methods.task_arithmetic import TaskArithmetic
 from paretofuse.engine.methods.ties import Ties
+from paretofuse.engine.methods.tsv import Tsv
 
 METHODS: tuple[Method, ...] = (
     Linear(), TaskArithmetic(), Ties(), DareLinear(), DareTies(), Breadcrumbs(), BreadcrumbsTies(), Della(),
-    DellaLinear(), Slerp(), NuSlerp(), ModelStock(), Passthrough(),
+    DellaLinear(), Slerp(), NuSlerp(), ModelStock(), Passthrough(), Tsv(), IsoC(),
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A method's share that concerns the experts themselves: their differences, thinned, as what routers then learn over.
 
-expert' = base + m_k s_k d_k        s_k and m_k as in `deltas`, all weights equal
+expert' = base + m_k s_k d_k        s_k and m_k as in `deltas`, all weights equal; "tsv": as in that file
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from paretofuse.engine.methods.native import Bits
 from paretofuse.engine.methods.numbers import Floats
 from paretofuse.engine.methods.random import key_of
 from paretofuse.engine.methods.registry import METHODS
+from paretofuse.engine.methods.tsv import Tsv, tsv_shares
 
 _OWN = ("density", "rescale", "gamma", "epsilon")
 """Parameters that concern one difference; weights, and what is made of the sum, are the routers' business."""
 
-TRANSFORMS = {
+TRANSFORMS: dict[str, DeltaMethod | Tsv] = {
     method.name: method
     for method in METHODS
-    if isinstance(method, DeltaMethod) and method.name != "task_arithmetic"
+    if isinstance(method, DeltaMethod | Tsv) and method.name != "task_arithmetic"
 }
 """The methods that change an expert's difference."""
 
@@ -38,7 +39,7 @@ class Transform:
         seed: what random methods start from.
     """
 
-    method: DeltaMethod
+    method: DeltaMethod | Tsv
     options: Mapping[str, Any]
     seed: int = 0
     _elected: dict[str, Bits] = field(default_factory=dict, compare=False)
@@ -53,9 +54,13 @@ class Transform:
             expert: which one.
             count: how many experts there are.
             difference: gives the difference of each by number, float32; None where it has none. Methods that elect
-                signs ask for all of them, once for each tensor: a bit for each element is remembered.
+                signs ask for all of them, once for each tensor: a bit for each element is remembered. "tsv" asks for
+                all of them each time.
         """
-        thinned = self._thinned(tensor, expert, difference)
+        if isinstance(self.method, Tsv):
+            found = {number: own for number in range(count) if (own := difference(number)) is not None}
+            return tsv_shares(list(found.values()))[list(found).index(expert)]
+        thinned = self._thinned(self.method, tensor, expert, difference)
         if thinned is None:
             raise ValueError(f"got no difference of expert {expert} in tensor {tensor!r}, expected one")
         if not self.method.elects:
@@ -63,7 +68,7 @@ class Transform:
         if tensor not in self._elected:
             total = np.zeros(thinned.shape, np.float32)
             for number in range(count):
-                own = self._thinned(tensor, number, difference)
+                own = self._thinned(self.method, tensor, number, difference)
                 if own is not None:
                     total += own
             self._elected[tensor] = np.packbits(total.reshape(-1) >= 0)
@@ -71,12 +76,14 @@ class Transform:
         elected: Floats = np.where(np.where(up, thinned > 0, thinned < 0), thinned, np.float32(0))
         return elected
 
-    def _thinned(self, tensor: str, expert: int, difference: Callable[[int], Floats | None]) -> Floats | None:
+    def _thinned(
+        self, method: DeltaMethod, tensor: str, expert: int, difference: Callable[[int], Floats | None]
+    ) -> Floats | None:
         own = difference(expert)
         if own is None:
             return None
         key = key_of(self.seed, tensor, expert)
-        return self.method.thin(own, self.options, bool(self.options["rescale"]), key)
+        return method.thin(own, self.options, bool(self.options["rescale"]), key)
 
 
 def parse_transform(text: str) -> Transform:
