@@ -45,19 +45,12 @@ class Experiment:
         identity: what base and experts depend on (steps, sizes, data); another identity is another cache.
         preferences: where fronts are swept [P, E].
         scalarized: preferences of the separately fine-tuned models [S, E].
-<<<<<<< HEAD
-        pwemoe_routes: PWEMoE's two modes in this model: routes by name.
+        pwemoe_routes: PWEMoE's modes in this model: routes by name; none: it does not take part.
         pwemoe_steps: steps of PWEMoE; fewer than its own only in a quick run.
         ours_steps: steps of ours, each a contender.
-        first_seed_only: what names of contenders begin with that are too slow for each seed; seed 0 runs them.
+        first_seed_only: what names of contenders begin with that are too slow for each seed, or the same for each; seed
+            0 runs them.
         unlabelled: the objectives once more, with losses that see no label; empty where there are no classes.
-=======
-        pwemoe_routes: PWEMoE's modes in this model: routes by name; none: it does not take part.
-        pwemoe_steps: steps of PWEMoE.
-        ours_steps: steps of ours, each a contender.
-        first_seed_only: names of contenders that are too slow to be run for each seed, or the same for each; they are
-            run for seed 0.
->>>>>>> f11a516 (Recipes merge by singular vectors too (TSV, Iso-C), and TSV is a transform; the restoration experiment is sized for a minute and tested)
         more: further contenders by name, such as base + probe.
         notes: sentences for the report.
     """

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import paretofuse as pf
 from benchmarks.data_sets import photos
 from benchmarks.data_sets.photos import Picture
-from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK, trainable
-from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, fine_tune
+from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK
+from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, fine_tune, trainable
 from benchmarks.models import cugan
 from benchmarks.models.cugan import CONTEXT, UpCunet
 
@@ -225,13 +225,15 @@ def load(quick: bool) -> Experiment:
         pwemoe_routes={},
         first_seed_only=(
             "base",
-            *(f"expert {name}" for name in names),
-            "plain average",
-            "task arithmetic",
+            "expert",
+            "plain",
+            "task",
             "TIES",
             "DARE",
-            "rewarded soups",
-            "dense scalarization",
+            "rewarded",
+            "dense",
+            "MGDA",
+            "NSGA",
         ),
         ours_steps=sizes.ours_steps,
         more=more,

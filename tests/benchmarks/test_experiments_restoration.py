@@ -10,12 +10,12 @@ from torch import nn
 pytest.importorskip("PIL", reason="pictures are Pillow's")
 pytest.importorskip("peft", reason="TIES and DARE are PEFT's")
 
-from benchmarks.data_sets import ncnn  # noqa: E402
-from benchmarks.experiments import restoration  # noqa: E402
-from benchmarks.experiments.contenders import contenders  # noqa: E402
-from benchmarks.experiments.experiment import Context, Meter, Models  # noqa: E402
-from benchmarks.models.cugan import CONTEXT, UpCunet, load_ncnn  # noqa: E402
-from tests.benchmarks.ncnn_files import write_ncnn  # noqa: E402
+from benchmarks.data_sets import ncnn
+from benchmarks.experiments import restoration
+from benchmarks.experiments.contenders import contenders
+from benchmarks.experiments.experiment import Context, Meter, Models
+from benchmarks.models.cugan import CONTEXT, UpCunet, load_ncnn
+from tests.benchmarks.ncnn_files import write_ncnn
 
 
 def test_a_tiny_experiment_runs_from_the_published_models_to_a_front(tmp_path: Path) -> None:
@@ -47,9 +47,7 @@ def test_crops_line_up_and_psnr_is_its_definition() -> None:
     assert small.shape == (1, 3, 80, 80)
     assert large.shape == (1, 3, 160 - 4 * CONTEXT, 160 - 4 * CONTEXT)
     inside = small[:, :, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
-    torch.testing.assert_close(
-        torch.nn.functional.avg_pool2d(large, 2), inside, atol=1 / 255 + 1e-6, rtol=0
-    )
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 2), inside, atol=1 / 255 + 1e-6, rtol=0)
     one, other = random.random((2, 3, 8, 8)), random.random((2, 3, 8, 8))
     found = restoration.psnr(torch.from_numpy(one), torch.from_numpy(other))
     truth = [10 * np.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(one, other, strict=True)]
