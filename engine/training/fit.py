@@ -25,7 +25,7 @@ from paretofuse.engine.routing.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
 from paretofuse.engine.termination import termination_raises
 from paretofuse.engine.training import random_state
-from paretofuse.engine.training.log import open_log
+from paretofuse.engine.training.log import Log, open_log
 from paretofuse.engine.training.run import Record, Run
 from paretofuse.engine.training.settings import Settings, check_number
 from paretofuse.engine.training.validation import Validation
@@ -56,7 +56,7 @@ def fit(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
-    log: str | os.PathLike[str] | None = None,
+    log: str | os.PathLike[str] | Log | None = None,
     callback: Callable[[Record], bool | None] | None = None,
     progress: bool = True,
 ) -> list[Record]:
@@ -106,8 +106,9 @@ def fit(
             `steps` may differ from those of the run that wrote it: the rest of a lengthened run follows the longer
             run's cosine, so the learning rate first rises again to what that has at this step.
         checkpoint_every: steps between checkpoints.
-        log: a .csv file or a TensorBoard directory. A run that resumes goes on in it, a new one replaces it; a file
-            that is no such log is left alone.
+        log: a .csv file or a TensorBoard directory, in which a run that resumes goes on, while a new one replaces it (a
+            file that is no such log is left alone); a tracker's name, "wandb", "mlflow", "aim" or "trackio", whose
+            active run is taken if there is one; or an object with write(record) and close(), which it ends with.
         callback: called with each step's record; returning True ends the training after it.
         progress: show a progress bar on stderr where that is a terminal, with each objective's loss at equal
             preference, smoothed over the last steps.
@@ -187,13 +188,12 @@ def fit(
                 records.append(record)
                 bar.update()
                 bar.set_postfix({o: f"{record[f'equal/{o}']:.3f}" for o in engine.objectives})
-                if writer is not None:
-                    writer.write(record)
+                enough = writer is not None and writer.write(record)
                 if path is not None:
                     run.keep()
                 if path is not None and (step + 1) % checkpoint_every == 0:
                     run.save(path)
-                if callback is not None and callback(record):
+                if (callback is not None and callback(record)) or enough:
                     break
         finally:
             # However it ends: done, stopped, interrupted, told to end, or by an error in the middle of a step.

@@ -1,4 +1,4 @@
-"""Training logs: a CSV file, or a TensorBoard directory."""
+"""Training logs: a CSV file, a TensorBoard directory, a tracker by name, or an object that takes the records."""
 
 from __future__ import annotations
 
@@ -7,42 +7,52 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-_TRACKERS = ("wandb", "mlflow", "aim", "trackio")
-"""Names that are meant as such, and not as a directory's."""
+from paretofuse.engine.training.trackers import TRACKERS, open_tracker
 
 
+@runtime_checkable
 class Log(Protocol):
     """Takes a record for each step."""
 
-    def write(self, record: Mapping[str, float]) -> None:
-        """Write one step's record; its "step" counts from 1."""
+    def write(self, record: Mapping[str, float]) -> bool | None:
+        """Write one step's record; its "step" counts from 1. Returning True ends the training after it."""
 
     def close(self) -> None:
         """Flush and close."""
 
 
-def open_log(path: str | os.PathLike[str], resumed_step: int) -> Log:
-    """A CSV log where the path ends in .csv, a TensorBoard directory otherwise.
+def open_log(path: str | os.PathLike[str] | Log, resumed_step: int) -> Log:
+    """A CSV log where the path ends in .csv, a run of the tracker that it names, a TensorBoard directory otherwise.
 
     Args:
-        path: the file or directory.
+        path: the file or directory, a tracker's name, or what takes the records itself.
         resumed_step: records after this step come from a run that was cut short, and are dropped (0: a new run).
 
     Raises:
-        ValueError: the path is a file that is no log of `pf.fit`; it is left as it is. Or it is a tracker's name, or
-            nearly so, and no directory of that name is there.
-        ImportError: the path is a directory and tensorboard is not installed.
+        ValueError: the path is a file that is no log of `pf.fit`; it is left as it is. Or it is nearly a tracker's
+            name, and no directory of that name is there.
+        TypeError: it is none of these.
+        ImportError: the tracker is not installed, or for a directory tensorboard.
     """
+    if not isinstance(path, str | os.PathLike):
+        if isinstance(path, Log):
+            return path
+        raise TypeError(
+            f"got log of type {type(path).__name__}, expected a path, a tracker's name, or an object with "
+            "write(record) and close()"
+        )
+    if path in TRACKERS:
+        return open_tracker(str(path))
     if Path(path).suffix == ".csv":
         return CsvLog(Path(path), resumed_step)
     if isinstance(path, str) and os.sep not in path and not os.path.isdir(path):
-        near = difflib.get_close_matches(path.lower(), _TRACKERS, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(path.lower(), TRACKERS, n=1, cutoff=0.75)
         if near:
             raise ValueError(
-                f"got log={path!r}, which looks like the tracker {near[0]!r}; none is known here by name: give a "
-                f".csv file or a TensorBoard directory, {f'./{path}'!r} if that is its name"
+                f"got log={path!r}, which looks like the tracker {near[0]!r}; give that name, a .csv file or a "
+                f"TensorBoard directory, {f'./{path}'!r} if that is its name"
             )
     return TensorBoardLog(Path(path), resumed_step)
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paretofuse.adapters.trainer import TrainerCallbacks
     from paretofuse.api import load, stack
     from paretofuse.engine.engine import Engine
     from paretofuse.engine.errors import CheckpointError, StoreError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "TrainerCallbacks": "paretofuse.adapters.trainer",
     "load": "paretofuse.api",
     "stack": "paretofuse.api",
     "Engine": "paretofuse.engine.engine",
@@ -54,8 +56,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "Validation", "__version__", "add_planes",
-    "entropy_loss", "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe",
+    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "TrainerCallbacks", "Validation", "__version__",
+    "add_planes", "entropy_loss", "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe",
     "sample_preferences", "search", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 

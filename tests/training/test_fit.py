@@ -173,8 +173,10 @@ def test_a_log_never_replaces_another_file(tmp_path: Path, content: bytes) -> No
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["wandb", "wandbb", "WandB", "mlfow", "aim", "trackio"])
-def test_a_trackers_name_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["wandbb", "WandB", "mlfow", "Aim", "trackioo"])
+def test_nearly_a_trackers_name_is_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"got log='{name}', which looks like the tracker.*'\./{name}'"):
         open_log(name, 0)

@@ -74,7 +74,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="kept while training; the same command goes on from it"
     )
     parser.add_argument(
-        "--log", metavar="LOG", help="losses of each step: a .csv file or a TensorBoard directory"
+        "--log",
+        metavar="LOG",
+        help="losses of each step: a .csv file, a TensorBoard directory, or wandb, mlflow, aim or trackio",
     )
     add_force(parser)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import paretofuse
+from paretofuse.cli.program import COMMANDS
+from paretofuse.cli.studies.file import read_study
 from tests.support.command import call
 from tests.support.models import perturbed, tiny_gpt2
 
@@ -249,3 +252,12 @@ def test_yaml_and_another_folder(
     assert (place / "search" / "search.db").is_file()
     (folder / "study.yaml").write_text("stack: {base: base}\nstack: {}\n")
     assert "line 2: got the key 'stack' twice" in call(capsys, *words[:2])[2]
+
+
+def test_the_guides_example_is_a_study(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "study.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", guide, re.S)
+    (tmp_path / "paretofuse.toml").write_text(block)
+    found = read_study(tmp_path / "paretofuse.toml", None, COMMANDS)
+    assert [step.name for step in found.steps] == ["stack", "fit", "sweep", "merge.balanced"]
+    assert (found.title, found.out, found.store) == ("News and poems", Path("study"), Path("study/fit/store"))
