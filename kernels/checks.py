@@ -8,8 +8,13 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What models, deltas and results may be stored in, in any mix."""
 
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
-"""What deltas may be stored in besides, with one float32 scale for each tile of each plane."""
+QUANTIZED = (torch.int8, torch.uint8)
+"""What deltas may be stored in besides, with a float32 scale for each group: int8, or int4 two to a byte."""
+
+
+def bits(deltas: Tensor) -> int:
+    """Of an element of deltas."""
+    return 4 if deltas.dtype == torch.uint8 else 8 * deltas.element_size()
 
 
 def check_tensor(
@@ -45,29 +50,52 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 
 
 def check_deltas(
-    deltas: Tensor, scales: Tensor | None, shape: tuple[int, int], tiles: int, device: torch.device
+    deltas: Tensor, scales: Tensor | None, shape: tuple[int, int], tile: int, device: torch.device
 ) -> None:
     """Raise TypeError or ValueError unless flat deltas, and their scales where they need some, fit together.
 
     Args:
-        deltas: shall be [E, N] of a float dtype without scales, or of a quantized one with them.
-        scales: shall be [E, T] float32, or None.
+        deltas: shall be [E, N] of a float dtype without scales, or of int8, or [E, ceil(N / 2)] uint8, with them.
+        scales: shall be [E, ceil(N / group)] float32, or None; the group a power of two from 16 to the tile.
         shape: (E, N).
-        tiles: T.
+        tile: elements of a tile.
         device: of both.
     """
-    check_experts("deltas", shape[0])
+    experts, n = shape
+    check_experts("deltas", experts)
     if scales is None and deltas.dtype in QUANTIZED:
         raise ValueError(
-            f"scales: got None with deltas of {deltas.dtype}, expected [E, T] float32; pass their scales"
+            f"scales: got None with deltas of {deltas.dtype}, expected [E, N / group] float32; pass their scales"
         )
-    check_tensor("deltas", deltas, FLOATS if scales is None else QUANTIZED, shape, device)
+    stored = (experts, -(-n // 2)) if deltas.dtype == torch.uint8 else shape
+    check_tensor("deltas", deltas, FLOATS if scales is None else QUANTIZED, stored, device)
     check_rows("deltas", deltas)
     check_frozen("deltas", deltas)
     if scales is not None:
-        check_tensor("scales", scales, (torch.float32,), (shape[0], tiles), device)
-        check_contiguous("scales", scales)
+        count = scales.shape[-1] if scales.ndim else 0
+        group = group_of(n, count, tile)
+        check_tensor("scales", scales, (torch.float32,), (experts, -(-n // group)), device)
+        check_rows("scales", scales)
         check_frozen("scales", scales)
+
+
+def group_of(n: int, scales: int, tile: int) -> int:
+    """Elements that share a scale, where n elements have so many: a power of two from 16 to the tile.
+
+    Raises:
+        ValueError: no such group makes as many.
+    """
+    if not n:
+        return tile
+    group = tile
+    while group > 16 and -(-n // group) < scales:
+        group //= 2
+    if -(-n // group) != scales:
+        raise ValueError(
+            f"scales: got {scales} for {n} elements, expected one for each group of a power of two from 16 to the tile "
+            f"of {tile}"
+        )
+    return group
 
 
 def check_frozen(name: str, tensor: Tensor) -> None:

@@ -73,22 +73,26 @@ class MergeConfig:
 MERGE_CONFIGS = {
     **{f"at most {e}": MergeConfig(e_chunk=e, one_chunk=True) for e in (1, 2, 4, 8, 16)},
     "any": MergeConfig(e_chunk=8, one_chunk=False),
+    "any row": MergeConfig(e_chunk=1, one_chunk=False, block=512),
 }
 """Every configuration of the merge kernel, by the experts that it takes. More than 16 chunks of 16 bytes spill."""
 
 
-def merge_config(experts: int, itemsize: int) -> MergeConfig:
+def merge_config(experts: int, itemsize: int, *, any_row: bool = False) -> MergeConfig:
     """The configuration for so many experts with deltas of `itemsize` bytes, whatever the number of preferences.
 
-    The smallest that holds them all. 16 bytes of byte deltas are 16 sums, too many registers to keep chunks besides.
+    The smallest that holds them all. 16 bytes of small deltas are 16 sums or 32, too many registers to keep chunks
+    besides. With a coefficient for each element (`any_row`) registers hold those of one expert.
     """
     fitting = (config for config in MERGE_CONFIGS.values() if config.one_chunk and config.e_chunk >= experts)
+    if any_row:
+        return MERGE_CONFIGS["any row"]
     return MERGE_CONFIGS["any"] if itemsize == 1 else next(fitting, MERGE_CONFIGS["any"])
 
 
-def merge_threads(block: int, itemsize: int) -> int:
-    """Threads of a program of the merge: each loads 16 bytes of an expert's block, a full 128-bit load."""
-    return max(32, block * itemsize // 16)
+def merge_threads(block: int, bits: int) -> int:
+    """Threads of a program of the merge: each loads 128 bits of an expert's block, at once."""
+    return max(32, block * bits // 128)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,14 @@ from paretofuse.kernels.triton_or_none import jit, tl
 
 
 @jit
-def widen(x: tl.tensor) -> tl.tensor:
-    """Any storage dtype to float32, exactly; uint8 stands for the bits of a float8 e4m3.
+def unpack(x: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
+    """Stored deltas [..., S] to float32, exactly; packed ones, two numbers of four bits in a byte, to [..., 2 S].
 
-    Not every GPU converts float8 itself. By hand: one shift and one mask put sign, exponent and fraction in their
-    places in a float32, which is then 2^120 too small, also where the float8 is subnormal. The code for NaN, which
-    quantized deltas never hold, reads as 480.
+    The first number is the low half, each 8 more than its value.
     """
-    if x.dtype == tl.uint8:
-        bits = (x.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # 0x87F00000
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    if PACKED:
+        x = tl.interleave(x & 15, x >> 4)
+        return x.to(tl.float32) - 8.0
     return x.to(tl.float32)
 
 

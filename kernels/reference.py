@@ -25,24 +25,45 @@ def routed_merge_reference(
 
     Args:
         base: [N], N a multiple of `tile`.
-        deltas: [E, N], one plane for each expert; any dtype that converts to `accumulate`.
+        deltas: [E, N], one plane for each expert; any dtype that converts to `accumulate`, or packed as `unpacked`
+            takes them.
         tile_group: [N / tile] integers, the group of each tile.
         weights: [K, G, E] routing weights.
         tile: elements per tile.
         dtype: of the result; the base's unless given.
         accumulate: float32, or float64 for a truth to test against.
-        scales: [E, N / tile], multiplies each tile of `deltas`; None means 1.
+        scales: [E, N / group], multiplies each group of `deltas`; None means 1.
 
     Returns:
         [K, N], rounded once.
     """
     rows = weights.to(accumulate)[:, tile_group.long()]  # [K, T, E]
-    if scales is not None:
-        rows = rows * scales.to(accumulate).T
     merged = base.to(accumulate).view(-1, tile).repeat(len(weights), 1, 1)  # [K, T, tile]
-    for e, delta in enumerate(deltas):
-        merged += rows[:, :, e, None] * delta.to(accumulate).view(-1, tile)
+    for e, delta in enumerate(unpacked(deltas, scales, base.numel(), accumulate)):
+        merged += rows[:, :, e, None] * delta.view(-1, tile)
     return merged.flatten(1).to(dtype or base.dtype)
+
+
+def unpacked(
+    deltas: Tensor, scales: Tensor | None, n: int, accumulate: torch.dtype, group: int | None = None
+) -> Tensor:
+    """Stored deltas as numbers [E, n] of dtype `accumulate`.
+
+    Args:
+        deltas: [E, n], or [E, ceil(n / 2)] uint8 with two numbers in a byte, the first in the low half, each 8 more
+            than its value.
+        scales: [E, ceil(n / group)], multiplies each group; None means 1.
+        n: elements of a plane.
+        accumulate: the dtype.
+        group: elements of a group; n / number of scales unless given.
+    """
+    if deltas.dtype == torch.uint8:
+        deltas = torch.stack([deltas & 15, deltas >> 4], 2).flatten(1)[:, :n].to(torch.int8) - 8
+    wide = deltas.to(accumulate)
+    if scales is not None and n:
+        each = scales.to(accumulate).repeat_interleave(group or n // scales.shape[1], 1)[:, :n]
+        wide = wide * each
+    return wide
 
 
 def merge_tensor_reference(
@@ -88,19 +109,23 @@ def routed_grad_reference(
         groups: G.
         tile: elements per tile.
         accumulate: dtype of products, sums and result; float64 unless told.
-        scales: [E, N / tile], multiplies each tile of `deltas`; None means 1.
+        scales: [E, N / group], multiplies each group of `deltas`; None means 1.
 
     Returns:
         [G, E] of dtype `accumulate`.
     """
-    tiles = block_products_reference(grad, deltas, tile, accumulate=accumulate)  # [T, E]
-    if scales is not None:
-        tiles = tiles * scales.to(accumulate).T
+    tiles = block_products_reference(grad, deltas, tile, accumulate=accumulate, scales=scales)  # [T, E]
     return tiles.new_zeros(groups, len(deltas)).index_add_(0, tile_group.long(), tiles)
 
 
 def block_products_reference(
-    grad: Tensor, deltas: Tensor, block: int, *, accumulate: torch.dtype = torch.float64
+    grad: Tensor,
+    deltas: Tensor,
+    block: int,
+    *,
+    accumulate: torch.dtype = torch.float64,
+    scales: Tensor | None = None,
+    group: int | None = None,
 ) -> Tensor:
     """Stage one of the gradient: <grad, deltas[e]> over each block of `block` elements, the last one maybe
     shorter.
@@ -110,13 +135,15 @@ def block_products_reference(
         deltas: [E, N].
         block: elements per block.
         accumulate: dtype of products, sums and result.
+        scales, group: as `unpacked` takes them.
 
     Returns:
         [ceil(N / block), E].
     """
     pad = (0, -grad.numel() % block)
     wide = torch.nn.functional.pad(grad.to(accumulate), pad).view(-1, block)
-    rows = [torch.nn.functional.pad(d.to(accumulate), pad).view(-1, block) for d in deltas]
+    wanted = unpacked(deltas, scales, grad.numel(), accumulate, group)
+    rows = [torch.nn.functional.pad(d, pad).view(-1, block) for d in wanted]
     return torch.stack([(wide * row).sum(1) for row in rows], dim=1)
 
 

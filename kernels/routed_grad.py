@@ -19,9 +19,9 @@ from torch import Tensor
 
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import GradConfig, Launch, filled, grad_config
-from paretofuse.kernels.numeric import widen
+from paretofuse.kernels.numeric import unpack
 from paretofuse.kernels.reference import block_products_reference
-from paretofuse.kernels.triton_or_none import float8_as_bits, interpreted, jit, require, tl
+from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
 
 MAX_BLOCK = 1024
 """Elements per partial sum: enough that partials cost 0.2 % of the traffic, few enough to stay in registers."""
@@ -37,26 +37,46 @@ SPAN = 1024
 def partials_kernel(
     grad: tl.tensor,
     deltas: tl.tensor,
+    scales: tl.tensor,
     partials: tl.tensor,
     n: tl.tensor,
+    length: tl.tensor,
     experts: tl.tensor,
     delta_stride: tl.tensor,
+    scale_stride: tl.tensor,
     BLOCK: tl.constexpr,
     E_CHUNK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
 ) -> None:
-    """Grid: (B,). The block's gradient stays in registers while the experts' deltas stream past."""
+    """Grid: (B,). The block's gradient stays in registers while the experts' deltas stream past.
+
+    A block is taken as [GROUPS, GROUP]: the elements of a group have one scale, which their sum is multiplied by.
+    length is of a plane as stored: n, or half as many bytes.
+    """
+    GROUPS: tl.constexpr = BLOCK // GROUP
     block = tl.program_id(0).to(tl.int64)
-    t = block * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    group = tl.arange(0, GROUPS)  # [GROUPS]
+    t = block * BLOCK + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [GROUPS, GROUP]
+    stored = t
+    if PACKED:
+        stored = block * (BLOCK // 2) + group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
     g = tl.load(grad + t, mask=t < n, other=0.0).to(tl.float32)
     for first in range(0, experts, E_CHUNK):
         e = first + tl.arange(0, E_CHUNK)  # [E_CHUNK]
         delta = tl.load(
-            deltas + e[:, None].to(tl.int64) * delta_stride + t,
-            mask=(t < n) & (e[:, None] < experts),
-            other=0.0,
+            deltas + e[:, None, None].to(tl.int64) * delta_stride + stored[None],
+            mask=(stored < length)[None] & (e < experts)[:, None, None],
+            other=0,
             eviction_policy="evict_first",
-        )  # [E_CHUNK, BLOCK]
-        tl.store(partials + block * experts + e, tl.sum(g * widen(delta), 1), mask=e < experts)
+        )  # [E_CHUNK, GROUPS, GROUP or its half]
+        sums = tl.sum(g[None] * unpack(delta, PACKED), 2)  # [E_CHUNK, GROUPS]
+        if HAS_SCALES:
+            place = block * GROUPS + group[None, :]  # [1, GROUPS]
+            inside = (place * GROUP < n) & (e < experts)[:, None]
+            sums *= tl.load(scales + e[:, None].to(tl.int64) * scale_stride + place, mask=inside, other=0.0)
+        tl.store(partials + block * experts + e, tl.sum(sums, 1), mask=e < experts)
 
 
 @jit
@@ -84,18 +104,25 @@ def segment_sums_kernel(
     tl.store(out + segment.to(tl.int64) * experts + e, sums, mask=e < experts)
 
 
-def partials_launch(grad: Tensor, deltas: Tensor, block: int, config: GradConfig) -> tuple[Tensor, Launch]:
+def partials_launch(
+    grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int, config: GradConfig
+) -> tuple[Tensor, Launch]:
     """Stage one and the partials that it fills; all arguments already checked."""
-    deltas = float8_as_bits(deltas)
     n, experts = grad.numel(), deltas.shape[0]
     partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
     return partials, Launch(
         partials_kernel,
         (len(partials),),
-        (grad, deltas, partials, n, experts, deltas.stride(0)),
-        {"BLOCK": block, "E_CHUNK": config.e_chunk},
+        (
+            grad, deltas, grad if scales is None else scales, partials, n, deltas.shape[1], experts,
+            deltas.stride(0), 0 if scales is None else scales.stride(0),
+        ),
+        {
+            "BLOCK": block, "E_CHUNK": config.e_chunk, "HAS_SCALES": scales is not None,
+            "GROUP": min(group, block), "PACKED": deltas.dtype == torch.uint8,
+        },
         config.threads,
-    )
+    )  # fmt: skip
 
 
 def sums_launch(values: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Launch]:
@@ -119,19 +146,19 @@ def run_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) ->
 
 
 @torch.library.custom_op("paretofuse::grad_partials", mutates_args=(), device_types="cuda")
-def _grad_partials(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
-    return filled(partials_launch(grad, deltas, block, grad_config(deltas.element_size())))
+def _grad_partials(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
+    return filled(partials_launch(grad, deltas, scales, group, block, grad_config(deltas.element_size())))
 
 
 @_grad_partials.register_kernel("cpu")
-def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
+def _(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
     if interpreted(partials_kernel):
-        return filled(partials_launch(grad, deltas, block, grad_config(deltas.element_size())))
-    return block_products_reference(grad, deltas, block).float()
+        return filled(partials_launch(grad, deltas, scales, group, block, grad_config(deltas.element_size())))
+    return block_products_reference(grad, deltas, block, scales=scales, group=group).float()
 
 
 @_grad_partials.register_fake
-def _(grad: Tensor, deltas: Tensor, block: int) -> Tensor:
+def _(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
     return grad.new_empty(((grad.numel() + block - 1) // block, deltas.shape[0]), dtype=torch.float32)
 
 
@@ -206,8 +233,8 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None,
         grad: [N] float32, bfloat16 or float16, contiguous: a bucket, or one tensor's gradient flattened.
             Padding between its tensors must be finite, and zero there or in the deltas.
         deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do).
-            Or int8 or float8_e4m3fn, with scales.
-        scales: [E, ceil(N / tile)] float32, contiguous: what each tile of int8 or float8 deltas is multiplied by.
+            Or int8, or [E, ceil(N / 2)] uint8 for int4, with scales, as `routed_merge` takes them.
+        scales: [E, ceil(N / group)] float32, contiguous: what int8 or int4 deltas are multiplied by.
         tile: elements per tile, a power of two from 16 on; a bucket begins on a tile boundary.
 
     Returns:
@@ -225,13 +252,10 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None,
     n, block = grad.numel(), min(tile, MAX_BLOCK)
     checks.check_tensor("grad", grad, checks.FLOATS, (n,), grad.device)
     checks.check_rows("grad", grad)
-    checks.check_deltas(deltas, scales, (deltas.shape[0], n), -(-n // tile), grad.device)
+    checks.check_deltas(deltas, scales, (deltas.shape[0], n), tile, grad.device)
     _require_device(partials_kernel, grad)
-    partials: Tensor = torch.ops.paretofuse.grad_partials(grad, deltas, block)
-    if (
-        scales is not None
-    ):  # one number for each block and expert: too little to be worth a place in the kernel
-        partials = partials * scales.T.repeat_interleave(tile // block, dim=0)[: len(partials)]
+    group = tile if scales is None else checks.group_of(n, scales.shape[1], tile)
+    partials: Tensor = torch.ops.paretofuse.grad_partials(grad, deltas, scales, group, block)
     return partials
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 __all__ = ["interpreted", "jit", "require", "tl", "triton"]
 
 try:
@@ -45,19 +42,6 @@ def interpreted(kernel: Any) -> bool:
     Triton decides so by TRITON_INTERPRET=1 when the kernel's module is imported; later is too late.
     """
     return triton is not None and not isinstance(kernel, triton.JITFunction)
-
-
-def float8_as_bits(deltas: Tensor) -> Tensor:
-    """Float8 deltas as uint8 where the GPU cannot convert them: kernels decode those by hand. Others unchanged."""
-    native = (
-        deltas.is_meta
-        or (  # without memory they are only described, for a compiler that is told the GPU
-            deltas.is_cuda
-            and not torch.version.hip
-            and torch.cuda.get_device_capability(deltas.device) >= (8, 9)
-        )
-    )
-    return deltas if deltas.dtype != torch.float8_e4m3fn or native else deltas.view(torch.uint8)
 
 
 def require(kernel: Any, device_type: str, instead: str) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import paretofuse as pf
 from benchmarks.harness.record import MissingContender, check
 from paretofuse.engine.layout import TILE
-from paretofuse.kernels.quantize import quantize_tiles
+from paretofuse.engine.planes.groups import Quantized
+from paretofuse.engine.planes.int4 import Int4
+from paretofuse.engine.planes.int8 import Int8
 from paretofuse.kernels.reference import routed_grad_reference, routed_merge_reference
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 from paretofuse.kernels.routed_merge import routed_merge
@@ -114,6 +116,16 @@ def stacked(model: nn.Module, experts: int, tools: Tools) -> pf.Engine:
     return pf.stack(model, others, backend="triton")
 
 
+QUANTIZED: dict[type[Quantized], float] = {Int8: 0.02, Int4: 0.3}
+"""Formats of small planes, and the error of a result that they are allowed beside the exact one."""
+
+
+def quantized_planes(deltas: Tensor, kind: type[Quantized]) -> tuple[Tensor, Tensor]:
+    """Flat deltas [E, N] as stored in a format, and their scales."""
+    planes = [kind.encode(delta.float()) for delta in deltas]
+    return torch.stack([plane.packed for plane in planes]), torch.stack([plane.scales for plane in planes])
+
+
 def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: Tools) -> Iterator[Case]:
     """One merge of a whole model: kernels for deltas of every width, and what PyTorch and PWEMoE offer."""
     model = make()
@@ -127,7 +139,13 @@ def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: To
     # PWEMoE's module around a whole model has one router: all groups take the same weights.
     weights = row.repeat(1, len(engine.groups) + 1, 1)
     truth = routed_merge_reference(
-        flat.base, flat.deltas, flat.tiles, weights, tile=TILE, dtype=torch.float64, accumulate=torch.float64
+        flat.base,
+        flat.stored.values,
+        flat.tiles,
+        weights,
+        tile=TILE,
+        dtype=torch.float64,
+        accumulate=torch.float64,
     )
     once = torch.finfo(dtype).eps / 2 + 1e-6
     moved = n * (2 + experts) * item
@@ -135,21 +153,19 @@ def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: To
     case = Case(f"merge {name} {short(dtype)} E={experts}", truth, 2 * experts * n)
 
     def ours() -> Tensor:
-        return routed_merge(flat.base, flat.deltas, flat.tiles, weights, out=out, tile=TILE)
+        return routed_merge(flat.base, flat.stored.values, flat.tiles, weights, out=out, tile=TILE)
 
     case.contenders["ours"] = Contender(ours, moved, once, ours=True)
     if tools.graph is not None:
         case.contenders["ours, graph replay"] = Contender(tools.graph(ours), moved, once, lambda _: out)
-    for kind in (torch.int8, torch.float8_e4m3fn):
-        quantized, scales = quantize_tiles(flat.deltas, kind, tile=TILE)
+    for kind, error in QUANTIZED.items():
+        quantized, scales = quantized_planes(flat.stored.values, kind)
 
-        def byte(quantized: Tensor = quantized, scales: Tensor = scales) -> Tensor:
+        def small(quantized: Tensor = quantized, scales: Tensor = scales) -> Tensor:
             return routed_merge(flat.base, quantized, flat.tiles, weights, scales=scales, out=out, tile=TILE)
 
-        less = n * (2 * item + experts * (1 + 4 / TILE))
-        case.contenders[f"ours, {'int8' if kind == torch.int8 else 'fp8'} deltas"] = Contender(
-            byte, less, once + 0.02
-        )
+        less = n * 2 * item + quantized.nbytes + scales.nbytes
+        case.contenders[f"ours, {kind.format} deltas"] = Contender(small, less, once + error)
     case.contenders["engine.switch"] = Contender(
         lambda: engine.switch(weights=weights[0, :-1]), moved, once, lambda _: _live(engine, n)
     )
@@ -177,7 +193,7 @@ def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: To
     compiled = tools.compile(formula)
 
     def by_compile() -> Tensor:
-        compiled(flat.base, flat.deltas, per_tile, out[0])
+        compiled(flat.base, flat.stored.values, per_tile, out[0])
         return out
 
     case.contenders["torch.compile, flat"] = Contender(by_compile, moved, once)
@@ -193,17 +209,23 @@ def _many(name: str, flat: Any, engine: pf.Engine, tools: Tools) -> Case:
     generator = torch.Generator(tools.device).manual_seed(1)
     weights = torch.rand(8, len(engine.groups) + 1, experts, generator=generator, device=tools.device)
     truth = routed_merge_reference(
-        flat.base, flat.deltas, flat.tiles, weights, tile=TILE, dtype=torch.float64, accumulate=torch.float64
+        flat.base,
+        flat.stored.values,
+        flat.tiles,
+        weights,
+        tile=TILE,
+        dtype=torch.float64,
+        accumulate=torch.float64,
     )
     out = torch.full((8, n), float("nan"), dtype=flat.base.dtype, device=tools.device)
     once = torch.finfo(flat.base.dtype).eps / 2 + 1e-6
 
     def ours() -> Tensor:
-        return routed_merge(flat.base, flat.deltas, flat.tiles, weights, out=out, tile=TILE)
+        return routed_merge(flat.base, flat.stored.values, flat.tiles, weights, out=out, tile=TILE)
 
     def one_by_one() -> Tensor:
         for k in range(8):
-            routed_merge(flat.base, flat.deltas, flat.tiles, weights[k], out=out[k], tile=TILE)
+            routed_merge(flat.base, flat.stored.values, flat.tiles, weights[k], out=out[k], tile=TILE)
         return out
 
     case = Case(f"merge of 8 {name} {short(flat.base.dtype)} E={experts}", truth, 16 * experts * n)
@@ -286,16 +308,14 @@ def grad_case(name: str, n: int, experts: int, groups: int, dtype: torch.dtype, 
     case.contenders["ours"] = Contender(ours, moved, 1e-4, ours=True)
     if tools.graph is not None:
         case.contenders["ours, graph replay"] = Contender(tools.graph(ours), moved, 1e-4)
-    for kind in (torch.int8, torch.float8_e4m3fn):
-        quantized, scales = quantize_tiles(deltas, kind, tile=TILE)
+    for kind, error in QUANTIZED.items():
+        quantized, scales = quantized_planes(deltas, kind)
 
-        def byte(quantized: Tensor = quantized, scales: Tensor = scales) -> Tensor:
+        def small(quantized: Tensor = quantized, scales: Tensor = scales) -> Tensor:
             return group_sums(grad_partials(grad, quantized, scales=scales, tile=TILE), plan)
 
-        less = n * (grad.element_size() + experts * (1 + 4 / TILE))
-        case.contenders[f"ours, {'int8' if kind == torch.int8 else 'fp8'} deltas"] = Contender(
-            byte, less, 0.02
-        )
+        less = n * grad.element_size() + quantized.nbytes + scales.nbytes
+        case.contenders[f"ours, {kind.format} deltas"] = Contender(small, less, error)
     parts = list(zip(grad.split(lengths), deltas.split(lengths, dim=1), strict=True))
 
     def mv() -> Tensor:

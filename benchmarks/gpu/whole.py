@@ -32,7 +32,13 @@ def switch_case(name: str, make: Callable[[], nn.Module], experts: int, tools: T
         tools.device
     )  # nothing is static here
     truth = routed_merge_reference(
-        flat.base, flat.deltas, flat.tiles, rows, tile=TILE, dtype=torch.float64, accumulate=torch.float64
+        flat.base,
+        flat.stored.values,
+        flat.tiles,
+        rows,
+        tile=TILE,
+        dtype=torch.float64,
+        accumulate=torch.float64,
     )
     moved = n * (2 + experts) * item
     case = Case(f"switch {name} {short(dtype)} E={experts}", truth, 2 * experts * n)

@@ -5,26 +5,27 @@
 A merger is bound to its base, planes and outputs once and called with weights as often as one likes: the routing
 weights for routed tensors, behind which the row coefficients may follow (`Routers`), the one row of the static weight
 for static ones. It always starts from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++
-core (CPU), "triton" one launch for the whole model (CUDA and ROCm). The maker is chosen by device or by name, never by
+core (CPU), "triton" one launch for each flat buffer (CUDA and ROCm). The maker is chosen by device or by name, never by
 a silent fallback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
-from paretofuse.engine.layout import TILE, TensorSpec, columns_of
+from paretofuse.engine.layout import TILE, Layout, TensorSpec, columns_of
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
 from paretofuse.engine.planes.plane import memories, merged_tensor
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.stack import Stack
-from paretofuse.kernels.routed_merge import routed_merge
+from paretofuse.kernels.routed_merge import SMALLEST_SHARED, routed_merge
 
 Merger = Callable[[Tensor], None]
 """Takes weights float32 [K, G, P] or [K, G + R, P] on the merger's device and rewrites its outputs."""
@@ -143,45 +144,66 @@ def frugal_merger(
     return merge
 
 
-def triton_merger(inputs: Sequence[FlatInputs], out: FlatOutputs, names: Collection[str]) -> Merger:
-    """Bind a merge by the Triton kernel: one launch for each run of neighbours in a flat buffer.
-
-    A whole model of one dtype on one device is one run.
+def triton_merger(
+    inputs: Sequence[FlatInputs],
+    out: FlatOutputs,
+    specs: Sequence[TensorSpec],
+    rows: Mapping[str, int],
+    layout: Layout,
+) -> Merger:
+    """Bind a merge by the Triton kernel: one launch for each flat buffer, whichever of its tensors are wanted.
 
     Args:
         inputs: the flat buffers.
-        out: outputs of exactly the named tensors, or of whole buckets.
-        names: the tensors to merge.
+        out: outputs of exactly these tensors, or of whole buckets.
+        specs: the tensors to merge.
+        rows: as `reference_merger`'s.
+        layout: the tensor table, which tells where row coefficients lie.
     """
-    runs = [
-        (inputs_run, out.buffers[tuple(spec for spec in flat.bucket.specs if spec.name in names)], at)
+    groups, names = len(set(rows.values())), {spec.name for spec in specs}
+    parts = [
+        (flat, out.buffers[wanted], _Places(flat, wanted, layout))
         for flat in inputs
-        for inputs_run, at in _runs(flat, names)
+        if (wanted := tuple(spec for spec in flat.bucket.specs if spec.name in names))
     ]
 
     def merge(weights: Tensor) -> None:
-        for (base, deltas, tiles), target, at in runs:
-            routed_merge(base, deltas, tiles, weights, out=target[:, at : at + len(base)], tile=TILE)
+        by_row = weights.shape[1] > groups
+        for flat, target, places in parts:
+            stored = flat.stored
+            own = weights if len(stored.planes) == weights.shape[2] else weights[:, :, list(stored.planes)]
+            routed_merge(
+                flat.base, stored.values, flat.tiles, own.contiguous(), scales=stored.scales,
+                places=places.table if by_row or not places.whole else None, shared=places.shared if by_row else 0,
+                out=target, tile=TILE,
+            )  # fmt: skip
 
     return merge
 
 
-def _runs(flat: FlatInputs, names: Collection[str]) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], int]]:
-    """Base, deltas and tiles of each run of wanted tensors, and where the run begins in the output."""
-    ends = [*flat.bucket.offsets[1:], flat.bucket.total]
-    wanted = [
-        (start, end)
-        for spec, start, end in zip(flat.bucket.specs, flat.bucket.offsets, ends, strict=True)
-        if spec.name in names
-    ]
-    joined: list[tuple[int, int]] = []
-    for start, end in wanted:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    at = 0
-    for start, end in joined:
-        slices = (flat.base[start:end], flat.deltas[:, start:end], flat.tiles[start // TILE : end // TILE])
-        yield slices, at
-        at += end - start
+class _Places:
+    """Where the tiles of chosen tensors of a flat buffer lie, and their row coefficients.
+
+    Attributes:
+        whole: whether all of its tensors are chosen.
+        table: int32 [M / TILE, 5], as `routed_merge` takes it.
+        shared: how many elements have one row coefficient in all of them: a power of two that divides every row.
+    """
+
+    def __init__(self, flat: FlatInputs, wanted: Sequence[TensorSpec], layout: Layout) -> None:
+        self.whole = len(wanted) == len(flat.bucket.specs)
+        offsets = dict(zip(flat.bucket.specs, flat.bucket.offsets, strict=True))
+        entries, self.shared = [], TILE
+        for spec in wanted:
+            tiles, columns = -(-spec.numel // TILE), columns_of(spec.shape)
+            span = layout.row_spans.get(spec.name, slice(-1, 0))
+            if spec.rows > 1:
+                self.shared = math.gcd(self.shared, columns)
+            else:
+                columns = tiles * TILE
+            first = offsets[spec] // TILE
+            entries += [(first + i, i, columns, span.start, span.stop - 1) for i in range(tiles)]
+        if self.shared < SMALLEST_SHARED:
+            self.shared = 1
+        table = torch.tensor(entries, dtype=torch.int32).view(-1, 5)
+        self.table = table.to(flat.base.device)

@@ -22,7 +22,15 @@ from paretofuse.engine.merging.backends import (
     separate_outputs,
     triton_merger,
 )
-from paretofuse.engine.merging.flat import DenseDeltas, FlatInputs, FlatOutputs, flatten
+from paretofuse.engine.merging.flat import (
+    DENSE,
+    DenseDeltas,
+    FlatInputs,
+    FlatOutputs,
+    Kind,
+    flatten,
+    kind_of,
+)
 from paretofuse.engine.stacking.sharding import Sharding
 from paretofuse.engine.stacking.stack import Stack, lasting
 
@@ -45,6 +53,7 @@ class BoundStack:
         places: each tensor's device.
         backends: each device's backend.
         flat: the flat buffers, for each device with the Triton backend.
+        kinds: how the planes of each tensor lie in them.
         deltas: each merged tensor's planes as one dense tensor.
         shardings: as given.
         notes: what a user should know of it, a sentence each.
@@ -61,15 +70,24 @@ class BoundStack:
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
         self.flat: list[FlatInputs] = []
+        self.kinds: dict[str, Kind] = {}
         self.notes: tuple[str, ...] = ()
         if in_flat:
-            formats = {p.format for own in stack.planes for n, p in own.items() if n in in_flat} - {"dense"}
-            if formats:
+            given = {name: [own.get(name) for own in stack.planes] for name in in_flat}
+            self.kinds = {name: kind_of(planes) for name, planes in given.items()}
+            decoded = {
+                plane.format
+                for name, planes in given.items()
+                for plane in planes
+                if plane is not None and self.kinds[name] == DENSE
+            } - {"dense"}
+            if decoded:
                 self.notes = (
-                    f"planes of the formats {', '.join(sorted(formats))} were made dense, as the Triton kernels read "
-                    "no others: they take the memory of dense ones",
+                    f"planes of the formats {', '.join(sorted(decoded))} were made dense where a tensor's planes are "
+                    "not all int8 or all int4 with one group, as the Triton kernels read them: they take the memory of "
+                    "dense ones",
                 )
-            stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat)
+            stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat, self.kinds)
         self.stack = stack
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
@@ -84,18 +102,13 @@ class BoundStack:
             )
 
     def check_rows(self, width: int) -> None:
-        """Check that what merges here reads routing weights [width, E].
+        """Check that what merges here reads routing weights [width, P].
 
         Raises:
-            ValueError: they have row coefficients, and a backend does not know them, or the tensors are shards.
+            ValueError: they have row coefficients, and the tensors are shards.
         """
         if width <= len(self.layout.groups):
             return
-        if self.flat:
-            raise ValueError(
-                'got row coefficients (family="rows") with the Triton backend, whose kernels do not read them yet; '
-                "pass backend='reference' (on the CPU backend='native'), or stay with family='scalar'"
-            )
         self.check_whole("row coefficients")
 
     @lasting()
@@ -104,7 +117,7 @@ class BoundStack:
         routed, static = self.layout.with_role("routed"), self.layout.with_role("static")
         flat: FlatOutputs | None = None
         if self.flat:
-            flat = FlatOutputs((*routed, *static), len(weights), self.places)
+            flat = self.outputs((*routed, *static), len(weights))
             out = flat.views
         else:
             out = separate_outputs((*routed, *static), len(weights), self.places)
@@ -129,6 +142,10 @@ class BoundStack:
                 state.update(dict.fromkeys(names, tensor.clone()))
             states.append(state)
         return states
+
+    def outputs(self, specs: Sequence[TensorSpec], count: int) -> FlatOutputs:
+        """New memory for K merges of some tensors, laid out as the flat buffers are."""
+        return FlatOutputs(specs, count, self.places, self.kinds)
 
     def routed_merger(
         self, specs: Sequence[TensorSpec], flat: FlatOutputs | None, out: Sequence[Mapping[str, Tensor]]
@@ -167,7 +184,7 @@ class BoundStack:
                 continue
             if backend == "triton" and flat is not None:
                 buffers = [f for f in self.flat if f.bucket.device == device]
-                merge = triton_merger(buffers, flat, {spec.name for spec in here})
+                merge = triton_merger(buffers, flat, here, rows, self.layout)
             else:
                 maker = native if backend == "native" else reference_merger
                 merge = maker(here, rows, self.stack, out)
@@ -185,7 +202,7 @@ class BoundStack:
     def static(self) -> dict[str, Tensor]:
         """The static tensors, merged when first asked for and then shared: never to be written to."""
         if self._static is None:
-            out = FlatOutputs(self.layout.with_role("static"), 1, self.places)
+            out = self.outputs(self.layout.with_role("static"), 1)
             self.merge_static(out, out.views)
             self._static = out.views[0]
         return self._static

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import Merger
 from paretofuse.engine.merging.bound import BoundStack
-from paretofuse.engine.merging.flat import FlatOutputs
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
 from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
@@ -46,7 +45,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     known = {name: spec.name for name, spec in bound.layout.by_name.items() if spec.role == "routed"}
     hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
     merged = tuple(spec for spec in routed if spec.name not in hidden)
-    out = FlatOutputs((*merged, *static), 1, bound.places)
+    out = bound.outputs((*merged, *static), 1)
     # The base's own tensors, held only until the layers are replaced.
     module = _module_of(
         bound, skeleton, {**out.views[0], **{name: bound.stack.base[name] for name in hidden}}
@@ -59,7 +58,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, planes, mixes))
     # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
     stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
-    in_flat = {spec.name for flat in bound.flat for spec in flat.bucket.specs}
+    stored_planes = {spec.name: own for flat in bound.flat for spec, own in flat.of_tensors()}
     bound.merge_static(out, [stored])
     return LiveModule(
         module,
@@ -68,7 +67,7 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         bound.layout,
         planes,
         weights,
-        deltas={spec.name: bound.deltas[spec.name] for spec in merged if spec.name in in_flat},
+        deltas={spec.name: stored_planes[spec.name] for spec in merged if spec.name in stored_planes},
         mixes=tuple(mixes.values()),
         free=_constants(bound),
     )
@@ -81,7 +80,7 @@ def module_bank(bound: BoundStack, skeleton: nn.Module, weights: Tensor) -> tupl
     Args: as `live_module`'s, with weights [K, G, E].
     """
     routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
-    out = FlatOutputs((*routed, *static), len(weights), bound.places)
+    out = bound.outputs((*routed, *static), len(weights))
     modules = [_module_of(bound, skeleton, views) for views in out.views]
     stored = [{n: shard(t) for n, t in stored_tensors(module).items()} for module in modules]
     bound.merge_static(out, stored)

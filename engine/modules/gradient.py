@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import TILE, Layout, columns_of, place, rows_of, tile_groups
 from paretofuse.engine.merging import native
+from paretofuse.engine.merging.flat import Stored
 from paretofuse.engine.planes.plane import Plane, memories
 from paretofuse.engine.planes.trained import TrainedPlanes, factor_gradients, trained_factors
 from paretofuse.engine.routing.weights import coefficients
@@ -38,7 +39,7 @@ class GradientCollector:
         layout: tells where in L each one's coefficients lie.
         planes: for each expert, its planes by name; an absent one contributes zero.
         check: called as a backward pass begins; what it raises ends the pass.
-        deltas: the planes as one dense tensor [P, *shape] of each parameter whose gradient the Triton kernels reduce.
+        deltas: the planes of each parameter whose gradient the Triton kernels reduce, as they lie in memory.
         mixes: routing weights [G, P] that a fused module reads by themselves, a leaf for each device.
     """
 
@@ -49,7 +50,7 @@ class GradientCollector:
         planes: Sequence[Mapping[str, Plane]],
         check: Callable[[], None],
         *,
-        deltas: Mapping[str, Tensor] | None = None,
+        deltas: Mapping[str, Stored] | None = None,
         mixes: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = dict(parameters)
@@ -61,7 +62,7 @@ class GradientCollector:
         self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
         groups = len(layout.groups)
-        self._kernels = _kernel_sums(self._parameters, layout.group_index, deltas or {}, groups)
+        self._kernels = _kernel_sums(self._parameters, layout.group_index, deltas or {}, groups, len(planes))
         self._factor_sums = torch.zeros(ends[-1] if ends else 0, dtype=torch.float64, device=device)
         self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
@@ -142,10 +143,10 @@ class GradientCollector:
             self._enter_pass()
             if self._mix is not None:
                 self._add_factors(gradient, trained, coefficients(self._mix, row, span))
-            if name in self._kernels:
+            by_row = len(self._pending) > len(self._layout.groups)
+            if name in self._kernels and not by_row:
                 self._kernels[name].add(name, gradient)
                 return
-            by_row = len(self._pending) > len(self._layout.groups)
             sums = inner_products(gradient, planes, by_row).to(self._pending.device)  # [E] or [E, rows]
             if by_row:
                 self._pending[span] += sums.T
@@ -216,7 +217,7 @@ class GradientCollector:
         for sums in dict.fromkeys(self._kernels.values()):
             taken = sums.take()
             if taken is not None:
-                total += taken.to(total.device)
+                total[: len(taken)] += taken.to(total.device)
         return total, factors
 
     def _flush(self, finished: int) -> None:
@@ -238,14 +239,20 @@ class GradientCollector:
 def _kernel_sums(
     parameters: Mapping[str, nn.Parameter],
     rows: Mapping[str, int],
-    deltas: Mapping[str, Tensor],
+    deltas: Mapping[str, Stored],
     groups: int,
+    count: int,
 ) -> dict[str, _KernelSums]:
     """By parameter, the sums that its gradient goes into: one for each device."""
-    devices = {name: delta.device for name, delta in deltas.items()}
+    devices = {name: own.values.device for name, own in deltas.items()}
     sums = {
         device: _KernelSums(
-            {n: p for n, p in parameters.items() if devices.get(n) == device}, rows, deltas, groups, device
+            {n: p for n, p in parameters.items() if devices.get(n) == device},
+            rows,
+            deltas,
+            groups,
+            count,
+            device,
         )
         for device in dict.fromkeys(devices.values())
     }
@@ -262,8 +269,9 @@ class _KernelSums:
         self,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, int],
-        deltas: Mapping[str, Tensor],
+        deltas: Mapping[str, Stored],
         groups: int,
+        count: int,
         device: torch.device,
     ) -> None:
         lengths = [parameter.numel() for parameter in parameters.values()]
@@ -272,17 +280,19 @@ class _KernelSums:
         self._deltas = deltas
         tiles = tile_groups(lengths, [rows[name] for name in parameters])
         self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
-        experts = len(next(iter(deltas.values())))
-        self._partials = torch.zeros(len(tiles), experts, dtype=torch.float32, device=device)  # [tiles, E]
+        self._partials = torch.zeros(len(tiles), count, dtype=torch.float32, device=device)  # [tiles, P]
         self._any = False
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Reduce one parameter's gradient to E numbers for each tile."""
+        """Reduce one parameter's gradient to a number for each tile and plane."""
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        deltas = self._deltas[name]
-        partials = grad_partials(dense.reshape(-1), deltas.view(len(deltas), -1), tile=TILE)
-        first = self._first[name]
-        self._partials[first : first + len(partials)] += partials
+        own, first = self._deltas[name], self._first[name]
+        partials = grad_partials(dense.reshape(-1), own.values, scales=own.scales, tile=TILE)
+        rows = self._partials[first : first + len(partials)]
+        if len(own.planes) == rows.shape[1]:
+            rows += partials
+        else:
+            rows[:, list(own.planes)] += partials
         self._any = True
 
     def take(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.layout import Layout
 from paretofuse.engine.merging.backends import Merger
+from paretofuse.engine.merging.flat import Stored
 from paretofuse.engine.modules.bindings import Bindings
 from paretofuse.engine.modules.gradient import GradientCollector
 from paretofuse.engine.modules.routed.layers import RoutedAttention, RoutedLinear
@@ -32,7 +33,7 @@ class LiveModule:
         layout: the tensor table.
         planes: for each expert, its planes by name.
         weights: the first routing weights, [1, G, P] or [1, G + R, P].
-        deltas: the planes as one dense tensor of each parameter whose gradient the Triton kernels shall reduce.
+        deltas: the planes of each parameter whose gradient the Triton kernels shall reduce, as they lie in memory.
         mixes: the routing weights that a fused module's layers read, rewritten with every merge; one for
             each device.
         free: names of parameters that no merger writes and that users may replace (heads).
@@ -47,7 +48,7 @@ class LiveModule:
         planes: tuple[dict[str, Plane], ...],
         weights: Tensor,
         *,
-        deltas: Mapping[str, Tensor] | None = None,
+        deltas: Mapping[str, Stored] | None = None,
         mixes: Sequence[Tensor] = (),
         free: Collection[str] = (),
     ) -> None:

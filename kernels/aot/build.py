@@ -29,13 +29,6 @@ MISSING = (
 )
 
 
-def supports(variant: Variant, architecture: str) -> bool:
-    """Whether an architecture has the instructions for a variant: only NVIDIA's from sm_89 on convert float8 e4m3."""
-    return "*fp8e4nv" not in variant.arguments.values() or (
-        architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 89
-    )
-
-
 def compile_variant(variant: Variant, architecture: str) -> Any:
     """Compile for one of `ARCHITECTURES` or `OTHERS`; needs no GPU.
 
@@ -107,7 +100,7 @@ def export(
 ) -> Path:
     """Write the merge and gradient kernels for one architecture, with `manifest.json`.
 
-    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or one byte, or one of `deltas`.
+    Base, output and gradient share one dtype of `dtypes`; deltas have it too, or int8 or int4, or one of `deltas`.
 
     Args:
         architecture: one of `ARCHITECTURES` or `OTHERS`.
@@ -128,14 +121,12 @@ def export(
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # line tables hold this checkout's path
         for variant in variants(dtypes, deltas):
-            if not supports(variant, architecture):
-                continue
             compiled = compile_variant(variant, architecture)
             binary: bytes = compiled.asm[_suffix(architecture)]
             entry = describe(variant, architecture, compiled, binary)
             (directory / entry["file"]).write_bytes(binary)
             entries.append(entry)
-    manifest = {"format": 2, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
+    manifest = {"format": 3, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
     path = directory / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return path

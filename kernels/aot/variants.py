@@ -24,12 +24,12 @@ from paretofuse.kernels.routed_rows import rows_launch
 from paretofuse.kernels.routed_rows import weights_grad_launch as rows_weights_grad_launch
 
 FLOATS = ("fp32", "bf16", "fp16")
-BYTES = ("i8", "u8", "fp8e4nv")
-"""Deltas in one byte: int8; float8 e4m3 decoded by hand; float8 e4m3 converted by the GPU (NVIDIA from sm_89 on)."""
+QUANTIZED = {"i8": 1024, "u8": 32}
+"""Deltas in int8, and int4 two to a byte, with the elements of a group that a store gives them unless told."""
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "i32": torch.int32,
-    "i8": torch.int8, "u8": torch.uint8, "fp8e4nv": torch.float8_e4m3fn,
+    "i8": torch.int8, "u8": torch.uint8,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -94,24 +94,49 @@ def describe(name: str, found: Launch, grid: str = "") -> Variant:
 
 def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The merge, for every mix of base, delta and output dtypes, in the configurations that its rule gives them."""
-    mixes = product(dtypes, (*dtypes, *BYTES), dtypes)
+    mixes = product(dtypes, (*dtypes, *QUANTIZED), dtypes)
     for (base, delta, out), (use, config) in product(mixes, launch.MERGE_CONFIGS.items()):
-        if delta in BYTES and config.one_chunk:
+        if (delta in QUANTIZED and config.one_chunk) or use == "any row":
             continue  # the rule gives them no such configuration
-        experts, tiles = 3, LARGE // TILE
-        found = merge_launch(
-            _empty(base, LARGE), _empty(delta, experts, LARGE), _empty("i32", tiles), _empty("fp32", 1, 5, experts),
-            _empty("fp32", experts, tiles) if delta in BYTES else None, _empty(out, 1, LARGE), TILE, config,
-        )  # fmt: skip
-        yield describe(f"merge_{use}_{base}_{delta}_{out}", found, "n / BLOCK, 1, 1")
+        yield _merge(f"merge_{use}_{base}_{delta}_{out}", base, delta, out, config)
+
+
+def chosen_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """The merge of chosen tensors (a fused module's switch), without row coefficients and with both kinds of them."""
+    for dtype, shared, delta in product(dtypes, (0, 256, 1), ("", *QUANTIZED)):
+        use = launch.MERGE_CONFIGS["any row" if shared == 1 else "any" if delta else "at most 8"]
+        rows = {0: "", 1: "_any_row", 256: "_rows"}[shared]
+        name = f"merge_chosen{rows}_{dtype}_{delta or dtype}"
+        yield _merge(name, dtype, delta or dtype, dtype, use, places=True, shared=shared)
+
+
+def _merge(
+    name: str,
+    base: str,
+    delta: str,
+    out: str,
+    config: launch.MergeConfig,
+    *,
+    places: bool = False,
+    shared: int = 0,
+) -> Variant:
+    experts, tiles = 3, LARGE // TILE
+    found = merge_launch(
+        _empty(base, LARGE), _deltas(delta, experts), _empty("i32", tiles), _empty("fp32", 1, 5, experts),
+        _scales(delta, experts), _empty("i32", tiles, 5) if places else None, _empty(out, 1, LARGE), TILE, shared,
+        config,
+    )  # fmt: skip
+    return describe(name, found, "n / BLOCK, 1, 1")
 
 
 def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second's levels."""
-    for grad, delta in product(dtypes, (*dtypes, *BYTES)):
-        deltas = _empty(delta, 3, LARGE)
+    for grad, delta in product(dtypes, (*dtypes, *QUANTIZED)):
+        deltas, group = _deltas(delta, 3), QUANTIZED.get(delta, TILE)
         use = launch.grad_use(deltas.element_size())
-        _, found = partials_launch(_empty(grad, LARGE), deltas, MAX_BLOCK, launch.GRAD_CONFIGS[use])
+        _, found = partials_launch(
+            _empty(grad, LARGE), deltas, _scales(delta, 3), group, MAX_BLOCK, launch.GRAD_CONFIGS[use]
+        )
         yield describe(f"grad_{use}_{grad}_{delta}", found, "ceil(n / BLOCK), 1, 1")
     for name, values, sums in (("piece_sums", "fp32", torch.float64), ("group_sums", "fp64", torch.float32)):
         _, found = sums_launch(_empty(values, 9, 3), _empty("i32", 9), _empty("i32", 6), sums)
@@ -165,6 +190,16 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
 def _empty(dtype: str, *shape: int) -> Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def _deltas(dtype: str, experts: int) -> Tensor:
+    """Flat planes of LARGE elements."""
+    return _empty(dtype, experts, LARGE // 2 if dtype == "u8" else LARGE)
+
+
+def _scales(dtype: str, experts: int) -> Tensor | None:
+    """The scales of such planes, for the formats that have some."""
+    return _empty("fp32", experts, LARGE // QUANTIZED[dtype]) if dtype in QUANTIZED else None
 
 
 def _row(*shape: int) -> Tensor:

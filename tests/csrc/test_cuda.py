@@ -68,7 +68,7 @@ def write_kernels(path: Path, change: Callable[[dict[str, Any]], object] = lambd
         )
         entries.append(build.describe(variant, "sm_90", SimpleNamespace(metadata=metadata), b""))
         (path / entries[-1]["file"]).write_bytes(b"")
-    manifest = {"format": 2, "architecture": "sm_90", "triton": "3", "kernels": entries}
+    manifest = {"format": 3, "architecture": "sm_90", "triton": "3", "kernels": entries}
     change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path
@@ -148,17 +148,17 @@ def test_a_switch_is_one_copy_and_one_launch_on_the_callers_stream(
     assert found is not None, calls[3]
     tiles = int(found[1])
     fields = [bytes.fromhex(field) for field in found[2].split()]
-    assert [len(field) for field in fields] == [8] * 6 + [8, 4, 4, 4, 8, 8, 8, 8]
-    base, deltas, tile_group, weights, scales, out = struct.unpack("<6Q", b"".join(fields[:6]))
+    assert [len(field) for field in fields] == [8] * 7 + [8, 4, 4, 4, 8, 8, 8, 8]
+    base, deltas, tile_group, weights, scales, places, out = struct.unpack("<7Q", b"".join(fields[:7]))
     assert len({base, deltas, tile_group, weights, out}) == 5
-    assert scales == weights  # never read
+    assert (scales, places) == (weights, tile_group)  # never read
     routed = [name for name in cuda.names if cuda.view(name).dtype == b"F32" and not name.startswith("norm")]
     assert out == min(cuda.view(name).data for name in routed if name != "scale")
-    n, experts, rows, preferences, *strides = struct.unpack("<q3i2q", b"".join(fields[6:12]))
+    n, experts, rows, preferences, *strides = struct.unpack("<q3i2q", b"".join(fields[7:13]))
     assert (experts, rows, preferences) == (3, groups + 1, 1)
     assert n == tiles * 1024
     assert strides == [n, n]
-    assert fields[12:] == [bytes(8)] * 2
+    assert fields[13:] == [bytes(8)] * 2
     cuda.close()
     driver.check()
 
@@ -316,7 +316,7 @@ def entry(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format": (lambda m: m.update(format=3), "got format 3, expected 2"),
+    "format": (lambda m: m.update(format=2), "got format 2, expected 3"),
     "architecture": (lambda m: m.update(architecture="gfx942"), "expected an NVIDIA architecture"),
     "no kernels": (lambda m: m.update(kernels=[]), "has no merge of base fp32 and deltas fp32"),
     "kernels": (lambda m: m.update(kernels=3), "no list of kernels"),
@@ -328,7 +328,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "grid": (lambda m: entry(m).update(grid="1, 1, 1"), "another launch grid"),
     "arguments": (lambda m: entry(m)["arguments"].pop(), "another list of arguments"),
     "order": (lambda m: entry(m)["arguments"].reverse(), "expected base"),
-    "type": (lambda m: entry(m)["arguments"][7].update(type="i64"), "got argument experts of type i64"),
+    "type": (lambda m: entry(m)["arguments"][8].update(type="i64"), "got argument experts of type i64"),
     "block": (lambda m: entry(m)["constants"].update(BLOCK=384), "do not divide a tile"),
     "chunk": (lambda m: entry(m)["constants"].update(ONE_CHUNK=1), "for ONE_CHUNK, expected true or false"),
     "missing file": (lambda m: entry(m).update(file="none.cubin"), "cuModuleLoad of"),

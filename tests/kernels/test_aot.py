@@ -9,7 +9,7 @@ from paretofuse.kernels.aot import build, variants
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-STREAMING = (variants.merge_variants, variants.grad_variants)
+STREAMING = (variants.merge_variants, variants.chosen_variants, variants.grad_variants)
 LINEAR = (variants.linear_variants, variants.weights_grad_variants, variants.rows_variants)
 
 
@@ -26,10 +26,9 @@ def check(variant, architecture):
 
 @pytest.mark.parametrize("architecture", build.ARCHITECTURES)
 def test_streaming_kernels_compile(architecture):
-    """Each configuration in bfloat16, with deltas of one byte too where the architecture has them."""
+    """Each configuration in bfloat16, with int8 and int4 deltas too."""
     for variant in of(STREAMING, "bf16"):
-        if build.supports(variant, architecture):
-            check(variant, architecture)
+        check(variant, architecture)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_120"])
@@ -51,7 +50,7 @@ def test_every_configuration_is_among_the_variants():
         ("weights_grad", launch.WEIGHTS_GRAD_CONFIGS), ("rows", launch.ROWS_CONFIGS),
     ):  # fmt: skip
         assert len(configs) <= 7
-        for use in configs:
+        for use in set(configs) - {"any row"}:
             assert f"{prefix}_{use.replace(', ', '_').replace(' ', '_')}" in names
 
 
@@ -73,13 +72,6 @@ def test_bfloat16_is_rounded_by_the_hardware():
     """The compiled kernel uses the conversion to nearest, not the integer form that the interpreter needs."""
     variant = next(variants.merge_variants(("bf16",)))
     assert "cvt.rn.bf16x2.f32" in build.compile_variant(variant, "sm_90").asm["ptx"]
-
-
-def test_float8_is_decoded_by_the_hardware_where_it_can():
-    variant = next(v for v in variants.merge_variants(("bf16",)) if "fp8e4nv" in v.name)
-    assert "e4m3x2" in build.compile_variant(variant, "sm_90").asm["ptx"]
-    assert not build.supports(variant, "sm_80")
-    assert not build.supports(variant, "gfx942")
 
 
 def test_unknown_architecture_is_named():

@@ -124,12 +124,14 @@ def test_grid_rules_are_the_launchers_own(exported, k, experts, tiles, groups):
     weights = torch.zeros(k, groups, experts)
     config = launch.merge_config(experts, 2)
     found = routed_merge.merge_launch(
-        base, deltas, tile_group, weights, None, torch.zeros(k, n), variants.TILE, config
+        base, deltas, tile_group, weights, None, None, torch.zeros(k, n), variants.TILE, 0, config
     )
     use = next(use for use, other in launch.MERGE_CONFIGS.items() if other is config)
     merge = kernels[f"merge_{use}_bf16_bf16_bf16".replace(" ", "_")]
     assert three(found.grid) == by_rule(merge, n=n)
-    partials, found = routed_grad.partials_launch(base, deltas, variants.TILE, launch.grad_config(2))
+    partials, found = routed_grad.partials_launch(
+        base, deltas, None, variants.TILE, variants.TILE, launch.grad_config(2)
+    )
     assert three(found.grid) == by_rule(kernels["grad_narrow_deltas_bf16_bf16"], n=n)
     plan = routed_grad.plan_groups(tile_group, groups, variants.TILE)
     sums, found = routed_grad.sums_launch(partials, plan.order, plan.pieces, torch.float64)

@@ -74,7 +74,7 @@ def test_group_sums_refuses_partials_of_another_layout():
 def test_operators_are_sound():
     grad, deltas, tile_group = case(2, n=100, tile=32, experts=3, groups=2)
     plan = plan_groups(tile_group, 2, tile=32)
-    torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
+    torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, None, 32, 32))
     partials = grad_partials(grad, deltas, tile=32)
     torch.library.opcheck(
         torch.ops.paretofuse.group_sums.default, (partials, plan.order, plan.pieces, plan.starts)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from paretofuse.kernels.launch import GRAD_CONFIGS, filled
-from paretofuse.kernels.quantize import quantize_tiles
 from paretofuse.kernels.reference import (
     block_products_reference,
     routed_grad_reference,
+    unpacked,
 )
 from paretofuse.kernels.routed_grad import (
     SPAN,
@@ -55,7 +55,7 @@ def test_partials(grad, delta, n):
 def test_every_configuration(use, experts):
     inputs = make(experts, n=2500, experts=experts)
     check(
-        filled(partials_launch(*inputs, 1024, GRAD_CONFIGS[use])),
+        filled(partials_launch(*inputs, None, 1024, 1024, GRAD_CONFIGS[use])),
         block_products_reference(*inputs, 1024),
         *inputs,
     )
@@ -106,14 +106,21 @@ def test_group_sums_over_many_blocks_and_an_empty_group():
     torch.testing.assert_close(group_sums(partials, plan), truth.float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_byte_deltas(dtype):
-    """Deltas of one byte, whose scales are multiplied in behind the kernel."""
-    grad, deltas = make(8, n=4096, experts=5)
-    quantized, scales = quantize_tiles(deltas, dtype, tile=2048)
-    tile_group = torch.tensor([1, 0], dtype=torch.int32)
-    truth = routed_grad_reference(grad, quantized, tile_group, 2, scales=scales, tile=2048)
-    check(routed_grad(grad, quantized, tile_group, 2, scales=scales, tile=2048), truth, grad, deltas)
+@pytest.mark.parametrize(("kind", "group"), [("int8", 256), ("int8", 32), ("int4", 32)])
+@pytest.mark.parametrize("n", [512, 467])
+def test_quantized_deltas(kind, group, n):
+    """The last group may be shorter, and of int4 the last byte half used; what lies behind it is not read."""
+    grad, _ = make(8, n=n, experts=5)
+    g = torch.Generator().manual_seed(8)
+    stored = torch.randint(-127, 128, (5, n), generator=g, dtype=torch.int8)
+    if kind == "int4":
+        stored = torch.randint(256, (5, -(-n // 2)), generator=g, dtype=torch.uint8)
+    wide = torch.full((5, -(-n // group) + 3), float("nan"))
+    wide[:, :-3] = torch.rand(5, -(-n // group), generator=g) / 127
+    scales = wide[:, :-3]
+    found = grad_partials(grad, stored, scales=scales, tile=256)
+    truth = block_products_reference(grad, stored, 256, scales=scales, group=group)
+    check(found, truth, grad, unpacked(stored, scales, n, torch.float32, group))
 
 
 def test_merge_refuses_gradients_that_do_not_exist():
@@ -130,7 +137,7 @@ def test_operators_are_sound():
     grad, deltas = make(6, n=96, experts=3)
     tile_group = torch.tensor([1, 0, 1], dtype=torch.int32)
     plan = plan_groups(tile_group, 2, tile=32)
-    torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, 32))
+    torch.library.opcheck(torch.ops.paretofuse.grad_partials.default, (grad, deltas, None, 32, 32))
     torch.library.opcheck(
         torch.ops.paretofuse.group_sums.default,
         (grad_partials(grad, deltas, tile=32), plan.order, plan.pieces, plan.starts),

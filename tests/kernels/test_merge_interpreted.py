@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from paretofuse.kernels.launch import MERGE_CONFIGS
-from paretofuse.kernels.quantize import quantize_tiles
-from paretofuse.kernels.reference import routed_merge_reference
+from paretofuse.kernels.reference import routed_merge_reference, unpacked
 from paretofuse.kernels.routed_merge import merge_launch, routed_merge
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -63,7 +62,7 @@ def test_every_configuration(use, dtype):
     experts = config.e_chunk if config.one_chunk else config.e_chunk + 3
     inputs = make(2, tiles=2, tile=1024, experts=experts, k=3, base=dtype, delta=dtype)
     out = torch.full((3, 2048), float("nan"), dtype=dtype)
-    merge_launch(*inputs, None, out, 1024, config).run()
+    merge_launch(*inputs, None, None, out, 1024, 0, config).run()
     check(out, inputs, 1024)
 
 
@@ -79,37 +78,86 @@ def test_random_shapes(seed):
     check(routed_merge(*inputs, out=out, tile=tile), inputs, tile)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_byte_deltas(dtype, k):
-    base, deltas, tile_group, weights = make(7, tiles=3, tile=64, experts=9, k=k, base=torch.bfloat16)
-    quantized, scales = quantize_tiles(deltas, dtype, tile=64)
+def quantized(seed, kind, group, *, experts, n):
+    """Random stored planes and their scales."""
+    g = torch.Generator().manual_seed(seed)
+    if kind == "int8":
+        stored = torch.randint(-127, 128, (experts, n), generator=g, dtype=torch.int8)
+    else:
+        stored = torch.randint(256, (experts, n // 2), generator=g, dtype=torch.uint8)
+    return stored, torch.rand(experts, n // group, generator=g) / 127
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "k", "experts"),
+    [("int8", 64, 3, 9), ("int8", 32, 1, 2), ("int4", 32, 3, 3), ("int4", 16, 1, 9)],
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantized_deltas(kind, group, k, experts, dtype):
+    base, _, tile_group, weights = make(7, tiles=3, tile=64, experts=experts, k=k, base=dtype)
+    deltas, scales = quantized(7, kind, group, experts=experts, n=192)
+    inputs = (base, deltas, tile_group, weights)
     for out_dtype in FLOATS:
         out = torch.full((k, 192), float("nan"), dtype=out_dtype)
-        routed_merge(base, quantized, tile_group, weights, scales=scales, out=out, tile=64)
-        inputs = (base, quantized, tile_group, weights)
+        routed_merge(*inputs, scales=scales, out=out, tile=64)
         truth = routed_merge_reference(
             *inputs, tile=64, scales=scales, dtype=torch.float64, accumulate=torch.float64
         )
         plain = routed_merge_reference(*inputs, tile=64, scales=scales, dtype=out_dtype)
+        assert not out.isnan().any()
         assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-def test_every_float8_is_decoded_exactly():
-    """All 254 numbers, subnormals and both zeros included; the two codes for NaN are no numbers."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    values = codes.view(torch.float8_e4m3fn)
-    out = routed_merge(
-        torch.zeros(256),
-        values[None],
-        torch.zeros(1, dtype=torch.int32),
-        torch.ones(1, 1),
-        scales=torch.ones(1, 1),
-        tile=256,
+# Two tensors: rows of 48 elements over three tiles, the last one in part, and one of a tile without coefficients.
+ROWS, SHORT = 13, 48
+CHOSEN = [[1, 0, SHORT, 5, 17], [2, 1, SHORT, 5, 17], [3, 2, SHORT, 5, 17], [0, 0, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shared", [0, 16, 1])
+@pytest.mark.parametrize("k", [1, 3])
+def test_chosen_tiles_and_row_coefficients(kind, shared, k):
+    """Tiles in another order than they lie in, one left out, with a coefficient for each row of a tensor or none."""
+    tile, experts, groups = 256, 3, 5
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    base, deltas, tile_group, _ = make(
+        9, tiles=5, tile=tile, experts=experts, k=k, groups=groups, base=dtype, delta=dtype
     )
-    numbers = (codes & 0x7F) != 0x7F
-    assert numbers.sum() == 254
-    assert torch.equal(out[numbers], values.float()[numbers])
+    scales = None
+    if kind in ("int8", "int4"):
+        deltas, scales = quantized(9, kind, 64, experts=experts, n=5 * tile)
+    weights = torch.randn(
+        k, groups + (ROWS if shared else 0), experts, generator=torch.Generator().manual_seed(9)
+    )
+    numbers = unpacked(deltas, scales, 5 * tile, torch.float64)
+    out = torch.full((k, 4 * tile), float("nan"), dtype=dtype)
+    routed_merge(
+        base, deltas, tile_group, weights, scales=scales, places=torch.tensor(CHOSEN, dtype=torch.int32),
+        shared=shared, out=out, tile=tile,
+    )  # fmt: skip
+    for i, (source, number, columns, first, last) in enumerate(CHOSEN):
+        span = slice(source * tile, (source + 1) * tile)
+        w = weights.double()[:, tile_group[source].long(), :, None]  # [k, E, 1]
+        if shared and first >= 0:
+            row = (first + (number * tile + torch.arange(tile)) // columns).clamp(max=last)
+            w = w + weights.double()[:, row].mT  # [k, E, tile]
+        truth = base.double()[span] + (w * numbers[:, span]).sum(1)
+        found = out[:, i * tile : (i + 1) * tile].double()
+        torch.testing.assert_close(found, truth, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_what_chosen_tiles_lack_is_named():
+    base, deltas, tile_group, weights = make(4, tiles=3, tile=32, experts=2, k=1)
+    places = torch.zeros(2, 5, dtype=torch.int32)
+    for given, words in (
+        ({"places": places}, "out: got None with places"),
+        ({"places": places[:, :4]}, r"places: got shape \(2, 4\), expected \(2, 5\)"),
+        ({"places": places, "out": torch.zeros(1, 96)}, r"out: got shape \(1, 96\), expected \(1, 64\)"),
+        ({"places": places, "shared": 24, "out": torch.zeros(1, 64)}, "shared: got 24"),
+        ({"shared": 16}, "shared: got 16 with places of none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            routed_merge(base, deltas, tile_group, weights, tile=32, **given)
 
 
 def test_planes_and_rows_may_have_gaps():
@@ -152,7 +200,7 @@ def test_rounds_to_nearest_even_and_keeps_infinities():
 def test_operator_is_sound():
     inputs = make(6, tiles=2, tile=32, experts=2, k=2)
     torch.library.opcheck(
-        torch.ops.paretofuse.routed_merge_out.default, (*inputs, None, torch.zeros(2, 64), 32)
+        torch.ops.paretofuse.routed_merge_out.default, (*inputs, None, None, torch.zeros(2, 64), 32, 0)
     )
 
 

@@ -25,7 +25,7 @@ def check(architecture, dtype):
     found = list(static.findings([architecture], [dtype]))
     assert {f.kernel: f.faults for f in found if f.faults} == {}
     streaming = [f for f in found if f.kernel.startswith(("merge", "grad"))]
-    assert all(f.least_loads > 0 for f in streaming)
+    assert all((f.least_loads > 0) != ("any_row" in f.kernel) for f in streaming)
     products = [
         f for f in found if f.kernel.startswith(("linear", "rows", "weights_grad")) and "fp32" not in f.kernel
     ]

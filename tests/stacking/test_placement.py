@@ -50,7 +50,7 @@ def test_each_device_has_its_own_flat_buffers() -> None:
     kinds = [(flat.bucket.device.type, flat.bucket.specs[0].role) for flat in inputs]
     assert sorted(kinds) == [("cpu", "routed"), ("cpu", "static"), ("meta", "routed")]
     for flat in inputs:
-        assert flat.base.device == flat.deltas.device == flat.tiles.device == flat.bucket.device
+        assert flat.base.device == flat.stored.values.device == flat.tiles.device == flat.bucket.device
         for spec in flat.bucket.specs:
             assert viewed.base[spec.name].untyped_storage()._cdata == flat.base.untyped_storage()._cdata
             assert places[spec.name] == flat.bucket.device

@@ -138,7 +138,7 @@ void store(DType dtype, std::byte* to, float value) {
 
 // The kernel's arguments, as its manifest lists them.
 struct Merge {
-  Address base, deltas, tile_group, weights, scales, out;
+  Address base, deltas, tile_group, weights, scales, places, out;
   std::int64_t n;
   std::int32_t experts, groups, preferences;
   std::int64_t delta_stride, out_stride;
@@ -147,7 +147,7 @@ struct Merge {
   explicit Merge(void** arguments) {
     std::size_t next = 0;
     const auto take = [&](auto& field) { std::memcpy(&field, arguments[next++], sizeof field); };
-    for (Address* field : {&base, &deltas, &tile_group, &weights, &scales, &out}) take(*field);
+    for (Address* field : {&base, &deltas, &tile_group, &weights, &scales, &places, &out}) take(*field);
     take(n);
     for (std::int32_t* field : {&experts, &groups, &preferences}) take(*field);
     take(delta_stride);
@@ -158,7 +158,7 @@ struct Merge {
 
   std::string bytes() const {
     std::string all;
-    for (const Address field : {base, deltas, tile_group, weights, scales, out}) all += hex(&field, 8) + " ";
+    for (const Address field : {base, deltas, tile_group, weights, scales, places, out}) all += hex(&field, 8) + " ";
     all += hex(&n, 8) + " ";
     for (const std::int32_t field : {experts, groups, preferences}) all += hex(&field, 4) + " ";
     for (const std::int64_t field : {delta_stride, out_stride}) all += hex(&field, 8) + " ";
@@ -183,7 +183,7 @@ struct Merge {
       misuse("a launch that does not cover the buffer by blocks", 0);
       return;
     }
-    for (const Address address : {base, deltas, tile_group, weights, scales, out}) {
+    for (const Address address : {base, deltas, tile_group, weights, scales, places, out}) {
       if (address % 16 != 0) misuse("an argument that is no multiple of 16", 0);
     }
     const std::byte* from = host(base, length * size(0), "base");

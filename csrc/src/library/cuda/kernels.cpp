@@ -10,7 +10,7 @@
 namespace paretofuse {
 namespace {
 
-constexpr std::int64_t kFormat = 2;
+constexpr std::int64_t kFormat = 3;
 constexpr const char* kGrid = "n / BLOCK, 1, 1";
 constexpr std::int64_t kMaxThreads = 1024;
 constexpr std::int64_t kMaxShared = 48 << 10;  // what a kernel may use without asking first
@@ -50,6 +50,7 @@ constexpr Argument kArguments[] = {{"base", nullptr},
                                    {"tile_group", "*i32"},
                                    {"weights", "*fp32"},
                                    {"scales", "*fp32"},
+                                   {"places", "*i32"},
                                    {"out", nullptr},
                                    {"n", "i64"},
                                    {"experts", "i32"},
@@ -80,7 +81,7 @@ MergeKernel parse_kernel(const Json& json, const Json& constants, const std::str
   kernel.symbol = text_at(json, "symbol");
   kernel.base = types[0];
   kernel.delta = types[1];
-  kernel.out = types[5];
+  kernel.out = types[6];
   kernel.block = size_at(constants, "BLOCK", kTile);
   kernel.experts = size_at(constants, "E_CHUNK", kMaxThreads);
   const Json& one_chunk = member(constants, "ONE_CHUNK");

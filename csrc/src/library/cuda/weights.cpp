@@ -146,10 +146,10 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
   auto experts = static_cast<std::int32_t>(manifest.members.size());
   auto rows = static_cast<std::int32_t>(model->rows().count());
   std::int32_t preferences = 1;
-  DeviceAddress no_scales = table, no_scratch = 0;
+  DeviceAddress no_scales = table, no_places = tiles, no_scratch = 0;
   // In the order that cuda_kernels.cpp checks; the driver copies them before it returns.
-  void* arguments[] = {&base,    &deltas, &tiles,       &table,        &no_scales,  &out,        &length,
-                       &experts, &rows,   &preferences, &delta_stride, &out_stride, &no_scratch, &no_scratch};
+  void* arguments[] = {&base, &deltas, &tiles, &table, &no_scales, &no_places, &out, &length, &experts, &rows,
+                       &preferences, &delta_stride, &out_stride, &no_scratch, &no_scratch};
   const auto grid = static_cast<unsigned>(length / device.kernel->block);
   driver.check(driver.cuLaunchKernel(device.function->handle(), grid, 1, 1, device.kernel->threads, 1, 1,
                                      device.kernel->shared_bytes, stream, arguments, nullptr),

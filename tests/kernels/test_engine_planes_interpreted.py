@@ -1,0 +1,117 @@
+"""Planes of every format and row coefficients on the Triton backend, in its interpreter; `test_in_interpreter.py` runs
+it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import paretofuse as pf
+from tests.support.models import perturbed
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
+
+R = [0.2, 0.8]
+
+
+def model(hidden: int = 34) -> torch.nn.Module:
+    """Matrices of more than a tile that end inside one; with 34 hidden units rows that no sixteen elements divide."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(48, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, 48))
+
+
+def engines(planes: str, dtype: torch.dtype = torch.float32) -> list[pf.Engine]:
+    """The same stack on the Triton backend and on the native one."""
+    base = model(34 if dtype == torch.float32 else 64).to(dtype)
+    experts = {name: perturbed(base, seed) for seed, name in enumerate("ab")}
+    return [pf.stack(base, experts, backend=b, planes=planes, route="tensor") for b in ("triton", "native")]
+
+
+def give_rows(pair: list[pf.Engine]) -> None:
+    """The same random row coefficients."""
+    for engine in pair:
+        engine.set_family("rows")
+        generator = torch.Generator().manual_seed(1)
+        weight = engine.routers.rows.weight
+        weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
+def compare(ours: pf.Engine, truth: pf.Engine, dtype: torch.dtype) -> None:
+    """Both merge the same models, for one preference and for several at once."""
+    rounding = torch.finfo(dtype).eps
+    grid = torch.tensor([R, [0.6, 0.4], [1.0, 0.0]], dtype=torch.float64)
+    merged = [*ours.merge_state_dict(grid), ours.merge_state_dict(R)]
+    for left, right in zip(merged, [*truth.merge_state_dict(grid), truth.merge_state_dict(R)], strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=2 * rounding, atol=rounding)
+    ours.switch(R)
+    for name, tensor in ours.module.state_dict().items():
+        assert torch.equal(tensor, merged[-1][name])
+
+
+PLANES = ["dense", "int8", "int4"]
+
+
+@pytest.mark.parametrize("planes", PLANES)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merges_equal_the_native_ones(planes: str, rows: bool, dtype: torch.dtype) -> None:
+    ours, truth = engines(planes, dtype)
+    assert not any("made dense" in note for note in ours.notes)
+    held = {info.format for own in ours.planes.values() for info in own.values()}
+    assert planes in held
+    if rows:
+        give_rows([ours, truth])
+    compare(ours, truth, dtype)
+
+
+@pytest.mark.parametrize("planes", PLANES)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("materialize", [True, False])
+def test_gradients_equal_the_native_ones(planes: str, rows: bool, materialize: bool) -> None:
+    pair = engines(planes)
+    if rows:
+        give_rows(pair)
+    x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+    jacobians = []
+    for engine in pair:
+        engine.train_at(R, materialize=materialize)
+        module = engine.module if materialize else engine.fused_module
+        jacobians.append(engine.jacobian([module(x).square().mean(), module(x).sin().mean()]))
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
+
+
+def test_formats_are_mixed_from_tensor_to_tensor_and_within_one() -> None:
+    """A tensor whose planes differ is decoded, and the engine says so; the others stay as they are."""
+    base = model()
+    stacks = [pf.stack(base, {"a": perturbed(base, 0)}, planes=planes) for planes in ("int8", "int4")]
+    experts = {name: perturbed(base, seed) for seed, name in enumerate("ab")}
+    pair = [pf.stack(base, experts, backend="native", planes="int8", route="tensor") for _ in range(2)]
+    for engine in pair:
+        engine._stack.planes[0]["2.weight"] = stacks[1]._stack.planes[0]["2.weight"]
+    ours = pf.Engine(
+        pair[0]._stack, pair[0].routers, pair[0].blueprint, device=torch.device("cpu"), backend="triton"
+    )
+    assert "int4, int8 were made dense" in ours.notes[0]
+    assert ours.planes["a"]["2.weight"].format == ours.planes["b"]["2.weight"].format == "dense"
+    assert ours.planes["a"]["0.weight"].format == "int8"
+    compare(ours, pair[1], torch.float32)
+
+
+def test_a_fused_switch_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear weights are hidden; the biases between them are chosen by a table."""
+    from paretofuse.kernels.launch import Launch
+
+    (ours, _) = engines("dense")
+    module = ours.fused_module
+    names, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (names.append(self.kernel.fn.__name__), run(self))[1])
+    ours.train_at([1.0, 0.0], materialize=False)
+    assert names == ["merge_kernel"]
+    truth = ours.merge_state_dict([1.0, 0.0])
+    for name in ("0.bias", "2.bias"):
+        assert torch.equal(module.state_dict()[name], truth[name])
