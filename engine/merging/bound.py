@@ -24,6 +24,7 @@ from paretofuse.engine.merging.backends import (
 )
 from paretofuse.engine.merging.flat import (
     DENSE,
+    LOWRANK,
     DenseDeltas,
     FlatInputs,
     FlatOutputs,
@@ -68,13 +69,15 @@ class BoundStack:
         self._static_weights = torch.tensor([[self.layout.static_weights]], dtype=torch.float32)  # [1, 1, P]
         self.places = {name: tensor.device for name, tensor in stack.base.items()}
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
+        merged = self.layout.with_role("routed", "static")
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
         self.flat: list[FlatInputs] = []
         self.kinds: dict[str, Kind] = {}
         self.notes: tuple[str, ...] = ()
         if in_flat:
-            given = {name: [own.get(name) for own in stack.planes] for name in in_flat}
+            given = {s.name: [own.get(s.name) for own in stack.planes] for s in merged if s.name in in_flat}
             self.kinds = {name: kind_of(planes) for name, planes in given.items()}
+            in_flat = {name: in_flat[name] for name, kind in self.kinds.items() if kind != LOWRANK}
             decoded = {
                 plane.format
                 for name, planes in given.items()
@@ -84,7 +87,7 @@ class BoundStack:
             if decoded:
                 self.notes = (
                     f"planes of the formats {', '.join(sorted(decoded))} were made dense where a tensor's planes are "
-                    "not all int8 or all int4 with one group, as the Triton kernels read them: they take the memory of "
+                    "not all int8 or all int4 of one group, as the Triton kernels read them: they take the memory of "
                     "dense ones",
                 )
             stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat, self.kinds)
@@ -116,7 +119,7 @@ class BoundStack:
         """K new sets of all routed and static tensors at weights [K, G, P], each tensor with its own storage."""
         routed, static = self.layout.with_role("routed"), self.layout.with_role("static")
         flat: FlatOutputs | None = None
-        if self.flat:
+        if "triton" in self.backends.values():
             flat = self.outputs((*routed, *static), len(weights))
             out = flat.views
         else:
@@ -125,7 +128,13 @@ class BoundStack:
         self.merge_static(flat, out)
         if flat is None:
             return out
-        return [{name: view.clone() for name, view in views.items()} for views in out]
+        # Each tensor its own storage, by few launches: a clone for each would be hundreds.
+        own = [{name: torch.empty_like(view) for name, view in views.items()} for views in out]
+        pairs = [(t, views[n]) for tensors, views in zip(own, out, strict=True) for n, t in tensors.items()]
+        for device in self.backends:
+            here = [pair for pair in pairs if pair[0].device == device]
+            torch._foreach_copy_([to for to, _ in here], [view for _, view in here])
+        return own
 
     def states(self, weights: Tensor, head: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """K new state dicts at weights [K, G, P], with an objective's own tensors; tied names share one tensor."""
@@ -184,11 +193,13 @@ class BoundStack:
                 continue
             if backend == "triton" and flat is not None:
                 buffers = [f for f in self.flat if f.bucket.device == device]
-                merge = triton_merger(buffers, flat, here, rows, self.layout)
-            else:
-                maker = native if backend == "native" else reference_merger
-                merge = maker(here, rows, self.stack, out)
-            parts.append((device, merge))
+                small = [spec for spec in here if self.kinds[spec.name] != LOWRANK]
+                parts.append((device, triton_merger(buffers, flat, small, rows, self.layout)))
+                here = [
+                    spec for spec in here if self.kinds[spec.name] == LOWRANK
+                ]  # cuBLAS multiplies their factors
+            maker = native if backend == "native" else reference_merger
+            parts.append((device, maker(here, rows, self.stack, out)))
 
         def merge_all(weights: Tensor) -> None:
             self.stack.check()

@@ -15,6 +15,7 @@ from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import TILE, TensorSpec, place, tile_groups
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.groups import Quantized
+from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.planes.trained import trained_factors
 from paretofuse.engine.stacking.stack import Stack, lasting
@@ -38,13 +39,19 @@ class Bucket:
 
 
 Kind = tuple[str, int]
-"""How a tensor's planes lie in flat memory: format and elements of a group; ("dense", 0)."""
+"""How a tensor's planes lie: format and elements of a group. With one of low rank they stay where they are."""
 
 DENSE: Kind = ("dense", 0)
+LOWRANK: Kind = ("lowrank", 0)
 
 
 def kind_of(planes: Sequence[Plane | None]) -> Kind:
-    """How a tensor's planes shall lie: as they are, if all are of one format and group; else dense."""
+    """How a tensor's planes shall lie: as they are, if all are of one format and group, or one is of low rank.
+
+    Others become dense.
+    """
+    if any(isinstance(plane, LowRank) for plane in planes):
+        return LOWRANK
     kinds = {(p.format, p.group) if isinstance(p, Quantized) else DENSE for p in planes if p is not None}
     return kinds.pop() if len(kinds) == 1 else DENSE
 

@@ -116,13 +116,14 @@ def _mixed_weight(
     """The weight of a fused layer, given the routing weights [G, P] on each device."""
     base, row, span = bound.stack.base[name], bound.rows[name], bound.layout.row_spans[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
-    if bound.backends[base.device] == "native":
+    backend = bound.backends[base.device]
+    if backend == "native":
         planes = [own.get(name) for own in given]
         release = partial(bound.stack.release, [name])
         return LayerwiseWeight(base, planes, mix, row, transposed, release, span)
     if any(trained_factors(own.get(name)) for own in given):
         raise ValueError(
-            "got materialize=False with trained planes and the reference backend, whose fused layers copy planes; pass "
+            f"got materialize=False with trained planes and the {backend} backend, whose fused layers copy planes; pass "
             "materialize=True, or backend='native' on the CPU"
         )
     return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

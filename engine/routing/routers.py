@@ -129,6 +129,7 @@ class Routers(nn.Module):
         self._row_count = rows
         self.rows = None
         self.planes = None
+        self._host: tuple[list[tuple[int, int]], list[Tensor], Routers] | None = None
         self.set_family(family)
         self.reset(seed)
 
@@ -183,6 +184,26 @@ class Routers(nn.Module):
     def width(self) -> int:
         """Length of the first axis of routing weights: G, or G + R with row coefficients."""
         return len(self.groups) + (0 if self.rows is None else self._row_count)
+
+    def on_host(self) -> Routers:
+        """Routers on the CPU that give the same weights: themselves, or a copy that is kept until they change.
+
+        Of routers on a GPU: a preference's weights are microseconds of arithmetic, but a dozen launches, and the host
+        waits for the GPU when it sends the preference there from pageable memory.
+        """
+        if self.output.bias.device.type == "cpu":
+            return self
+        own = [tensor for name, tensor in self.named_parameters() if not name.startswith("planes.")]
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in own]
+        if self._host is None or self._host[0] != seen:
+            copied = Routers(
+                self.groups, self.objectives, self.init, members=self.members, constant=self.constant,
+                rows=self._row_count, family=self.family,
+            )  # fmt: skip
+            copied.load_state_dict({n: torch.from_numpy(array) for n, array in self.stored().items()})
+            # What was copied is held, so that its addresses stay its own.
+            self._host = (seen, [tensor.detach() for tensor in own], copied)
+        return self._host[2]
 
     def stored(self) -> dict[str, np.ndarray]:
         """The parameters as a store keeps them, float32 by name: without trained planes, which are planes there."""

@@ -32,10 +32,20 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     _only_one_given("a preference", preference, weights)
     if weights is None:
         with torch.no_grad():
-            routing: Tensor = routers(preference)
+            routing: Tensor = sent(routers.on_host()(preference), routers.output.bias.device)
     else:
         routing = _checked(routers, _tensor(weights).detach())
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
+
+
+def sent(routing: Tensor, device: torch.device) -> Tensor:
+    """Routing weights on a device; from the CPU to a GPU without waiting for it.
+
+    The copy is from pinned memory, which torch gives to nobody else before the copy is done.
+    """
+    if device.type != "cuda" or routing.device.type != "cpu" or routing.requires_grad:
+        return routing.to(device)
+    return routing.pin_memory().to(device, non_blocking=True)
 
 
 def check_one(routing: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def _only_one_given(what: str, preference: Any, weights: Any) -> None:
 def _checked(routers: Routers, weights: Tensor) -> Tensor:
     device, count = routers.output.bias.device, len(routers.members)
     groups, width = len(routers.groups), routers.width
-    routing = weights.to(device=device, dtype=torch.float32)
+    routing = weights.to(torch.float32)
     if list(routing.shape[-2:]) not in ([groups, count], [width, count]) or routing.dim() not in (2, 3):
         rows = "" if width == groups else f", or with row coefficients [G + R, P] = {[width, count]}"
         raise ValueError(
@@ -105,7 +115,7 @@ def _checked(routers: Routers, weights: Tensor) -> Tensor:
         )
     if not torch.isfinite(routing).all():
         raise ValueError("got routing weights with NaN or infinity, expected finite numbers")
-    return routing
+    return sent(routing, device)
 
 
 def _tensor(weights: object) -> Tensor:

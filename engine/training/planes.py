@@ -27,8 +27,7 @@ def add_planes(engine: Engine, rank: int = 4, *, seed: int = 0) -> None:
         seed: of the planes' random halves.
 
     Raises:
-        ValueError: a rank below 1, an engine that has trained planes already or is sharded, or the Triton backend,
-            which reads dense planes only.
+        ValueError: a rank below 1, or an engine that has trained planes already or is sharded.
         TypeError: not an engine, or a rank that is no whole number.
     """
     if not isinstance(engine, Engine):
@@ -44,11 +43,6 @@ def add_planes(engine: Engine, rank: int = 4, *, seed: int = 0) -> None:
         )
     bound, layout = engine._bound, engine.layout
     bound.check_whole("trained planes")
-    if bound.flat:
-        raise ValueError(
-            "got the Triton backend, which reads dense planes only; pass backend='reference' (on the CPU 'native') for "
-            "trained planes"
-        )
     members = []
     for objective in layout.objectives:
         name, number = f"{objective}.trained", 1

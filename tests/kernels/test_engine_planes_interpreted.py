@@ -115,3 +115,48 @@ def test_a_fused_switch_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = ours.merge_state_dict([1.0, 0.0])
     for name in ("0.bias", "2.bias"):
         assert torch.equal(module.state_dict()[name], truth[name])
+
+
+def test_low_rank_planes_never_become_dense() -> None:
+    """A stack of factors, and trained planes, stay what they are; merges and gradients equal the native ones."""
+    pair = engines("lowrank:3")
+    assert all(info.format == "lowrank" for info in (own["0.weight"] for own in pair[0].planes.values()))
+    assert {spec.name for flat in pair[0]._bound.flat for spec in flat.bucket.specs} == {"0.bias", "2.bias"}
+    compare(*pair, torch.float32)
+    x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+    for engine in pair:
+        pf.add_planes(engine, rank=2, seed=3)
+        for factor in engine.routers.planes.factors:
+            factor.data.add_(0.1)
+    compare(*pair, torch.float32)
+    jacobians = []
+    for engine in pair:
+        engine.train_at(R)
+        jacobians.append(engine.jacobian([engine.module(x).square().mean()], flat=True))
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
+
+
+def test_merged_tensors_have_memory_of_their_own_by_few_copies() -> None:
+    """One copy of many tensors at once for all preferences, whatever their number."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.copies: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = func.overloadpacket.__name__
+            if "clone" in name or "copy" in name:
+                self.copies.append(name)
+            return func(*args, **(kwargs or {}))
+
+    (ours, _) = engines("dense")
+    routing = torch.rand(5, 4, 2)
+    ours._bound.static()
+    with Counter() as counter:
+        merged = ours._bound.merge(routing)
+    assert counter.copies.count("_foreach_copy_") == 1
+    assert "clone" not in counter.copies
+    storages = {t.untyped_storage().data_ptr() for state in merged for t in state.values()}
+    assert len(storages) == 5 * 4

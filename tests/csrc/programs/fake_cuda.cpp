@@ -158,7 +158,8 @@ struct Merge {
 
   std::string bytes() const {
     std::string all;
-    for (const Address field : {base, deltas, tile_group, weights, scales, places, out}) all += hex(&field, 8) + " ";
+    for (const Address field : {base, deltas, tile_group, weights, scales, places, out})
+      all += hex(&field, 8) + " ";
     all += hex(&n, 8) + " ";
     for (const std::int32_t field : {experts, groups, preferences}) all += hex(&field, 4) + " ";
     for (const std::int64_t field : {delta_stride, out_stride}) all += hex(&field, 8) + " ";

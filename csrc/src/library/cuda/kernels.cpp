@@ -45,21 +45,11 @@ struct Argument {
   const char* name;
   const char* type;
 };
-constexpr Argument kArguments[] = {{"base", nullptr},
-                                   {"deltas", nullptr},
-                                   {"tile_group", "*i32"},
-                                   {"weights", "*fp32"},
-                                   {"scales", "*fp32"},
-                                   {"places", "*i32"},
-                                   {"out", nullptr},
-                                   {"n", "i64"},
-                                   {"experts", "i32"},
-                                   {"groups", "i32"},
-                                   {"preferences", "i32"},
-                                   {"delta_stride", "i64"},
-                                   {"out_stride", "i64"},
-                                   {"global_scratch", "*i8"},
-                                   {"profile_scratch", "*i8"}};
+constexpr Argument kArguments[] = {
+    {"base", nullptr},     {"deltas", nullptr},       {"tile_group", "*i32"},    {"weights", "*fp32"},
+    {"scales", "*fp32"},   {"places", "*i32"},        {"out", nullptr},          {"n", "i64"},
+    {"experts", "i32"},    {"groups", "i32"},         {"preferences", "i32"},    {"delta_stride", "i64"},
+    {"out_stride", "i64"}, {"global_scratch", "*i8"}, {"profile_scratch", "*i8"}};
 
 MergeKernel parse_kernel(const Json& json, const Json& constants, const std::string& folder) {
   const std::string file = text_at(json, "file");

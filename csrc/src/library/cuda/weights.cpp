@@ -148,7 +148,8 @@ void CudaWeights::State::launch(const DeviceBucket& device, void* stream) const 
   std::int32_t preferences = 1;
   DeviceAddress no_scales = table, no_places = tiles, no_scratch = 0;
   // In the order that cuda_kernels.cpp checks; the driver copies them before it returns.
-  void* arguments[] = {&base, &deltas, &tiles, &table, &no_scales, &no_places, &out, &length, &experts, &rows,
+  void* arguments[] = {&base,        &deltas,       &tiles,      &table,      &no_scales,
+                       &no_places,   &out,          &length,     &experts,    &rows,
                        &preferences, &delta_stride, &out_stride, &no_scratch, &no_scratch};
   const auto grid = static_cast<unsigned>(length / device.kernel->block);
   driver.check(driver.cuLaunchKernel(device.function->handle(), grid, 1, 1, device.kernel->threads, 1, 1,
