@@ -171,7 +171,7 @@ def triton_merger(
         by_row = weights.shape[1] > groups
         for flat, target, places in parts:
             stored = flat.stored
-            own = weights if len(stored.planes) == weights.shape[2] else weights[:, :, list(stored.planes)]
+            own = weights if len(stored.planes) == weights.shape[2] else weights.index_select(2, places.planes)
             routed_merge(
                 flat.base, stored.values, flat.tiles, own.contiguous(), scales=stored.scales,
                 places=places.table if by_row or not places.whole else None, shared=places.shared if by_row else 0,
@@ -187,6 +187,7 @@ class _Places:
     Attributes:
         whole: whether all of its tensors are chosen.
         table: int32 [M / TILE, 5], as `routed_merge` takes it.
+        planes: which of all planes the buffer holds, int64.
         shared: how many elements have one row coefficient in all of them: a power of two that divides every row.
     """
 
@@ -207,3 +208,4 @@ class _Places:
             self.shared = 1
         table = torch.tensor(entries, dtype=torch.int32).view(-1, 5)
         self.table = table.to(flat.base.device)
+        self.planes = torch.tensor(flat.stored.planes, device=flat.base.device)

@@ -123,7 +123,7 @@ def _mixed_weight(
         return LayerwiseWeight(base, planes, mix, row, transposed, release, span)
     if any(trained_factors(own.get(name)) for own in given):
         raise ValueError(
-            f"got materialize=False with trained planes and the {backend} backend, whose fused layers copy planes; pass "
-            "materialize=True, or backend='native' on the CPU"
+            f"got materialize=False with trained planes and the {backend} backend, whose fused layers copy planes; "
+            "pass materialize=True, or backend='native' on the CPU"
         )
     return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

@@ -281,6 +281,7 @@ class _KernelSums:
         tiles = tile_groups(lengths, [rows[name] for name in parameters])
         self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
         self._partials = torch.zeros(len(tiles), count, dtype=torch.float32, device=device)  # [tiles, P]
+        self._index = {own.planes: torch.tensor(own.planes, device=device) for own in deltas.values()}
         self._any = False
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -292,7 +293,7 @@ class _KernelSums:
         if len(own.planes) == rows.shape[1]:
             rows += partials
         else:
-            rows[:, list(own.planes)] += partials
+            rows.index_add_(1, self._index[own.planes], partials)
         self._any = True
 
     def take(self) -> Tensor | None:

@@ -358,16 +358,3 @@ def test_weights_of_another_size_are_refused() -> None:
     scalar = pf.stack(base, experts)
     with pytest.raises(ValueError, match=rf"expected \[G, P\] = \[{groups}, 3\]"):
         scalar.merge(weights=torch.ones(width, 3))
-
-
-def test_the_triton_backend_refuses_them_by_words() -> None:
-    base, experts = net_and_experts()
-    with pytest.raises(ValueError, match=r"Triton backend.*backend='reference'.*family='scalar'"):
-        pf.stack(base, experts, family="rows", backend="triton")
-    engine = pf.stack(base, experts, backend="triton")
-    with pytest.raises(ValueError, match="Triton backend"):
-        engine.set_family("rows")
-    assert engine.routers.family == "scalar"
-    engine.routers.set_family("rows")  # past the engine: no merge may leave them out
-    with pytest.raises(ValueError, match="Triton backend"):
-        engine.merge_state_dict(R)
