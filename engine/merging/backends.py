@@ -171,7 +171,9 @@ def triton_merger(
         by_row = weights.shape[1] > groups
         for flat, target, places in parts:
             stored = flat.stored
-            own = weights if len(stored.planes) == weights.shape[2] else weights.index_select(2, places.planes)
+            own = (
+                weights if len(stored.planes) == weights.shape[2] else weights.index_select(2, places.planes)
+            )
             routed_merge(
                 flat.base, stored.values, flat.tiles, own.contiguous(), scales=stored.scales,
                 places=places.table if by_row or not places.whole else None, shared=places.shared if by_row else 0,

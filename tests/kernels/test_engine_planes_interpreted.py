@@ -160,3 +160,18 @@ def test_merged_tensors_have_memory_of_their_own_by_few_copies() -> None:
     assert "clone" not in counter.copies
     storages = {t.untyped_storage().data_ptr() for state in merged for t in state.values()}
     assert len(storages) == 5 * 4
+
+
+def test_an_expert_that_changes_nothing_takes_no_memory() -> None:
+    """The buffers hold the planes that there are; merges and gradients put them in their places."""
+    base = model()
+    experts = {"a": base, "b": perturbed(base, 1)}
+    pair = [pf.stack(base, experts, backend=b, planes="int8", route="tensor") for b in ("triton", "native")]
+    assert {flat.stored.planes for flat in pair[0]._bound.flat} == {(1,)}
+    compare(*pair, torch.float32)
+    x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+    jacobians = []
+    for engine in pair:
+        engine.train_at(R)
+        jacobians.append(engine.jacobian([engine.module(x).square().mean()]))
+    torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
