@@ -50,11 +50,11 @@ def in_words(contender: str) -> str:
     """A contender's name for a reader who has seen nothing but the picture."""
     if contender in WORDS:
         return WORDS[contender]
-    if contender.startswith("PWEMoE-"):
-        solver, mode, start = contender.removeprefix("PWEMoE-").split()
-        solved = {"LS": "linear scalarization", "EPO": "EPO"}[solver]
-        return f"PWEMoE, {solved}, {'MLPs' if mode == 'mlp' else 'all'} routed, start {start}"
     name, comma, rest = contender.partition(",")
+    if contender.startswith("PWEMoE-"):
+        solver, mode, start = name.removeprefix("PWEMoE-").split()
+        solved = {"LS": "linear scalarization", "EPO": "EPO"}[solver]
+        return f"PWEMoE, {solved}, {'MLPs' if mode == 'mlp' else 'all'} routed, start {start}{comma}{rest}"
     own = re.sub(r"^ours\b", "ParetoFuse", name)
     return WORDS.get(own, own) + comma + rest
 
@@ -105,7 +105,7 @@ def style(number: int, name: str, names: Sequence[str], fronts: Fronts) -> dict[
 
 
 def chosen(rows: Sequence[Row]) -> list[str]:
-    """The fronts to draw: a few of ours, rewarded soups, dense scalarization, and the best PWEMoE of most seeds.
+    """The fronts to draw: a few of ours, rewarded soups, dense scalarization, PWEMoE's best of most steps and seeds.
 
     Of ours the shortest and the two longest runs, and the longest of hundreds of numbers.
     """
@@ -114,8 +114,9 @@ def chosen(rows: Sequence[Row]) -> list[str]:
     }
     theirs = [name for name in means if name.startswith("PWEMoE")]
     seeds = Counter(row.contender for row in rows)
-    best = max(theirs, key=lambda name: (seeds[name], means[name])) if theirs else None
-    runs = [name for name in runs_of_ours(list(means)) if "preferences" not in name]
+    steps = {row.contender: row.steps or 0 for row in rows}
+    best = max(theirs, key=lambda name: (steps[name], seeds[name], means[name])) if theirs else None
+    runs = [name for name in runs_of_ours(list(means)) if not re.search(r"preferences|\(", name)]
     ours = [*runs[:1], *runs[-2:]] or [name for name in means if name.startswith("ours")]
     scalar = [name for name in means if name.startswith("ours (scalar)")][-1:]
     return [name for name in means if name in {"rewarded soups", "dense scalarization", best, *ours, *scalar}]
@@ -127,9 +128,10 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def runs_of_ours(names: Sequence[str]) -> list[str]:
-    """Ours with so many steps, of one preference or of several, the shortest first."""
-    found = [name for name in names if re.fullmatch(r"ours, \d+ steps( of \d+ preferences)?", name)]
-    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    """Ours with so many steps, of one preference or of several: hundreds of numbers first, then the shortest first."""
+    pattern = r"ours( \(scalar\))?, \d+ steps( of \d+ preferences)?"
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    return sorted(found, key=lambda name: ("(" not in name, [int(n) for n in re.findall(r"\d+", name)]))
 
 
 def longest(names: Sequence[str]) -> str:

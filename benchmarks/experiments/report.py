@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +148,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
             )
     for name in ours:
         rival = _hardest(rows, name, theirs)
-        passes = int(name.split()[1]) * int(name.split()[4] if "preferences" in name else 1)
+        passes = math.prod(int(number) for number in re.findall(r"\d+", name))
         if passes * 10 <= next(row.steps or 0 for row in rows if row.contender == rival):
             said.append(
                 f"PWEMoE's final value in at most 1/10 of its passes: {_compared(rows, name, rival, equal=True)}"
