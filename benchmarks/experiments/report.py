@@ -30,6 +30,8 @@ goes on where it was stopped.
   *spread*: extent of the front, as a share of the distance between the experts. *spacing*: Schott's, in metric units.
 - *trained numbers*: router parameters; for whole models those of one model. *learning s*: wall seconds; *peak MB*:
   memory in use during learning above what libraries and data hold. Every contender has a process of its own.
+- *ours (scalar)* trains hundreds of numbers (`family="scalar"`), *ours* a coefficient for each row of a tensor besides
+  (`family="rows"`).
 - PWEMoE is its procedure as its own scripts run it (4000 steps of Adam at 1e-2, a constant start at 0.3 or 0.6, the
   number in its name; Dirichlet(1) preferences) on this engine's arithmetic: its seconds are this engine's, not its own
   code's. *mlp* routes the MLPs and merges the rest, a shared head too, at that constant; *module* routes every module,
@@ -176,7 +178,7 @@ def experts_bound(fronts: Fronts, rows: Sequence[Row], reference: Sequence[float
     return [
         "- Were one model as good as each expert at its own task, it would span "
         f"{spread_of(list(volumes.values()))}: what the experts know without what their tasks share. "
-        f"Of ours {', '.join(above) or 'none'} span more."
+        f"Above it: {'; '.join(above) or 'none of ours'}."
     ]
 
 
@@ -258,25 +260,28 @@ def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
 
 
 def _hardest(rows: Sequence[Row], ours: str, theirs: Sequence[str]) -> str:
-    """The contender that ours is least ahead of, over the seeds that it was run with."""
+    """The contender that ours is least ahead of, over the seeds that both were run with."""
     mine = _by_seed(rows, ours)
 
     def ahead(name: str) -> float:
-        return statistics.mean(mine[seed] - value for seed, value in _by_seed(rows, name).items())
+        shared = [mine[seed] - value for seed, value in _by_seed(rows, name).items() if seed in mine]
+        return statistics.mean(shared) if shared else math.inf
 
     return min(theirs, key=ahead)
 
 
 def _compared(rows: Sequence[Row], ours: str, theirs: str, *, equal: bool = False) -> str:
     """Whether ours is above (or equal to) theirs by the mean over the seeds of both, with both means."""
-    found = _by_seed(rows, theirs)
-    mine = {seed: value for seed, value in _by_seed(rows, ours).items() if seed in found}
-    means = statistics.mean(mine.values()), statistics.mean(found.values())
+    mine, found = _by_seed(rows, ours), _by_seed(rows, theirs)
+    shared = mine.keys() & found.keys()
+    if not shared:
+        return f"not judged; {ours} and {theirs} share no seed."
+    means = statistics.mean(mine[seed] for seed in shared), statistics.mean(found[seed] for seed in shared)
     met = means[0] >= means[1] if equal else means[0] > means[1]
-    ahead = sum(value > found[seed] for seed, value in mine.items())
+    ahead = sum(mine[seed] > found[seed] for seed in shared)
     return (
         f"{_verdict(met)}; {ours}: {shown(means[0])}, {theirs}: {shown(means[1])} "
-        f"(ahead with {ahead} of {len(mine)} seeds)."
+        f"(ahead with {ahead} of {len(shared)} seeds)."
     )
 
 

@@ -162,7 +162,9 @@ def test_ends_and_the_experts_own_scores_are_told():
     rows = [row("ours, 5 steps", s, v) for s, v in enumerate([0.5, 0.4])]
     [bound] = report.experts_bound(fronts, rows, (0.0, 0.0))
     assert "it would span 0.4650 ± 0.0212" in bound  # .9 x .5 and .8 x .6
-    assert "ours none span more" in bound
+    assert "Above it: none of ours." in bound
+    above = [row("ours, 5 steps", s, v) for s, v in enumerate([0.5, 0.44])]
+    assert "Above it: ours, 5 steps." in report.experts_bound(fronts, above, (0.0, 0.0))[0]
 
 
 def test_ablations_compare_seed_by_seed():
