@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import paretofuse as pf
 from benchmarks.data_sets import photos
 from benchmarks.data_sets.photos import Picture
 from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK
-from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, fine_tune, trainable
+from benchmarks.experiments.experiment import Context, Experiment, Outcome, fine_tune, trainable
 from benchmarks.models import cugan
 from benchmarks.models.cugan import CONTEXT, UpCunet
 
@@ -29,6 +30,8 @@ EXPERTS = {"clean": "conservative", "noisy": "denoise3x", "jpeg": "denoise2x"}
 """Of each objective the strength that scores highest on the training pictures among those not taken yet."""
 LEFT_OVER = ("denoise1x",)
 """Published strengths of no objective."""
+CAREFUL: Mapping[str, Any] = {"lr": 0.004, "corner_every": 2}
+"""Of pf.fit, in place of what all experiments share: these models bear smaller steps alone, see docs/restoration.md."""
 NOISE = 30.0
 """Standard deviation of the noise, of 255."""
 QUALITY = 20
@@ -40,6 +43,11 @@ TEST_DRAWINGS = ("🐯🍓🚗🎨", "🦋🍔⛵🐧")
 
 Batch = tuple[Tensor, Tensor]
 """Small pictures with their context, float32 [B, 3, H + 36, W + 36], and the large ones, [B, 3, 2 H, 2 W]."""
+
+SAME_FOR_EACH_SEED = (
+    "base", "expert", "plain", "task", "TIES", "DARE", "rewarded", "dense", "MGDA", "NSGA",
+)  # fmt: skip
+"""How the names begin of contenders without routers, which no seed changes, and of rivals that are slow."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +147,23 @@ def scores(tests: dict[str, list[Batch]], module: nn.Module) -> dict[str, float]
     }
 
 
-def with_left_over(steps: int) -> Contend:
-    """Ours with rows on all published strengths, those of no objective as further planes."""
+def learned_on_all(
+    base: nn.Module, experts: Mapping[str, nn.Module], experiment: Experiment, seed: int
+) -> pf.Engine:
+    """Routers over all published strengths, those of no objective as further planes, learned with CAREFUL."""
+    planes = {**experts, **{strength: cugan.published(strength) for strength in LEFT_OVER}}
+    engine = pf.stack(base, planes, objectives={n: [n] for n in experiment.names}, **OURS_STACK)
+    steps = experiment.ours_steps[0]
+    pf.fit(engine, experiment.objectives, steps=steps, seed=seed, progress=False, **{**OURS_FIT, **CAREFUL})
+    return engine
 
-    def run(context: Context) -> Outcome:
-        names = context.experiment.names
-        experts = context.models.experts() | {strength: cugan.published(strength) for strength in LEFT_OVER}
-        with context.meter:
-            engine = pf.stack(
-                context.models.base(),
-                experts,
-                objectives={n: [n] for n in names},
-                **{**OURS_STACK, "family": "rows"},
-            )
-            objectives = context.experiment.objectives
-            pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **OURS_FIT)
-        return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
 
-    return run
+def on_all(context: Context) -> Outcome:
+    """Ours on all strengths."""
+    base, experts, experiment = context.models.base(), context.models.experts(), context.experiment
+    with context.meter:
+        engine = learned_on_all(base, experts, experiment, context.seed)
+    return Outcome(context.sweep(engine), "front", experiment.ours_steps[0], trainable(engine.routers))
 
 
 def pictures(quick: bool) -> tuple[list[Picture], list[Picture]]:
@@ -204,10 +211,7 @@ def load(quick: bool) -> Experiment:
         model.eval()
 
     centre = np.full((1, 3), 1 / 3)
-    steps = sizes.ours_steps[0]
-    more: dict[str, Contend] = {}
-    if not quick:
-        more = {f"ours, {steps} steps, all strengths, rows": with_left_over(steps)}
+    careful = f"ours, {sizes.ours_steps[0]} steps, all strengths, careful"
     return Experiment(
         name="restoration",
         title="Real-CUGAN, 1.28 million parameters: clean, noisy and JPEG-compressed pictures of half the size",
@@ -223,20 +227,9 @@ def load(quick: bool) -> Experiment:
         preferences=np.concatenate([pf.simplex_grid(3, 3), centre]),
         scalarized=np.concatenate([np.eye(3), centre]),
         pwemoe_routes={},
-        first_seed_only=(
-            "base",
-            "expert",
-            "plain",
-            "task",
-            "TIES",
-            "DARE",
-            "rewarded",
-            "dense",
-            "MGDA",
-            "NSGA",
-        ),
+        first_seed_only=SAME_FOR_EACH_SEED,
         ours_steps=sizes.ours_steps,
-        more=more,
+        more={} if quick else {careful: on_all},
         notes=(
             "Nobody here trained these experts: they are Real-CUGAN's published strengths of denoising (bilibili, MIT; "
             f"PyPI {cugan.PACKAGE}, MIT), base: none; {', '.join(f'{k}: {v}' for k, v in EXPERTS.items())}. Their own "

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import paretofuse as pf
+
 pytest.importorskip("PIL", reason="pictures are Pillow's")
+pytest.importorskip("matplotlib", reason="the slider is drawn by it")
 pytest.importorskip("peft", reason="TIES and DARE are PEFT's")
 
 from benchmarks.data_sets import ncnn
-from benchmarks.experiments import restoration
+from benchmarks.experiments import restoration, slider
 from benchmarks.experiments.contenders import contenders
 from benchmarks.experiments.experiment import Context, Meter, Models
 from benchmarks.models.cugan import CONTEXT, UpCunet, load_ncnn
@@ -37,6 +40,17 @@ def test_a_tiny_experiment_runs_from_the_published_models_to_a_front(tmp_path: P
     assert np.isfinite(ours.values).all()
     dense = listed["dense scalarization"].run(context)
     assert "costs are of 1" in dense.note
+
+
+def test_the_slider_is_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    experts = {name: UpCunet(8) for name in restoration.EXPERTS}
+    picture = np.random.default_rng().integers(0, 256, (88, 88, 3), np.uint8)
+    slider.draw(pf.stack(UpCunet(8), experts), picture, tmp_path / "slider.png")
+    with Image.open(tmp_path / "slider.png") as drawn:
+        assert drawn.width > 1000
+        assert len(set(drawn.convert("L").tobytes())) > 50
 
 
 def test_crops_line_up_and_psnr_is_its_definition() -> None:
