@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-BATCH = 32
+BATCH = 16
 
 
 def train(model: nn.Module, data: Tensor, steps: int, rate: float) -> None:
@@ -36,7 +36,7 @@ def main(steps: int) -> None:
     torch.manual_seed(0)
     data = {name: rows(name, held_out=False) for name in NAMES}
     config = GPT2Config(
-        vocab_size=256, n_positions=LENGTH, n_embd=96, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0
+        vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
     base = GPT2LMHeadModel(config)
     both = torch.cat([own[: min(map(len, data.values()))] for own in data.values()])
@@ -50,4 +50,4 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 150)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
