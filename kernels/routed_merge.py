@@ -214,7 +214,8 @@ def _routed_merge_out(
     shared: int,
 ) -> None:
     require(merge_kernel, base.device.type, INSTEAD)
-    config = merge_config(weights.shape[2], deltas.element_size(), any_row=shared == 1)
+    packed = deltas.dtype == torch.uint8
+    config = merge_config(weights.shape[2], deltas.element_size(), packed=packed, any_row=shared == 1)
     merge_launch(base, deltas, tile_group, weights, scales, places, out, tile, shared, config).run()
 
 

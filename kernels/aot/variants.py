@@ -96,7 +96,11 @@ def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The merge, for every mix of base, delta and output dtypes, in the configurations that its rule gives them."""
     mixes = product(dtypes, (*dtypes, *QUANTIZED), dtypes)
     for (base, delta, out), (use, config) in product(mixes, launch.MERGE_CONFIGS.items()):
-        if (delta in QUANTIZED and config.one_chunk) or use == "any row":
+        if (
+            (delta in QUANTIZED and config.one_chunk)
+            or use == "any row"
+            or (use == "packed") != (delta == "u8")
+        ):
             continue  # the rule gives them no such configuration
         yield _merge(f"merge_{use}_{base}_{delta}_{out}", base, delta, out, config)
 
@@ -104,7 +108,9 @@ def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
 def chosen_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The merge of chosen tensors (a fused module's switch), without row coefficients and with both kinds of them."""
     for dtype, shared, delta in product(dtypes, (0, 256, 1), ("", *QUANTIZED)):
-        use = launch.MERGE_CONFIGS["any row" if shared == 1 else "any" if delta else "at most 8"]
+        use = launch.MERGE_CONFIGS[
+            "any row" if shared == 1 else {"": "at most 8", "i8": "any", "u8": "packed"}[delta]
+        ]
         rows = {0: "", 1: "_any_row", 256: "_rows"}[shared]
         name = f"merge_chosen{rows}_{dtype}_{delta or dtype}"
         yield _merge(name, dtype, delta or dtype, dtype, use, places=True, shared=shared)
