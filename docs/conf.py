@@ -16,7 +16,7 @@ release = version = paretofuse.__version__
 
 # The source folder is the repository, so that README and guides link to each other as they do as files.
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "benchmarks/README.md"]
+include_patterns = ["*.md", "docs/*.md", "benchmarks/README.md", "examples/README.md"]
 exclude_patterns = [".*", "build", "shared", "demo", "engine", "kernels", "python", "tests"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
