@@ -8,6 +8,7 @@
     python -m benchmarks.experiments language           a small GPT-2 and three styles of English
     python -m benchmarks.experiments restoration        Real-CUGAN's published models, pictures enlarged and mended
     python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
+    python -m benchmarks.experiments formats            what planes of fewer bytes cost in accuracy
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
 Models and results are kept in benchmarks/cache/experiments; a run that was stopped goes on where it was. Results go
@@ -23,7 +24,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.experiments import ablation, tables
+import torch
+
+from benchmarks.experiments import ablation, formats, tables
 from benchmarks.experiments.run import Load, Plan, run
 from benchmarks.harness import record
 
@@ -53,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "command", choices=[*EXPERIMENTS, "ablation", "report"], metavar="NAME", help="%(choices)s"
+        "command", choices=[*EXPERIMENTS, "ablation", "formats", "report"], metavar="NAME", help="%(choices)s"
     )
     parser.add_argument("of", nargs="?", choices=list(EXPERIMENTS), help="whose ablation (default: vision)")
     parser.add_argument(
@@ -88,6 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.experiments import report
 
         print(f"wrote {report.write(out, record.ROOT / 'docs')}")
+        return 0
+    if chosen.command == "formats":
+        cache = chosen.cache / "quick" if chosen.quick else chosen.cache
+        loads = {
+            name: loader(name) for name in (formats.EXPERIMENTS[:1] if chosen.quick else formats.EXPERIMENTS)
+        }
+        picture = (out if chosen.quick else record.ROOT / "docs") / "plane-formats.png"
+        about = record.context(record.Options(chosen.quick, chosen.threads))
+        torch.set_num_threads(chosen.threads)
+        print(formats.table(formats.run(loads, chosen.seeds, cache, out, picture, about, chosen.quick)))
         return 0
     name = (chosen.of or "vision") if chosen.command == "ablation" else chosen.command
     load = loader(name)

@@ -126,7 +126,7 @@ def _run_missing(
             (seed, name)
             for seed in plan.seeds
             for name in names
-            if not (_place(folder, seed) / f"{name}.safetensors").exists()
+            if not (place_of(folder, seed) / f"{name}.safetensors").exists()
         ]
         _each(plan, [(_train, (load, plan, seed, name)) for seed, name in missing])
         for seed, name in missing:
@@ -184,7 +184,7 @@ def _train(load: Load, plan: Plan, seed: int, name: str) -> None:
     """In a process of its own: train the base or an expert into the cache."""
     torch.set_num_threads(plan.threads)
     experiment = load(plan.quick)
-    models = Models(experiment, seed, _place(cache_of(experiment, plan.cache), seed))
+    models = Models(experiment, seed, place_of(cache_of(experiment, plan.cache), seed))
     if name == "base":
         models.base()
     else:
@@ -201,7 +201,7 @@ def _contend(load: Load, plan: Plan, seed: int, name: str, find: str) -> None:
     listed: list[Contender] = getattr(importlib.import_module(module), function)(experiment)
     contender = next(c for c in listed if c.name == name)
     folder = cache_of(experiment, plan.cache)
-    models, meter = Models(experiment, seed, _place(folder, seed)), Meter()
+    models, meter = Models(experiment, seed, place_of(folder, seed)), Meter()
     outcome = contender.run(Context(experiment, models, seed, meter))
     result = Result(
         contender=name,
@@ -239,9 +239,10 @@ def _plain(settings: Any) -> Any:
     return json.loads(json.dumps(settings))
 
 
-def _place(folder: Path, seed: int) -> Path:
+def place_of(folder: Path, seed: int) -> Path:
+    """Where a seed's models are, in an experiment's folder."""
     return folder / f"seed{seed}"
 
 
 def _file(folder: Path, name: str, seed: int) -> Path:
-    return _place(folder, seed) / "results" / f"{name}.json"
+    return place_of(folder, seed) / "results" / f"{name}.json"
