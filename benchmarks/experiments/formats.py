@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, PercentFormatter
 from torch import nn
 
 import paretofuse as pf
@@ -102,7 +102,7 @@ def run(
 
 def draw(rows: Sequence[Measured], path: Path) -> None:
     """Two panels over the planes' bytes: the error of the merged update, and the largest change of a metric."""
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(row.experiment for row in rows))
     left, right = figure.subplots(1, 2)
@@ -119,9 +119,11 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
         axes.set_xlabel("bytes of the planes, of float32 planes' (lower is better)")
         axes.grid(alpha=0.3)
     left.set_yscale("log")
-    left.set_ylabel("relative error of the merged update (lower is better)")
+    left.set_ylabel("relative error of the merged update\n(lower is better)")
     right.set_yscale("symlog", linthresh=0.1)
-    right.set_ylabel("largest change of a metric, percent (lower is better)")
+    right.set_ylim(0, 1.6 * max(row.change for row in rows) + 0.1)
+    right.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    right.set_ylabel("largest change of a metric, percent\n(lower is better)")
     for planes, allowed in ALLOWED.items():
         colour = COLOURS[FORMATS.index(planes)]
         right.axhline(allowed, color=colour, linestyle=":", linewidth=1)

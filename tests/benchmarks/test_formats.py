@@ -21,7 +21,9 @@ pytest.importorskip("sklearn", reason="the quick experiment is about scikit-lear
 def test_formats_are_compared_with_exact_planes(tmp_path: Path) -> None:
     about = record.context(record.Options(True, 1))
     picture = tmp_path / "formats.png"
-    rows = formats.run({"vision": vision.two}, [0], tmp_path, tmp_path, picture, about, True, lambda line: None)
+    rows = formats.run(
+        {"vision": vision.two}, [0], tmp_path, tmp_path, picture, about, True, lambda line: None
+    )
 
     by_format = {row.planes: row for row in rows}
     assert list(by_format) == list(formats.FORMATS)
