@@ -7,7 +7,8 @@
     python -m benchmarks.experiments text               MiniLM on three text tasks
     python -m benchmarks.experiments language           a small GPT-2 and three styles of English
     python -m benchmarks.experiments restoration        Real-CUGAN's published models, pictures enlarged and mended
-    python -m benchmarks.experiments ablation vision    what helps the front, one setting at a time
+    python -m benchmarks.experiments ablation vision --tune --seeds 100 101 102
+                                                        what helps the front, one setting at a time
     python -m benchmarks.experiments formats            what planes of fewer bytes cost in accuracy
     python -m benchmarks.experiments report             docs/experiments.md and its pictures, from the CSV files alone
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -41,11 +43,11 @@ EXPERIMENTS = {
 """Each experiment's maker, MODULE:FUNCTION, a function from `quick` to an Experiment."""
 
 
-def loader(name: str) -> Load:
-    """The maker of an experiment."""
+def loader(name: str, tuning: bool = False) -> Load:
+    """The maker of an experiment; `tuning`: of the one that chooses settings and has no part in the test data."""
     module, function = EXPERIMENTS[name].split(":")
     found: Load = getattr(import_module(module), function)
-    return found
+    return partial(found, tuning=True) if tuning else found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,12 +74,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--finished", action="store_true", help="run nothing; tables of the results that are there"
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="of an ablation: test on a part of the training data that nothing learns from, as settings are chosen",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that all works")
     parser.add_argument("--cache", type=Path, default=record.CACHE / "experiments")
     parser.add_argument("--out", type=Path, help="folder of the CSV files (with --quick: in the cache)")
     chosen = parser.parse_args(arguments)
     if chosen.of and chosen.command != "ablation":
         parser.error(f"got {chosen.of!r} after {chosen.command!r}, expected it only after 'ablation'")
+    if chosen.tune and (chosen.command != "ablation" or chosen.of == "restoration"):
+        parser.error(
+            f"got --tune with {chosen.of or chosen.command}, expected 'ablation' of another experiment"
+        )
     if chosen.jobs < 1 or chosen.threads < 1:
         parser.error("expected --jobs and --threads of at least 1")
     return chosen
@@ -103,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(formats.table(formats.run(loads, chosen.seeds, cache, out, picture, about, chosen.quick)))
         return 0
     name = (chosen.of or "vision") if chosen.command == "ablation" else chosen.command
-    load = loader(name)
+    load = loader(name, chosen.tune)
     cache = chosen.cache / "quick" if chosen.quick else chosen.cache
     plan = Plan(chosen.seeds, chosen.jobs, chosen.threads, chosen.quick, cache, chosen.only, chosen.finished)
     if chosen.quick:

@@ -18,18 +18,17 @@ from torch import nn
 import paretofuse as pf
 from benchmarks.demo import as_text
 from benchmarks.experiments import tables
-from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK, Contender, contenders, learned
+from benchmarks.experiments.contenders import Contender, contenders, learned
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
 from benchmarks.experiments.run import Load, Plan, run_contenders
 from benchmarks.experiments.tables import Row, shown, spread_of
 from paretofuse.engine.training.batches import Batches
 
 PLAIN = "plain"
-PLAIN_STACK: Mapping[str, Any] = {"route": "module", "init": "identity"}
-PLAIN_FIT: Mapping[str, Any] = {
-    "sampler": "dirichlet", "alpha": 1.0, "corner_every": 0, "preferences_per_step": 1, "lr": 1e-2,
-}  # fmt: skip
+PLAIN_STACK: Mapping[str, Any] = {"route": "tensor", "family": "scalar"}
+PLAIN_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
 """What every setting below changes; written out, so that a change of defaults does not change the question."""
+ROWS: Mapping[str, Any] = {"family": "rows"}
 
 
 @dataclass(frozen=True)
@@ -46,65 +45,24 @@ class Setting:
 
 SETTINGS = (
     Setting(PLAIN),
-    Setting("route tensor", {"route": "tensor"}),
-    Setting("init sqrt", {"init": "sqrt"}),
-    Setting("init constant", {"init": "constant"}),
-    Setting("sampler low_discrepancy", fit={"sampler": "low_discrepancy"}),
-    Setting("alpha 0.5", fit={"alpha": 0.5}),
-    Setting("corner every 4", fit={"corner_every": 4}),
-    Setting("2 preferences a step, half the steps", fit={"preferences_per_step": 2}, longer=0.5),
-    Setting("lr 0.003", fit={"lr": 3e-3}),
-    Setting("lr 0.03", fit={"lr": 3e-2}),
-    Setting("method epo", fit={"method": "epo"}),
-    Setting("method stch", fit={"method": "stch"}),
-    Setting("method cosmos", fit={"method": "cosmos"}),
-    Setting("tensor, lr 0.03", {"route": "tensor"}, {"lr": 3e-2}),
-    Setting("tensor, lr 0.1", {"route": "tensor"}, {"lr": 1e-1}),
-    Setting("tensor, sqrt, lr 0.03", {"route": "tensor", "init": "sqrt"}, {"lr": 3e-2}),
-    Setting("tensor, low_discrepancy", {"route": "tensor"}, {"sampler": "low_discrepancy"}),
-    Setting(
-        "tensor, lr 0.03, low_discrepancy", {"route": "tensor"}, {"lr": 3e-2, "sampler": "low_discrepancy"}
-    ),
-    Setting(
-        "tensor, lr 0.06, low_discrepancy", {"route": "tensor"}, {"lr": 6e-2, "sampler": "low_discrepancy"}
-    ),
-    Setting(
-        "tensor, lr 0.1, low_discrepancy", {"route": "tensor"}, {"lr": 1e-1, "sampler": "low_discrepancy"}
-    ),
-    Setting(
-        "tensor, lr 0.2, low_discrepancy", {"route": "tensor"}, {"lr": 2e-1, "sampler": "low_discrepancy"}
-    ),
-    Setting(
-        "tensor, lr 0.06, low_discrepancy, 2 preferences a step (twice the cost)",
-        {"route": "tensor"},
-        {"lr": 6e-2, "sampler": "low_discrepancy", "preferences_per_step": 2},
-    ),
-    Setting("regularization 0.01", fit={"regularization": 1e-2}),
-    Setting("regularization 0.1", fit={"regularization": 1e-1}),
-    Setting("early stop", stop=True),
-    Setting("ours", OURS_STACK, OURS_FIT),
-    Setting("ours, module", {}, OURS_FIT),
-    Setting("ours, dirichlet", OURS_STACK, {**OURS_FIT, "sampler": "dirichlet"}),
-    Setting("ours, sqrt", {**OURS_STACK, "init": "sqrt"}, OURS_FIT),
-    Setting("ours, corner every 4", OURS_STACK, {**OURS_FIT, "corner_every": 4}),
-    Setting("ours, regularization 0.1", OURS_STACK, {**OURS_FIT, "regularization": 1e-1}),
-    Setting("ours, early stop", OURS_STACK, OURS_FIT, stop=True),
-    Setting("ours, rows", {**OURS_STACK, "family": "rows"}, OURS_FIT),
-    Setting("ours, rank 4", OURS_STACK, OURS_FIT, rank=4),
-    Setting("ours, rows and rank 4", {**OURS_STACK, "family": "rows"}, OURS_FIT, rank=4),
-    Setting("ours, epo", OURS_STACK, {**OURS_FIT, "method": "epo"}),
-    Setting(
-        "ours, 4 preferences a step, a quarter of the steps",
-        OURS_STACK,
-        {**OURS_FIT, "preferences_per_step": 4},
-        0.25,
-    ),
-    Setting(
-        "ours, 4 preferences a step (four times the cost)",
-        OURS_STACK,
-        {**OURS_FIT, "preferences_per_step": 4},
-    ),
+    Setting("rows", ROWS),
+    Setting("rows, row_lr 0.01", ROWS, {"row_lr": 1e-2}),
+    Setting("rows, row_lr 0.06", ROWS, {"row_lr": 6e-2}),
+    Setting("rows, shrinkage 0.1", ROWS, {"row_shrinkage": 0.1}),
+    Setting("rows, shrinkage 1", ROWS, {"row_shrinkage": 1.0}),
+    Setting("rank 1", rank=1),
+    Setting("rank 4", rank=4),
+    Setting("rank 4, plane_lr 0.003", fit={"plane_lr": 3e-3}, rank=4),
+    Setting("rank 4, shrinkage 1", fit={"plane_shrinkage": 1.0}, rank=4),
+    Setting("rows and rank 4", ROWS, rank=4),
+    Setting("rows and rank 4, plane_lr 0.003", ROWS, {"plane_lr": 3e-3}, rank=4),
+    Setting("rows and rank 4, shrinkage 1", ROWS, {"row_shrinkage": 1.0, "plane_shrinkage": 1.0}, rank=4),
+    Setting("rows, corner every 4", ROWS, {"corner_every": 4}),
+    Setting("rows and rank 4, corner every 4", ROWS, {"corner_every": 4}, rank=4),
+    Setting("rows, 4 preferences a step, a quarter of the steps", ROWS, {"preferences_per_step": 4}, 0.25),
+    Setting("rows, stopped by a validation", ROWS, stop=True),
 )
+"""What is asked: how fine the coefficients, trained planes, their learning rates, shrinkage, corners, validation."""
 
 HELD_OUT_BATCHES = 20
 """Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""
@@ -119,7 +77,7 @@ def label(setting: str, budget: int) -> str:
 def listed(experiment: Experiment) -> list[Contender]:
     """The experts (for the spread) and every setting at the experiment's numbers of steps."""
     found = [c for c in contenders(experiment) if c.name.startswith("expert ")]
-    for steps in experiment.ours_steps:
+    for steps in experiment.family_steps:
         for setting in SETTINGS:
             stack, fit = {**PLAIN_STACK, **setting.stack}, {**PLAIN_FIT, **setting.fit}
             taken = max(1, round(steps * setting.longer))

@@ -18,9 +18,14 @@ from benchmarks.experiments.experiment import Contend, Context, Experiment, Outc
 from benchmarks.models import pwemoe
 
 OURS_STACK: Mapping[str, Any] = {"route": "tensor"}
-"""Arguments of pf.stack for ours: the best of the ablation on vision, and the same in every experiment."""
-OURS_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
-"""The same of pf.fit."""
+"""Arguments of pf.stack for ours, the same in every experiment."""
+OURS_FIT: Mapping[str, Any] = {"family": "rows", "row_lr": 0.03, "lr": 0.06, "sampler": "low_discrepancy"}
+"""The same of pf.fit: its defaults, written out, so that a result belongs to them."""
+FAMILIES: Mapping[str, tuple[Mapping[str, Any], int | None]] = {
+    "scalar": ({**rivals.SCALAR_FIT, "family": "scalar"}, None),
+    "rank 4": ({**rivals.SCALAR_FIT, "family": "scalar"}, 4),
+}
+"""The other families by name: arguments of pf.fit, and the rank of trained planes."""
 SEVERAL = 4
 """Preferences in one step of the second of our short runs, which so costs as much as that many of the first."""
 
@@ -72,9 +77,10 @@ def contenders(experiment: Experiment) -> list[Contender]:
         Contender("dense, from the nearest expert", rivals.dense(rivals.from_nearest), 20.0),
     ]
     found += _at_our_cost(experiment)
-    short = min(experiment.ours_steps)
-    found += [_ours(short), _ours(short, SEVERAL)]
-    found += [_ours(steps) for steps in experiment.ours_steps if steps > short]
+    for steps, family in product(experiment.family_steps, FAMILIES):
+        found.append(_ours(steps, family))
+    found.append(_ours(min(experiment.family_steps), several=SEVERAL))
+    found += [_ours(steps) for steps in experiment.ours_steps]
     return [replace(c, every_seed=not c.name.startswith(experiment.first_seed_only)) for c in found]
 
 
@@ -95,11 +101,14 @@ def _at_our_cost(experiment: Experiment) -> list[Contender]:
     return found
 
 
-def _ours(steps: int, several: int = 1) -> Contender:
-    fit = dict(OURS_FIT) if several == 1 else {**OURS_FIT, "preferences_per_step": several}
-    settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": fit}
-    name = f"ours, {steps} steps" + (f" of {several} preferences" if several > 1 else "")
-    return Contender(name, learned(steps, OURS_STACK, fit), steps * several / 75, settings)
+def _ours(steps: int, family: str | None = None, several: int = 1) -> Contender:
+    """Ours with pf.fit's own settings, or those of a family."""
+    fit, rank = FAMILIES[family] if family else (OURS_FIT, None)
+    fit = dict(fit) if several == 1 else {**fit, "preferences_per_step": several}
+    settings = {"steps": steps, "stack": dict(OURS_STACK), "fit": fit, "rank": rank}
+    name = f"ours{f' ({family})' if family else ''}, {steps} steps"
+    name += f" of {several} preferences" if several > 1 else ""
+    return Contender(name, learned(steps, OURS_STACK, fit, rank), steps * several / 75, settings)
 
 
 def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any], rank: int | None = None) -> Contend:

@@ -48,6 +48,7 @@ class Experiment:
         pwemoe_routes: PWEMoE's modes in this model: routes by name; none: it does not take part.
         pwemoe_steps: steps of PWEMoE; fewer than its own only in a quick run.
         ours_steps: steps of ours, each a contender.
+        family_steps: steps of each other family, and of an ablation.
         first_seed_only: what names of contenders begin with that are too slow for each seed, or the same for each; seed
             0 runs them.
         unlabelled: the objectives once more, with losses that see no label; empty where there are no classes.
@@ -72,7 +73,8 @@ class Experiment:
         default_factory=lambda: {"mlp": "mlp", "module": "module"}
     )
     pwemoe_steps: int = pwemoe.STEPS
-    ours_steps: tuple[int, ...] = (75, 400)
+    ours_steps: tuple[int, ...] = (40, 75, 400)
+    family_steps: tuple[int, ...] = (75, 400)
     first_seed_only: tuple[str, ...] = ("PWEMoE-LS mlp", "PWEMoE-EPO")
     unlabelled: tuple[pf.Objective, ...] = ()
     more: Mapping[str, Contend] = field(default_factory=dict)

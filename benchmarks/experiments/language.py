@@ -59,11 +59,12 @@ class Sizes:
     learning_batch: int = 4
     points: int = 4
     pwemoe_steps: int = pwemoe.STEPS
-    ours_steps: tuple[int, ...] = (75, 400)
+    ours_steps: tuple[int, ...] = (40, 75, 400)
+    family_steps: tuple[int, ...] = (75, 400)
     reference: tuple[float, ...] = (57.0, 57.0, 42.0)
 
 
-QUICK = Sizes(260, 16, 16, 1, 3000, 4, 4, 6, 3e-3, 4, 4, 1e-3, 2, 4, 3, (2, 3), ())
+QUICK = Sizes(260, 16, 16, 1, 3000, 4, 4, 6, 3e-3, 4, 4, 1e-3, 2, 4, 3, (2, 3), (3,), ())
 
 
 class Windows:
@@ -190,12 +191,24 @@ def make_model(sizes: Sizes) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def load(sizes: Sizes, quick: bool) -> Experiment:
-    """The experiment in some sizes; quick: on made-up text."""
+def for_tuning(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The training texts alone: the last eighth of each is for testing."""
+    found = {}
+    for style in STYLES:
+        whole = tokens[f"train/{style}"]
+        border = len(whole) * 7 // 8
+        found |= {f"train/{style}": whole[:border], f"test/{style}": whole[border:]}
+    return found
+
+
+def load(sizes: Sizes, quick: bool, tuning: bool) -> Experiment:
+    """The experiment in some sizes; quick: on made-up text; `tuning`: without its test texts."""
     tokens = tokenized(sizes, quick)
+    if tuning:
+        tokens = for_tuning(tokens)
     of_models = {name: value for name, value in asdict(sizes).items() if name not in _LATER}
     of_base = {name: value for name, value in of_models.items() if not name.startswith("expert")}
-    identity = json.dumps([of_base, quick])
+    identity = json.dumps([of_base, quick, *(["tune"] if tuning else [])])
     tests = {s: windows(tokens[f"test/{s}"], sizes.context)[: sizes.windows] for s in STYLES}
 
     def objectives(batch: int) -> tuple[pf.Objective, ...]:
@@ -227,7 +240,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         )
 
     return Experiment(
-        name="language",
+        name="language-tune" if tuning else "language",
         title="A small GPT-2: news, film reviews, scripture",
         objectives=objectives(sizes.learning_batch),
         evaluate=partial(perplexities, tests),
@@ -242,13 +255,14 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         scalarized=np.concatenate([pf.simplex_grid(3, 3), np.full((1, 3), 1 / 3)]),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
+        family_steps=sizes.family_steps,
     )
 
 
-_LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps", "reference", "windows")
+_LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps", "family_steps", "reference", "windows")
 """Sizes that base and experts do not depend on."""
 
 
-def make(quick: bool) -> Experiment:
+def make(quick: bool, tuning: bool = False) -> Experiment:
     """The experiment."""
-    return load(QUICK if quick else Sizes(), quick)
+    return load(QUICK if quick else Sizes(), quick, tuning)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paretofuse as pf
-from benchmarks.data_sets.images import Part, Task
+from benchmarks.data_sets.images import Task
 from benchmarks.demo import Shuffled
 from benchmarks.experiments.contenders import OURS_FIT, OURS_STACK
 from benchmarks.experiments.experiment import Context, Experiment, Outcome, fine_tune, trainable
-from benchmarks.experiments.vision import Sizes, of_models, tasks_of
+from benchmarks.experiments.vision import Sizes, for_tuning, of_models, tasks_of
 from benchmarks.harness.record import BenchmarkError
 from paretofuse.engine.merging.disk import merge_store
 
@@ -39,8 +39,8 @@ CLOTHES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 MERGED_AT = (0.5, 0.5)
-QUICK = Sizes(3, 3, 8, 4, 40, 3, (2,), 3)
-FULL = Sizes(base_steps=150, expert_steps=200)
+QUICK = Sizes(3, 3, 8, 4, 40, 3, (2,), (2,), 3)
+FULL = Sizes(base_steps=150, expert_steps=200, ours_steps=(40, 75, 400))
 
 
 def prompts(index: int) -> Tensor:
@@ -120,12 +120,13 @@ def on_disk(steps: int, context: Context) -> Outcome:
     return Outcome(front, "front", steps, trainable(engine.routers), f"open_clip loads {MERGED_AT}: the same")
 
 
-def load(quick: bool) -> Experiment:
-    """The experiment."""
+def load(quick: bool, tuning: bool = False) -> Experiment:
+    """The experiment; `tuning`: without its test images."""
     sizes = QUICK if quick else FULL
+    found = tasks_of(2, quick)
     tasks = [
-        Task(t.name, t.train, Part(t.test.images[: sizes.test_images], t.test.labels[: sizes.test_images]))
-        for t in tasks_of(2, quick)
+        Task(t.name, t.train, t.test.take(sizes.test_images))
+        for t in (map(for_tuning, found) if tuning else found)
     ]
     tokens = [prompts(index) for index in range(len(tasks))]
 
@@ -151,7 +152,7 @@ def load(quick: bool) -> Experiment:
 
     steps = sizes.ours_steps[-1]
     return Experiment(
-        name="openclip",
+        name="openclip-tune" if tuning else "openclip",
         title="open_clip's CLIP, 28 x 28 pixels, MNIST / Fashion-MNIST by class names",
         objectives=objectives(sizes.learning_batch),
         evaluate=partial(accuracies, tasks, tokens),
@@ -166,6 +167,7 @@ def load(quick: bool) -> Experiment:
         scalarized=pf.simplex_grid(2, 5),
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
+        family_steps=sizes.family_steps,
         more={f"ours, {steps} steps, on disk": partial(on_disk, steps)},
         notes=(
             "Base: both towers trained from scratch on the classes' names; experts: the vision tower alone. *on disk* "

@@ -229,6 +229,7 @@ def load(quick: bool) -> Experiment:
         pwemoe_routes={},
         first_seed_only=SAME_FOR_EACH_SEED,
         ours_steps=sizes.ours_steps,
+        family_steps=sizes.ours_steps,
         more={} if quick else {careful: on_all},
         notes=(
             "Nobody here trained these experts: they are Real-CUGAN's published strengths of denoising (bilibili, MIT; "

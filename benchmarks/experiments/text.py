@@ -47,11 +47,12 @@ class Sizes:
     learning_batch: int = 4
     points: int = 4
     pwemoe_steps: int = pwemoe.STEPS
-    ours_steps: tuple[int, ...] = (75, 400)
+    ours_steps: tuple[int, ...] = (40, 75, 400)
+    family_steps: tuple[int, ...] = (75, 400)
 
 
-QUICK = Sizes(24, 12, 8, 1, 4, 8, 1e-3, 2, 4, 3, (2, 3))
-_LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps")
+QUICK = Sizes(24, 12, 8, 1, 4, 8, 1e-3, 2, 4, 3, (2, 3), (3,))
+_LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps", "family_steps")
 """Sizes that base and experts do not depend on."""
 
 
@@ -132,12 +133,17 @@ def sentences(task: str) -> list[texts.Sentence]:
     return found
 
 
+def held_documents(found: Sequence[texts.Sentence], chance: random.Random) -> set[str]:
+    """A quarter of the documents."""
+    names = sorted({sentence.document for sentence in found})
+    chance.shuffle(names)
+    return set(names[: len(names) // 4])
+
+
 def split(found: Sequence[texts.Sentence], train: int, test: int) -> tuple[list[texts.Sentence], ...]:
     """So many sentences of some documents to learn from, and so many of others to test on."""
-    names = sorted({sentence.document for sentence in found})
     chance = random.Random(0)
-    chance.shuffle(names)
-    held = set(names[: len(names) // 4])
+    held = held_documents(found, chance)
     parts = []
     for inside, count in ((False, train), (True, test)):
         part = [sentence for sentence in found if (sentence.document in held) is inside]
@@ -162,7 +168,13 @@ def made_up(sizes: Sizes) -> tuple[BertModel, dict[str, tuple[Tensor, Tensor, Te
     return model, found
 
 
-def real(sizes: Sizes) -> tuple[BertModel, dict[str, tuple[Tensor, Tensor, Tensor]]]:
+def for_tuning(found: Sequence[texts.Sentence]) -> list[texts.Sentence]:
+    """Without the documents that `split` holds for testing, so that splitting again holds others."""
+    held = held_documents(found, random.Random(0))
+    return [sentence for sentence in found if sentence.document not in held]
+
+
+def real(sizes: Sizes, tuning: bool) -> tuple[BertModel, dict[str, tuple[Tensor, Tensor, Tensor]]]:
     """MiniLM and each task's tokens, mask and labels.
 
     Raises:
@@ -171,24 +183,26 @@ def real(sizes: Sizes) -> tuple[BertModel, dict[str, tuple[Tensor, Tensor, Tenso
     model, tokenizer = minilm.whole()
     found = {}
     for task in TASKS:
-        both = split(sentences(task), sizes.train, sizes.test)
+        found_of_task = sentences(task)
+        both = split(for_tuning(found_of_task) if tuning else found_of_task, sizes.train, sizes.test)
         for name, part in zip(("train", "test"), both, strict=True):
             ids, mask = minilm.token_ids(tokenizer, [s.text for s in part], sizes.tokens)
             found[f"{name}/{task}"] = ids, mask, torch.tensor([int(s.label) for s in part])
     return model, found
 
 
-def prepared(sizes: Sizes, quick: bool) -> dict[str, Tensor]:
+def prepared(sizes: Sizes, quick: bool, tuning: bool) -> dict[str, Tensor]:
     """Everything that does not depend on the seed, from the cache where it is there.
 
     "PART/TASK/hidden", "/mask" and "/labels" of each part and task; "head/TASK/weight" and "/bias"; "base/NAME", the
     encoder's own tensors; "config", the BERT's configuration as bytes.
     """
     about = [sizes.train, sizes.test, sizes.tokens, sizes.layers, NEUTRAL, TASKS, minilm.PACKAGE, quick]
+    about += ["tune"] if tuning else []
     digest = hashlib.sha256(json.dumps([about, sorted(texts.SHA256.items())]).encode()).hexdigest()
     path = CACHE / f"text-{digest[:10]}.safetensors"
     if not path.exists():
-        model, found = made_up(sizes) if quick else real(sizes)
+        model, found = made_up(sizes) if quick else real(sizes, tuning)
         encoder = minilm.upper(model, sizes.layers)
         kept = {f"base/{name}": tensor for name, tensor in encoder.state_dict().items()}
         for name, (ids, mask, labels) in found.items():
@@ -232,9 +246,9 @@ def frozen_head(kept: Mapping[str, Tensor], task: str) -> nn.Linear:
     return head
 
 
-def load(sizes: Sizes, quick: bool) -> Experiment:
-    """The experiment in some sizes; quick: random tokens and a tiny random BERT."""
-    kept = prepared(sizes, quick)
+def load(sizes: Sizes, quick: bool, tuning: bool) -> Experiment:
+    """The experiment in some sizes; quick: a tiny random BERT and tokens; `tuning`: without its test documents."""
+    kept = prepared(sizes, quick, tuning)
     config = BertConfig(**json.loads(bytes(kept["config"].tolist())))
     config._attn_implementation = "sdpa"
     heads = {task: frozen_head(kept, task) for task in TASKS}
@@ -264,7 +278,7 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         )
 
     return Experiment(
-        name="text",
+        name="text-tune" if tuning else "text",
         title="MiniLM: BBC topics, sentiment of film reviews and tweets, frozen heads",
         objectives=objectives(sizes.learning_batch),
         evaluate=partial(accuracies, tests, heads),
@@ -280,10 +294,11 @@ def load(sizes: Sizes, quick: bool) -> Experiment:
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
         unlabelled=objectives(sizes.learning_batch, unsure_under),
+        family_steps=sizes.family_steps,
         notes=("The base is the base with its probes: each head was fitted to its embeddings and frozen.",),
     )
 
 
-def make(quick: bool) -> Experiment:
+def make(quick: bool, tuning: bool = False) -> Experiment:
     """The experiment."""
-    return load(QUICK if quick else Sizes(), quick)
+    return load(QUICK if quick else Sizes(), quick, tuning)

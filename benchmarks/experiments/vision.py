@@ -36,12 +36,13 @@ class Sizes:
     learning_batch: int = 16
     test_images: int = 1000
     pwemoe_steps: int = pwemoe.STEPS
-    ours_steps: tuple[int, ...] = (75, 400)
+    ours_steps: tuple[int, ...] = (40, 75, 400, 1500)
+    family_steps: tuple[int, ...] = (75, 400)
     points: int = 11
 
 
-QUICK = Sizes(4, 6, 8, 4, 40, 4, (2, 3), 3)
-_LATER = ("learning_batch", "test_images", "pwemoe_steps", "ours_steps", "points")
+QUICK = Sizes(4, 6, 8, 4, 40, 4, (2, 3), (3,), 3)
+_LATER = ("learning_batch", "test_images", "pwemoe_steps", "ours_steps", "family_steps", "points")
 """Sizes that base and experts do not depend on."""
 
 
@@ -81,12 +82,20 @@ def tasks_of(count: int, quick: bool) -> list[Task]:
     return [tasks.first, tasks.second, digits_tasks().second][:count]
 
 
-def load(count: int, quick: bool) -> Experiment:
-    """The experiment with two or three objectives."""
+def for_tuning(task: Task) -> Task:
+    """A task of its training images alone: every fifth is for testing."""
+    held = torch.arange(len(task.train.labels)) % 5 == 0
+    images, labels = task.train.images, task.train.labels
+    return Task(task.name, Part(images[~held], labels[~held]), Part(images[held], labels[held]))
+
+
+def load(count: int, quick: bool, tuning: bool) -> Experiment:
+    """The experiment with two or three objectives; `tuning`: without its test images."""
     sizes = QUICK if quick else Sizes()
+    found = tasks_of(count, quick)
     tasks = [
-        Task(t.name, t.train, Part(t.test.images[: sizes.test_images], t.test.labels[: sizes.test_images]))
-        for t in tasks_of(count, quick)
+        Task(t.name, t.train, t.test.take(sizes.test_images))
+        for t in (map(for_tuning, found) if tuning else found)
     ]
     names = [task.name for task in tasks]
 
@@ -109,7 +118,7 @@ def load(count: int, quick: bool) -> Experiment:
         fine_tune(model, objectives(batch), preference, steps=sizes.expert_steps, lr=1e-3, seed=seed + 1)
 
     return Experiment(
-        name="vision" if count == 2 else f"vision{count}",
+        name=("vision" if count == 2 else f"vision{count}") + ("-tune" if tuning else ""),
         title=" / ".join(names) + ", one shared head",
         objectives=objectives(sizes.learning_batch),
         evaluate=partial(accuracies, tasks),
@@ -125,14 +134,15 @@ def load(count: int, quick: bool) -> Experiment:
         pwemoe_steps=sizes.pwemoe_steps,
         ours_steps=sizes.ours_steps,
         unlabelled=unlabelled,
+        family_steps=sizes.family_steps,
     )
 
 
-def two(quick: bool) -> Experiment:
+def two(quick: bool, tuning: bool = False) -> Experiment:
     """MNIST and Fashion-MNIST."""
-    return load(2, quick)
+    return load(2, quick, tuning)
 
 
-def three(quick: bool) -> Experiment:
+def three(quick: bool, tuning: bool = False) -> Experiment:
     """The two and scikit-learn's digits, in negative and counted from the other end."""
-    return load(3, quick)
+    return load(3, quick, tuning)

@@ -104,6 +104,11 @@ class BoundStack:
                 f"{what}; stack the unsharded models for that"
             )
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether what merges here reads row coefficients: all but one process's shards."""
+        return not self.shardings
+
     def check_rows(self, width: int) -> None:
         """Check that what merges here reads routing weights [width, P].
 

@@ -131,6 +131,8 @@ class Routers(nn.Module):
         self.planes = None
         self._host: tuple[list[tuple[int, int]], list[Tensor], Routers] | None = None
         self.set_family(family)
+        self.family_asked: str | None = None
+        """The family that `set_family` was last called with by others: what `pf.fit` keeps."""
         self.reset(seed)
 
     @property
@@ -146,6 +148,7 @@ class Routers(nn.Module):
         """
         check_family(family)
         if family == self.family:
+            self.family_asked = family
             return
         if self.rows is not None and bool(self.rows.weight.any()):
             raise ValueError(
@@ -155,6 +158,7 @@ class Routers(nn.Module):
         count, device = len(self.objectives), self.output.bias.device
         made = RowCoefficients(count, len(self.members), self._row_count) if family == "rows" else None
         self.rows = None if made is None else made.to(device)
+        self.family_asked = family
 
     @torch.no_grad()
     def append(self, members: Sequence[Member]) -> None:

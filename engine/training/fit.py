@@ -90,8 +90,9 @@ def fit(
             weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
         validation: sweep held-out data now and then, keep the best routers, and stop early.
         family: "rows" to train a coefficient for each row of each routed tensor as well (`engine.routers.rows`, zero at
-            the start), "scalar" for one for each group alone; None for the family that the engine has.
-        row_lr: learning rate of the row coefficients at the start, 0.03 unless told; it falls as `lr` does.
+            the start): thousands of numbers; "scalar" for one for each group alone: hundreds. None for the family that
+            the engine was asked to have, else for "rows" unless it holds one process's shards, which cannot merge them.
+        row_lr: learning rate of the row coefficients at the start, half of `lr` unless told; it falls as `lr` does.
         row_shrinkage: each step takes this share, times their learning rate, of the row coefficients away; 0 unless
             told. Against overfitting where data is small.
         plane_lr: learning rate of trained planes (`pf.add_planes`) at the start, 0.01 unless told; it falls as `lr`
@@ -129,6 +130,7 @@ def fit(
         raise TypeError(
             f"got {type(engine).__name__} to train, expected an engine that pf.stack or pf.load made"
         )
+    check_number("lr", lr)
     settings = Settings(
         steps=steps,
         lr=lr,
@@ -140,8 +142,8 @@ def fit(
         accumulate=accumulate,
         seed=seed,
         regularization=regularization,
-        family=engine.routers.family if family is None else family,
-        row_lr=3e-2 if row_lr is None else row_lr,
+        family=_default_family(engine) if family is None else family,
+        row_lr=lr / 2 if row_lr is None else row_lr,
         row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
         plane_lr=1e-2 if plane_lr is None else plane_lr,
         plane_shrinkage=0.0 if plane_shrinkage is None else plane_shrinkage,
@@ -167,6 +169,7 @@ def fit(
     matched = _match(as_objectives(objectives), engine.objectives)
     solver = get_solver(method, options)
     path = _checkpoint_path(checkpoint)
+    before, asked = engine.routers.family, engine.routers.family_asked
     engine.set_family(settings.family)
     run = Run(engine, matched, solver, settings, validation, materialize)
     first = rank_and_size()[0] == 0
@@ -202,6 +205,9 @@ def fit(
                 writer.close()
             if run.taken > 0:
                 engine.training = _record_of(engine, run.taken, method, seed)
+            elif before == "scalar":
+                engine.routers.set_family(before)  # as it was: nothing of the rows is trained
+                engine.routers.family_asked = asked
             if path is not None:
                 run.save(path)
     if stopping is not None:
@@ -209,6 +215,12 @@ def fit(
     if materialize:
         engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
     return records
+
+
+def _default_family(engine: Engine) -> str:
+    """What is trained unless told: the family that the engine was asked for, else "rows" where they can be merged."""
+    routers = engine.routers
+    return routers.family_asked or ("rows" if engine._bound.reads_rows else routers.family)
 
 
 def _match(objectives: Sequence[Objective], names: tuple[str, ...]) -> list[Objective]:

@@ -45,7 +45,7 @@ def stack(
     objectives: Mapping[str, Sequence[str]] | None = None,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
-    family: str = "scalar",
+    family: str | None = None,
     heads: Sequence[str] = (),
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -83,6 +83,7 @@ def stack(
             factors, and vectors (norms, biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
         family: "scalar" for one coefficient for each group and expert, a few hundred trained numbers; "rows" for one
             for each row of each routed tensor besides, linear in the preference and zero at the start: thousands.
+            None: scalar, until `pf.fit` trains rows as well.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.
@@ -103,7 +104,8 @@ def stack(
         TypeError: a model is of no known kind.
     """
     place = None if device is None else _device(device)
-    check_family(family)
+    if family is not None:
+        check_family(family)
     plan = _plan(
         base,
         experts,
@@ -119,13 +121,16 @@ def stack(
         transform,
         tokenizer,
     )
-    routers = routers_for(plan.layout, init, family)
+    routers = routers_for(plan.layout, init, family or "scalar")
     with _threads_for(plan):
         built = build(plan, place)
     main = place or next((tensor.device for tensor in built.base.values()), torch.device("cpu"))
-    return Engine(
+    engine = Engine(
         built, routers, _blueprint(plan), device=main, backend=backend, replicas=replicas, notes=_notes(plan)
     )
+    if family is not None:
+        engine.set_family(family)
+    return engine
 
 
 @on_cpu()
@@ -141,7 +146,7 @@ def stack_to_store(
     objectives: Mapping[str, Sequence[str]] | None = None,
     delta_dtype: torch.dtype | str | None = None,
     planes: str | torch.dtype = "dense",
-    family: str = "scalar",
+    family: str | None = None,
     heads: Sequence[str] = (),
     allow_misfit: bool = False,
     transform: str | None = None,
@@ -162,7 +167,8 @@ def stack_to_store(
     Raises:
         as `stack`, and OSError when writing fails.
     """
-    check_family(family)
+    if family is not None:
+        check_family(family)
     plan = _plan(
         base,
         experts,
@@ -178,7 +184,7 @@ def stack_to_store(
         transform,
         tokenizer,
     )
-    routers = routers_for(plan.layout, init, family)
+    routers = routers_for(plan.layout, init, family or "scalar")
     parts = persist.streamed(plan, progress)
     with _threads_for(plan):
         persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)

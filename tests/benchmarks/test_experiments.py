@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import paretofuse as pf
-from benchmarks.experiments import ablation, report, tables, vision
+from benchmarks.data_sets import texts
+from benchmarks.experiments import ablation, language, report, tables, text, vision
+from benchmarks.experiments.__main__ import EXPERIMENTS, loader
 from benchmarks.experiments.contenders import contenders
 from benchmarks.experiments.experiment import Models, fine_tune
 from benchmarks.experiments.run import Plan, run
@@ -24,8 +26,9 @@ CHOSEN = (
     "expert negatives",
     "rewarded soups",
     "PWEMoE-LS module 0.6",
-    "ours, 2 steps",
-    "ours, 2 steps of 4 preferences",
+    "ours (scalar), 3 steps",
+    "ours (rank 4), 3 steps",
+    "ours, 3 steps of 4 preferences",
     "ours, 3 steps",
 )
 
@@ -58,8 +61,37 @@ def test_every_contender_is_measured_as_it_says(plan, results):
     assert learned.steps == 3
     assert learned.peak_mb is not None
     assert learned.peak_mb > 0
-    engine = pf.stack(models.base(), models.experts(), **learned.settings["stack"])
-    assert learned.parameters == sum(p.numel() for p in engine.routers.parameters())
+    for name, family, rank in (
+        ("ours", "rows", None),
+        ("ours (scalar)", "scalar", None),
+        ("ours (rank 4)", "scalar", 4),
+    ):
+        found = next(r for r in results if r.contender == f"{name}, 3 steps")
+        engine = pf.stack(models.base(), models.experts(), **found.settings["stack"], family=family)
+        if rank is not None:
+            pf.add_planes(engine, rank)
+        assert found.parameters == sum(p.numel() for p in engine.routers.parameters())
+
+
+def test_tuning_has_no_part_in_the_test_data():
+    """Its images and texts are those of training alone, some of them held back from all that learns."""
+    whole, tuned = vision.tasks_of(2, True)[0], vision.for_tuning(vision.tasks_of(2, True)[0])
+    kept = {image.numpy().tobytes() for image in whole.train.images}
+    parts = [{image.numpy().tobytes() for image in part.images} for part in (tuned.train, tuned.test)]
+    assert parts[0] | parts[1] == kept
+    assert len(tuned.train.labels) + len(tuned.test.labels) == len(whole.train.labels)
+    assert len(tuned.test.labels) == -(-len(whole.train.labels) // 5)
+    tuned_ones = [name for name in EXPERIMENTS if name not in ("openclip", "restoration")]
+    made = [loader(name, tuning)(True).name for name in tuned_ones for tuning in (False, True)]
+    names = [name + end for name in tuned_ones for end in ("", "-tune")]
+    assert made == names, "each with models and results of its own"
+    found = language.for_tuning({f"train/{s}": torch.arange(80) for s in language.STYLES})
+    assert found["train/news"].tolist() == list(range(70))
+    assert found["test/news"].tolist() == list(range(70, 80))
+    sentences = [texts.Sentence(f"s{i}", 0.0, f"d{i}") for i in range(16)]
+    tested = text.split(sentences, 4, 2)[1]
+    again = text.split(text.for_tuning(sentences), 4, 2)
+    assert not {s.document for part in again for s in part} & {s.document for s in tested}
 
 
 def test_what_is_finished_can_be_told_alone(plan, results):
@@ -77,12 +109,12 @@ def test_a_run_goes_on_with_what_is_missing(plan, results):
     assert said == []
     kept = folder / "seed3" / "results"
     (kept / "rewarded soups.json").unlink()
-    changed = json.loads((kept / "ours, 2 steps.json").read_text())
+    changed = json.loads((kept / "ours (scalar), 3 steps.json").read_text())
     changed["settings"] = {"other": 1}
-    (kept / "ours, 2 steps.json").write_text(json.dumps(changed))
+    (kept / "ours (scalar), 3 steps.json").write_text(json.dumps(changed))
     again = run(vision.two, plan, say=said.append)
     assert sorted(line.rpartition(": ")[2] for line in said) == [
-        "ours, 2 steps",
+        "ours (scalar), 3 steps",
         "rewarded soups",
     ]
     assert [(r.values, r.settings) for r in again] == [(r.values, r.settings) for r in results]

@@ -186,7 +186,9 @@ def test_training_is_by_each_objectives_own_head(materialize: bool) -> None:
 
     objectives = {name: (batches(name), watched(name)) for name in LABELS}
     validation = Validation(lambda module: pf.evaluate(module, METRICS), maximize=True, every=2)
-    pf.fit(engine, objectives, steps=4, validation=validation, materialize=materialize, progress=False)
+    pf.fit(
+        engine, objectives, steps=4, family="scalar", validation=validation, materialize=materialize, progress=False
+    )  # fmt: skip
     assert seen == {"cola": {(12, 2)}, "mnli": {(12, 3)}}
     # The gradient of one loss, against that of the merged model with that head in float64.
     engine.train_at(R, materialize=materialize)

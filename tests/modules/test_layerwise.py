@@ -330,7 +330,10 @@ def test_fit_gives_the_same_routers(method: str) -> None:
         engine, objectives = problem()
         module = engine.module if materialize else engine.fused_module
         module.eval()
-        pf.fit(engine, objectives, method, steps=25, materialize=materialize, progress=False)
+        # Scalars alone: Adam makes rounding show in rows whose gradient is next to zero (test_row_coefficients.py).
+        pf.fit(
+            engine, objectives, method, steps=25, family="scalar", materialize=materialize, progress=False
+        )  # fmt: skip
         results.append(state(engine))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-4)

@@ -82,7 +82,7 @@ class Point(nn.Module):
 
 def test_it_finds_a_known_pareto_set() -> None:
     """Base at 0, experts at twice the two optima: the scalarized optimum is w = r, so L = r / 2, from L = r."""
-    engine = pf.stack(Point(0, 0), {"x": Point(2, 0), "y": Point(0, 2)})
+    engine = pf.stack(Point(0, 0), {"x": Point(2, 0), "y": Point(0, 2)}, family="scalar")
     optima = {"x": torch.tensor([1.0, 0.0]), "y": torch.tensor([0.0, 1.0])}
     objectives = {name: ([optimum], lambda module, batch: module(batch)) for name, optimum in optima.items()}
     records = pf.fit(engine, objectives, steps=400, lr=2e-2, lr_end=0.01, progress=False)

@@ -197,7 +197,7 @@ def test_a_solver_sees_them_behind_the_routing_weights() -> None:
         return 0 * jacobian[0]
 
     before = [parameter.clone() for parameter in engine.routers.parameters()]
-    pf.fit(engine, tasks(), solver, steps=1, progress=False)
+    pf.fit(engine, tasks(), solver, steps=1, family="scalar", progress=False)
     weights = engine.routers(R)
     assert seen[0].shape == (2, 1, weights.numel() + planes_of(engine).size)
     assert seen[0][0, 0, : weights.numel()].any()

@@ -13,6 +13,7 @@ import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.solvers import get_solver
 from paretofuse.engine.training.checkpoint import read_checkpoint, write_checkpoint
+from paretofuse.engine.training.fit import _default_family
 from paretofuse.engine.training.run import Run
 from paretofuse.engine.training.settings import Settings
 from tests.training.test_fit import equal, problem, state
@@ -136,12 +137,12 @@ def test_same_seed_same_bits_and_a_resumed_run_is_exact(tmp_path: Path) -> None:
             pf.fit(engine, objectives, checkpoint=path, **{**settings, **change})
     engine, objectives = problem()
     with pytest.raises(ValueError, match=r"family='rows' \(now 'scalar'\)"):
-        pf.fit(engine, objectives, checkpoint=path, steps=12, progress=False)
+        pf.fit(engine, objectives, checkpoint=path, steps=12, family="scalar", progress=False)
 
 
 def test_checkpoints_from_before_there_were_families_resume_as_scalar(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
-    engine, objectives = problem()
+    engine, objectives = problem(family="scalar")
     pf.fit(engine, objectives, steps=2, checkpoint=path, progress=False)
     tensors, kept = read_checkpoint(path)
     del kept["settings"]["family"]
@@ -150,7 +151,7 @@ def test_checkpoints_from_before_there_were_families_resume_as_scalar(tmp_path: 
     engine, objectives = problem()
     with pytest.raises(ValueError, match=r"family='scalar' \(now 'rows'\)"):
         pf.fit(engine, objectives, steps=2, checkpoint=path, family="rows", progress=False)
-    engine, objectives = problem()
+    engine, objectives = problem(family="scalar")
     assert len(pf.fit(engine, objectives, steps=3, checkpoint=path, progress=False)) == 1
 
 
@@ -174,8 +175,8 @@ def test_validation_keeps_the_best_row_coefficients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"row_lr": 0.1}, 'without row coefficients; pass family="rows"'),
-        ({"row_shrinkage": 0.1}, 'without row coefficients; pass family="rows"'),
+        ({"family": "scalar", "row_lr": 0.1}, 'without row coefficients; pass family="rows"'),
+        ({"family": "scalar", "row_shrinkage": 0.1}, 'without row coefficients; pass family="rows"'),
         ({"family": "rows", "row_lr": 0.0}, "row_lr=0.0, expected a number above 0"),
         ({"family": "rows", "row_lr": float("nan")}, "row_lr=nan, expected a finite number"),
         ({"family": "rows", "row_shrinkage": -1.0}, "row_shrinkage=-1.0, expected a number of at least 0"),
@@ -188,6 +189,31 @@ def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         pf.fit(engine, objectives, steps=1, progress=False, **arguments)
     assert engine.routers.family == "scalar"
+
+
+@pytest.mark.parametrize("asked", ["stack", "set_family", "fit"])
+def test_fit_trains_rows_unless_the_engine_was_asked_for_scalars(asked: str) -> None:
+    engine, objectives = problem(**({"family": "scalar"} if asked == "stack" else {}))
+    if asked == "set_family":
+        engine.set_family("scalar")
+    given = {"family": "scalar"} if asked == "fit" else {}
+    pf.fit(engine, objectives, steps=1, progress=False, **given)
+    pf.fit(engine, objectives, steps=1, progress=False)
+    assert engine.routers.family == "scalar"
+    engine, objectives = problem()
+    assert engine.routers.family == "scalar"
+    pf.fit(engine, objectives, steps=1, progress=False)
+    assert (rows_of(engine) != 0).any()
+
+
+def test_without_a_word_what_cannot_merge_rows_stays_scalar(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = problem()
+    assert _default_family(engine) == "rows"
+    monkeypatch.setattr(engine._bound, "shardings", {"w": None})  # as one process's shards have some
+    assert _default_family(engine) == "scalar"
+    with pytest.raises(ValueError, match="one process's shards"):
+        engine.set_family("rows")
+    assert _default_family(engine) == "scalar"
 
 
 def test_fit_keeps_the_engines_family_and_refuses_to_lose_it() -> None:

@@ -65,7 +65,7 @@ def test_it_stops_and_returns_to_the_best_routers() -> None:
 
 
 def test_routers_that_never_got_better_are_as_they_were() -> None:
-    engine, objectives = problem()
+    engine, objectives = problem(family="rows")
     before = state(engine)
     validation = pf.Validation(worse_after(0), maximize=False, every=1, patience=3)
     assert len(pf.fit(engine, objectives, steps=50, validation=validation, progress=False)) == 3
@@ -145,7 +145,7 @@ def test_validation_leaves_training_as_it_is() -> None:
 def test_regularization_pulls_toward_the_start() -> None:
     """Minimizing r'l + s |L - r|^2 with l_m = |2 L - e_m|^2, one group: L = (2 + s) r / (4 + s)."""
     strength = 3.0
-    engine = pf.stack(Point(0, 0), {"x": Point(2, 0), "y": Point(0, 2)})
+    engine = pf.stack(Point(0, 0), {"x": Point(2, 0), "y": Point(0, 2)}, family="scalar")
     optima = {"x": torch.tensor([1.0, 0.0]), "y": torch.tensor([0.0, 1.0])}
     objectives = {name: ([optimum], lambda module, batch: module(batch)) for name, optimum in optima.items()}
     pf.fit(engine, objectives, steps=400, lr=2e-2, lr_end=0.01, regularization=strength, progress=False)

@@ -46,10 +46,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--family", choices=("scalar", "rows"),
-        help="rows: train a coefficient for each row of routed tensors as well (default: what the store has)",
+        help="rows: train a coefficient for each row of routed tensors as well, thousands of numbers; scalar: one for "
+        "each group alone, hundreds (default: rows)",
     )  # fmt: skip
     parser.add_argument(
-        "--row-lr", type=float, metavar="RATE", help="learning rate of row coefficients (default: 0.03)"
+        "--row-lr",
+        type=float,
+        metavar="RATE",
+        help="learning rate of row coefficients (default: half of --lr)",
     )
     parser.add_argument(
         "--row-shrinkage", type=float, metavar="SHARE",

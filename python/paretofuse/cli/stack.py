@@ -54,8 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--family", choices=("scalar", "rows"), default="scalar",
-        help="rows: a trained coefficient for each row of routed tensors besides one for each group (default: scalar)",
+        "--family", choices=("scalar", "rows"),
+        help="rows: a trained coefficient for each row of routed tensors besides one for each group (default: scalar, "
+        "until fit trains rows)",
     )  # fmt: skip
     parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",
