@@ -30,8 +30,6 @@ goes on where it was stopped.
   *spread*: extent of the front, as a share of the distance between the experts. *spacing*: Schott's, in metric units.
 - *trained numbers*: router parameters; for whole models those of one model. *learning s*: wall seconds; *peak MB*:
   memory in use during learning above what libraries and data hold. Every contender has a process of its own.
-- *ours (scalar)* trains hundreds of numbers (`family="scalar"`), *ours* a coefficient for each row of a tensor besides
-  (`family="rows"`).
 - PWEMoE is its procedure as its own scripts run it (4000 steps of Adam at 1e-2, a constant start at 0.3 or 0.6, the
   number in its name; Dirichlet(1) preferences) on this engine's arithmetic: its seconds are this engine's, not its own
   code's. *mlp* routes the MLPs and merges the rest, a shared head too, at that constant; *module* routes every module,
