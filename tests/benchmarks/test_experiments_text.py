@@ -39,7 +39,7 @@ def test_a_tiny_experiment_runs_from_the_base_to_the_fronts(module, cache):
     for contender in contenders(experiment):
         if contender.name not in (
             "plain average",
-            "PWEMoE-LS module",
+            "PWEMoE-LS module 0.3",
             "dense scalarization",
             "ours, 3 steps",
         ):
@@ -67,8 +67,8 @@ def test_a_tiny_experiment_runs_from_the_base_to_the_fronts(module, cache):
 def test_slow_contenders_run_for_one_seed_and_the_table_says_so(cache):
     experiment = text.make(True)
     every = {c.name: c.every_seed for c in contenders(experiment)}
-    assert not every["PWEMoE-EPO mlp"]
-    assert every["PWEMoE-LS module"]
+    assert not every["PWEMoE-EPO mlp 0.3"]
+    assert every["PWEMoE-LS module 0.3"]
     assert every["ours, 3 steps"]
     rows = [
         tables.Row(

@@ -39,8 +39,18 @@ def inputs(device: str = "cpu", seed: int = 0) -> dict[str, tuple[Any, ...]]:
     weight, planes = r(6, 7), r(E, 6, 7)
     return {
         "routed_merge": (base, deltas, tiles, r(K, G, E), None, TILE),
-        "routed_merge_out": (base, deltas, tiles, r(K, G, E), None, torch.zeros(K, N, device=device), TILE),
-        "grad_partials": (base, deltas, TILE),
+        "routed_merge_out": (
+            base,
+            deltas,
+            tiles,
+            r(K, G, E),
+            None,
+            None,
+            torch.zeros(K, N, device=device),
+            TILE,
+            0,
+        ),
+        "grad_partials": (base, deltas, None, 1, TILE),
         "group_sums": (r(3, E), *plan),
         "routed_linear": (r(5, 7), weight, planes, r(E), r(6)),
         "routed_linear_weights_grad": (r(5, 6), r(5, 7), planes),

@@ -231,5 +231,5 @@ def test_the_command_line_stacks_trains_tells_and_merges_them(
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
     shutil.copytree("scalar", "again")
     assert main(["fit", "again", "--objectives", "rows_tasks:objectives", "--module", "rows_tasks:build",
-                 "--steps", "1", "--row-lr", "0.1"]) != 0  # fmt: skip
+                 "--family", "scalar", "--steps", "1", "--row-lr", "0.1"]) != 0  # fmt: skip
     assert "without row coefficients" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_what_no_recipe_takes_for_a_model(llamas: dict[str, Path], tmp_path: Pat
     configure(llamas["b"], quantization_config={"quant_method": "awq"})
     with pytest.raises(CheckpointError, match="quantized"):
         pf.run_recipe(written(tmp_path, MEAN, llamas), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="nor a model in the local Hugging Face cache"):
+    with pytest.raises(CheckpointError, match="nor a model that the Hugging Face cache or the Hub has"):
         pf.run_recipe(written(tmp_path, MEAN, {"a": Path("org/none"), "b": llamas["b"]}), tmp_path / "out")
 
 
