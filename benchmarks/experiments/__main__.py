@@ -97,14 +97,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     chosen = parse(arguments)
-    out = chosen.out or (chosen.cache / "quick" if chosen.quick else record.DATA)
+    cache = chosen.cache / "quick" if chosen.quick else chosen.cache
+    out = chosen.out or (cache if chosen.quick else record.DATA)
     if chosen.command == "report":
         from benchmarks.experiments import report
 
         print(f"wrote {report.write(out, record.ROOT / 'docs')}")
         return 0
     if chosen.command == "formats":
-        cache = chosen.cache / "quick" if chosen.quick else chosen.cache
         loads = {
             name: loader(name) for name in (formats.EXPERIMENTS[:1] if chosen.quick else formats.EXPERIMENTS)
         }
@@ -115,7 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = (chosen.of or "vision") if chosen.command == "ablation" else chosen.command
     load = loader(name, chosen.tune)
-    cache = chosen.cache / "quick" if chosen.quick else chosen.cache
     plan = Plan(chosen.seeds, chosen.jobs, chosen.threads, chosen.quick, cache, chosen.only, chosen.finished)
     if chosen.quick:
         print("QUICK RUN: tiny sizes, these numbers mean nothing")

@@ -138,15 +138,7 @@ def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: To
     row = shares / shares.sum()
     # PWEMoE's module around a whole model has one router: all groups take the same weights.
     weights = row.repeat(1, len(engine.groups) + 1, 1)
-    truth = routed_merge_reference(
-        flat.base,
-        flat.stored.values,
-        flat.tiles,
-        weights,
-        tile=TILE,
-        dtype=torch.float64,
-        accumulate=torch.float64,
-    )
+    truth = merged_exactly(flat, weights)
     once = torch.finfo(dtype).eps / 2 + 1e-6
     moved = n * (2 + experts) * item
     out = torch.full((1, n), float("nan"), dtype=dtype, device=tools.device)
@@ -203,20 +195,20 @@ def merge_case(name: str, make: Callable[[], nn.Module], experts: int, tools: To
         yield _many(name, flat, engine, tools)
 
 
+def merged_exactly(flat: Any, weights: Tensor) -> Tensor:
+    """The truth of a flat buffer's merges at weights [K, G + 1, E]: [K, N], in float64."""
+    return routed_merge_reference(
+        flat.base, flat.stored.values, flat.tiles, weights, tile=TILE,
+        dtype=torch.float64, accumulate=torch.float64,
+    )  # fmt: skip
+
+
 def _many(name: str, flat: Any, engine: pf.Engine, tools: Tools) -> Case:
     """Eight preferences in one pass over the deltas, against eight merges."""
     experts, n, item = len(engine.objectives), flat.base.numel(), flat.base.element_size()
     generator = torch.Generator(tools.device).manual_seed(1)
     weights = torch.rand(8, len(engine.groups) + 1, experts, generator=generator, device=tools.device)
-    truth = routed_merge_reference(
-        flat.base,
-        flat.stored.values,
-        flat.tiles,
-        weights,
-        tile=TILE,
-        dtype=torch.float64,
-        accumulate=torch.float64,
-    )
+    truth = merged_exactly(flat, weights)
     out = torch.full((8, n), float("nan"), dtype=flat.base.dtype, device=tools.device)
     once = torch.finfo(flat.base.dtype).eps / 2 + 1e-6
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import paretofuse as pf
-from benchmarks.gpu.cases import Case, Contender, Tools, allowed, row_of, short, stacked
+from benchmarks.gpu.cases import Case, Contender, Tools, allowed, merged_exactly, row_of, short, stacked
 from paretofuse.engine.layout import TILE
-from paretofuse.kernels.reference import routed_merge_reference
 
 
 def switch_case(name: str, make: Callable[[], nn.Module], experts: int, tools: Tools) -> Case:
@@ -31,15 +30,7 @@ def switch_case(name: str, make: Callable[[], nn.Module], experts: int, tools: T
     rows = torch.cat([weights, weights.new_zeros(1, experts)])[None].to(
         tools.device
     )  # nothing is static here
-    truth = routed_merge_reference(
-        flat.base,
-        flat.stored.values,
-        flat.tiles,
-        rows,
-        tile=TILE,
-        dtype=torch.float64,
-        accumulate=torch.float64,
-    )
+    truth = merged_exactly(flat, rows)
     moved = n * (2 + experts) * item
     case = Case(f"switch {name} {short(dtype)} E={experts}", truth, 2 * experts * n)
 
