@@ -38,7 +38,9 @@ def serve(
     store: Path | None = None,
     load: Callable[[], Engine] | None = None,
 ) -> None:
-    """Serve an app until SIGINT or SIGTERM; requests that are in work end first, unless a second signal comes.
+    """Serve an app until SIGINT or SIGTERM; requests that are in work end first.
+
+    A second signal closes their connections instead, and waits for no work.
 
     Args:
         app: from `create_app`.
@@ -98,7 +100,12 @@ async def _serve(
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
 
     def end() -> None:
-        server.force_exit = server.should_exit
+        if server.should_exit and server.started:
+            app.state.serving.hurry()
+            for door in server.servers:
+                door.close()
+            for connection in server.server_state.connections:  # cancels its request, as a client that leaves
+                connection.transport.abort()
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):

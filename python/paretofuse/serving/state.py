@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.modules.slots import renew_after_fork
 from paretofuse.serving.errors import ApiError, ClientLeft, shutting_down
 from paretofuse.serving.limits import Limits
 from paretofuse.serving.metrics import Metrics
@@ -51,7 +52,12 @@ class State:
         self._remake = remake
         self._worker: Worker | None = None
         self._reloading = Lock()
-        self._retiring: list[Thread] = []
+        self._retiring: list[tuple[Worker, Thread]] = []  # each with the thread that waits for its end
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a forked child no worker goes on: its first request starts one of its own."""
+        self._worker, self._reloading, self._retiring = None, Lock(), []
 
     def start(self) -> None:
         """Begin to work; the first request does so too, where nobody runs the app's lifespan."""
@@ -65,8 +71,14 @@ class State:
         with self._reloading:
             if self._worker is not None:
                 self._worker.stop(self.limits.timeout)
-            for thread in self._retiring:
+            for _, thread in self._retiring:
                 thread.join()
+
+    def hurry(self) -> None:
+        """Have `stop` wait for nothing that is in work."""
+        for worker in [self._worker, *(worker for worker, _ in self._retiring)]:
+            if worker is not None:
+                worker.hurry()
 
     def reload(self, engine: Engine) -> None:
         """Serve another engine from now on; requests that were taken before end on the one that they began with.
@@ -88,9 +100,10 @@ class State:
             self.model, self._worker = model, new
             self.metrics.reloads.inc()
             if old is not None:
-                self._retiring = [thread for thread in self._retiring if thread.is_alive()]
-                self._retiring.append(Thread(target=old.stop, args=(self.limits.timeout,)))
-                self._retiring[-1].start()
+                self._retiring = [(worker, thread) for worker, thread in self._retiring if thread.is_alive()]
+                stopping = Thread(target=old.stop, args=(self.limits.timeout,))
+                stopping.start()
+                self._retiring.append((old, stopping))
 
     def set_default(self, preference: dict[str, float]) -> None:
         """The preference of requests that name none; it is merged as soon as there is time."""
@@ -131,7 +144,8 @@ class State:
             ClientLeft: nobody waits any more.
         """
         self.put(jobs)
-        work = asyncio.gather(*(_finished(job) for job in jobs))
+        rows = [asyncio.create_task(_finished(job)) for job in jobs]
+        work = asyncio.gather(*rows)
         gone = asyncio.create_task(_left(request))
         try:
             both: tuple[asyncio.Future[Any], asyncio.Future[Any]] = (work, gone)
@@ -140,9 +154,11 @@ class State:
                 raise ClientLeft
             return await work
         finally:
-            gone.cancel()
-            work.cancel()
             self.over(jobs)
+            for task in (*rows, gone):
+                task.cancel()
+            # What nobody has looked at, asyncio would log.
+            await asyncio.gather(*rows, work, gone, return_exceptions=True)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

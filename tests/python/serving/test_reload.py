@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -171,6 +172,52 @@ def test_the_command(tmp_path: Path) -> None:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         assert "no longer served" in out
+
+
+ENDLESS = """
+import threading
+
+def answer(module, given):
+    if given == "wait":
+        threading.Event().wait()
+    return "here"
+"""
+
+
+def test_a_second_signal_waits_for_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = text_store(tmp_path)
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with (
+        served(store, "--predict", "endless:answer") as (process, url),
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert client.post("/v1/predict", json={"input": "here"}).json()["output"] == "here"
+
+        def refused() -> bool:
+            try:
+                client.get("/healthz")
+            except httpx.HTTPError:
+                return True
+            return False
+
+        waits = [
+            pool.submit(httpx.post, f"{url}/v1/predict", json={"input": "wait"}, timeout=60) for _ in range(2)
+        ]
+        until(lambda: "paretofuse_active_rows 1.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        until(refused)
+        assert process.poll() is None
+        assert not any(wait.done() for wait in waits)  # they are in work
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        for wait in waits:
+            with pytest.raises(httpx.HTTPError):
+                wait.result()
+    assert process.returncode == 0
+    assert "no longer served" in out
+    assert err == ""
 
 
 def test_small_packets_are_sent_at_once() -> None:

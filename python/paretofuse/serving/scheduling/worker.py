@@ -66,7 +66,7 @@ class Worker:
         self._runner = _runner(model, self._modules, limits, metrics, self._replicas)
         self._queue = FairQueue(limits.queue)
         self._changed = Condition()
-        self._stopping = False
+        self._stopping = self._hurried = self._ended = False
         self._popularity: Counter[Key] = Counter({key: len(popular) + 1 - i for i, key in enumerate(popular)})
         self._counted = 0
         self._asked: set[Key] = set()  # the first two
@@ -98,13 +98,13 @@ class Worker:
                 ) from None
             for job in jobs:
                 self._count(job.key)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def wish(self, key: Key) -> None:
         """Merge a preference when there is time, as if many asked for it."""
         with self._changed:
             self._popularity[key] = max([*self._popularity.values(), 0]) + 1
-            self._changed.notify()
+            self._changed.notify_all()
 
     def popular(self) -> list[Key]:
         """The preferences that are asked for most, as many as there are replicas."""
@@ -112,18 +112,33 @@ class Worker:
             return [key for key, _ in self._popularity.most_common(self._replicas)]
 
     def stop(self, seconds: float) -> None:
-        """Take no more jobs, end those that there are, and end the thread; after `seconds` whatever is left fails."""
+        """Take no more jobs, end those that there are, and end the thread.
+
+        Whatever is left after `seconds`, or as soon as `hurry` is called, fails; a step in work goes on by itself.
+        """
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            with self._changed:
-                left = self._queue.drain()
-            for job in left:
-                job.tell(shutting_down())
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._hurried, seconds)
+            left = self._queue.drain()
+        for job in left:
+            job.tell(shutting_down())
+
+    def hurry(self) -> None:
+        """Have `stop` wait no longer, the one that waits now and any other."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not len(self._queue) and not self._runner.active:
