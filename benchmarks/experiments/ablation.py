@@ -61,8 +61,10 @@ SETTINGS = (
     Setting("rows and rank 4, corner every 4", ROWS, {"corner_every": 4}, rank=4),
     Setting("rows, 4 preferences a step, a quarter of the steps", ROWS, {"preferences_per_step": 4}, 0.25),
     Setting("rows, stopped by a validation", ROWS, stop=True),
+    *(Setting(f"rows, sketch {rank}", ROWS, {"sketch": rank}) for rank in (16, 8, 4)),
+    Setting("rows, shrinkage 0.3", ROWS, {"row_shrinkage": 0.3}),
 )
-"""What is asked: how fine the coefficients, trained planes, their learning rates, shrinkage, corners, validation."""
+"""What is asked: fineness of coefficients, trained planes, learning rates, shrinkage, corners, validation, sketches."""
 
 HELD_OUT_BATCHES = 20
 """Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""

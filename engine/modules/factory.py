@@ -15,6 +15,7 @@ from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
 from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
 from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.planes.sketch import sketch
 from paretofuse.engine.planes.trained import trained_factors, with_own_leaves
 from paretofuse.engine.stacking.sharding import shard
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
@@ -31,7 +32,9 @@ def dense_module(
 
 
 @lasting()
-def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fused: bool) -> LiveModule:
+def live_module(
+    bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fused: bool, sketch_rank: int | None = None
+) -> LiveModule:
     """A module bound to its mergers; a fused one has merged tensors only where a layer cannot do without.
 
     Args:
@@ -40,9 +43,11 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
         weights: the first routing weights, [1, G, P]; with row coefficients [1, G + R, P], for which a fused module is
             then made.
         fused: whether linear layers give way to those of `routed/layers.py`.
+        sketch_rank: of the planes that stand in for others in the gradient of a fused module's routing weights; None
+            for the exact one.
     """
     routed, static = bound.layout.with_role("routed"), bound.layout.with_role("static")
-    known = {name: spec.name for name, spec in bound.layout.by_name.items() if spec.role == "routed"}
+    known = routed_names(bound)
     hidden = {n for names in fused_layers(skeleton, known).values() for n in names} if fused else set()
     merged = tuple(spec for spec in routed if spec.name not in hidden)
     out = bound.outputs((*merged, *static), 1)
@@ -55,7 +60,8 @@ def live_module(bound: BoundStack, skeleton: nn.Module, weights: Tensor, *, fuse
     if fused:
         planes = tuple({name: with_own_leaves(plane) for name, plane in own.items()} for own in planes)
         mixes = {d: torch.zeros(weights[0].shape, dtype=torch.float32, device=d) for d in bound.backends}
-        module = fuse(module, fused_layers(module, known), partial(_mixed_weight, bound, planes, mixes))
+        weight = partial(_mixed_weight, bound, planes, mixes, sketch_rank)
+        module = fuse(module, fused_layers(module, known), weight)
     # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
     stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
     stored_planes = {spec.name: own for flat in bound.flat for spec, own in flat.of_tensors()}
@@ -94,6 +100,11 @@ def module_bank(bound: BoundStack, skeleton: nn.Module, weights: Tensor) -> tupl
     return lives, bound.routed_merger(routed, out, stored)
 
 
+def routed_names(bound: BoundStack) -> dict[str, str]:
+    """Stored name of each routed tensor by every name it has."""
+    return {name: spec.name for name, spec in bound.layout.by_name.items() if spec.role == "routed"}
+
+
 def _module_of(bound: BoundStack, skeleton: nn.Module, merged: Mapping[str, Tensor]) -> nn.Module:
     """A module of merged tensors, and of the base's own where nothing is merged."""
     constants = {spec.name for spec in bound.layout.with_role("constant")}
@@ -110,6 +121,7 @@ def _mixed_weight(
     bound: BoundStack,
     given: Sequence[Mapping[str, Plane]],
     mixes: Mapping[torch.device, Tensor],
+    sketch_rank: int | None,
     layer: nn.Module,
     name: str,
 ) -> MixedWeight:
@@ -120,7 +132,13 @@ def _mixed_weight(
     if backend == "native":
         planes = [own.get(name) for own in given]
         release = partial(bound.stack.release, [name])
-        return LayerwiseWeight(base, planes, mix, row, transposed, release, span)
+        sketches = [] if sketch_rank is None else [sketch(plane, sketch_rank) for plane in planes]
+        return LayerwiseWeight(base, planes, mix, row, transposed, release, span, sketches)
+    if sketch_rank is not None:
+        raise ValueError(
+            f"got sketch={sketch_rank} and materialize=False with the {backend} backend, whose fused layers have "
+            "kernels of their own; pass materialize=True, or backend='native' on the CPU"
+        )
     if any(trained_factors(own.get(name)) for own in given):
         raise ValueError(
             f"got materialize=False with trained planes and the {backend} backend, whose fused layers copy planes; "

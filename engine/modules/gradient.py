@@ -3,7 +3,8 @@
     dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
     dLoss/dC[row, e] = <dLoss/dW_p[row], D_e,p[row]>                       where rows have coefficients
 
-and of the factors of trained planes, as engine/planes/trained.py says.
+and of the factors of trained planes, as engine/planes/trained.py says. Layers that learn by sketches give the same sums
+without dLoss/dW (`sketched.py`).
 
 Each parameter's gradient is reduced to E numbers (for each row) as soon as autograd has it, and freed: nothing of size
 E x N, and never two full gradients, is held. The module stays an ordinary nn.Module. On the GPU the reduction is the
@@ -23,8 +24,14 @@ from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import TILE, Layout, columns_of, place, rows_of, tile_groups
 from paretofuse.engine.merging import native
 from paretofuse.engine.merging.flat import Stored
+from paretofuse.engine.planes.lowrank import LowRank, token_sums
 from paretofuse.engine.planes.plane import Plane, memories
-from paretofuse.engine.planes.trained import TrainedPlanes, factor_gradients, trained_factors
+from paretofuse.engine.planes.trained import (
+    TrainedPlanes,
+    factor_gradients,
+    factor_gradients_of_tokens,
+    trained_factors,
+)
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
@@ -132,39 +139,73 @@ class GradientCollector:
         return torch.stack([row for row, _ in rows]), torch.stack([factors for _, factors in rows])
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
-        row, span = self._layout.group_index[name], self._layout.row_spans[name]
         planes = [own.get(name) for own in self._planes]
-        trained = [(j, b_and_a) for j, plane in enumerate(planes) if (b_and_a := trained_factors(plane))]
 
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
             self._enter_pass()
-            if self._mix is not None:
-                self._add_factors(gradient, trained, coefficients(self._mix, row, span))
-            by_row = len(self._pending) > len(self._layout.groups)
-            if name in self._kernels and not by_row:
-                self._kernels[name].add(name, gradient)
-                return
-            sums = inner_products(gradient, planes, by_row).to(self._pending.device)  # [E] or [E, rows]
-            if by_row:
-                self._pending[span] += sums.T
-                sums = sums.sum(1)
-            self._pending[row] += sums
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            self._add_factors(name, planes, lambda b, a, weight: factor_gradients(b, a, dense, weight))
+            if name in self._kernels and not self._by_row:
+                self._kernels[name].add(name, dense)
+            else:
+                self._add(name, inner_products(dense, planes, self._by_row))
 
         return reduce
 
-    def _add_factors(
-        self, gradient: Tensor, trained: Sequence[tuple[int, tuple[Tensor, Tensor]]], weights: Tensor
-    ) -> None:
-        """Add what one tensor's gradient says of the factors of its trained planes, given with their numbers.
+    def take_tokens(
+        self, name: str, planes: Sequence[LowRank | None], *, transposed: bool
+    ) -> Callable[[Tensor, Tensor], None]:
+        """What reduces a linear layer's gradient without making that of its weight.
 
-        Weights are the tensor's coefficients, [P] or [P, rows].
+        Args:
+            name: of the weight.
+            planes: of low rank, in the place of its own; trained ones are its own.
+            transposed: whether the weight lies as [I, O].
+
+        Returns:
+            Takes the layer's input [..., I] and the gradient of its output [..., O].
         """
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
+
+        def reduce(x: Tensor, gradient: Tensor) -> None:
+            self._enter_pass()
+            with torch.autocast(x.device.type, enabled=False):
+                tokens = (x.flatten(0, -2).float(), gradient.flatten(0, -2).float())
+                right, left = tokens[::-1] if transposed else tokens
+                self._add_factors(
+                    name, planes, lambda b, a, weight: factor_gradients_of_tokens(b, a, left, right, weight)
+                )
+                self._add(name, token_sums(planes, left, right, self._by_row))
+
+        return reduce
+
+    @property
+    def _by_row(self) -> bool:
+        return len(self._pending) > len(self._layout.groups)
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        """Add what was found of one tensor's coefficients, [P] or by row [P, rows]."""
+        sums = sums.to(self._pending.device)
+        if sums.dim() == 2:
+            self._pending[self._layout.row_spans[name]] += sums.T
+            sums = sums.sum(1)
+        self._pending[self._layout.group_index[name]] += sums
+
+    def _add_factors(
+        self,
+        name: str,
+        planes: Sequence[Plane | None],
+        gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        """Add the gradients of the factors of one tensor's trained planes, made from B, A and the plane's weight."""
+        trained = [(j, b_and_a) for j, plane in enumerate(planes) if (b_and_a := trained_factors(plane))]
+        if not trained or self._mix is None:
+            return
+        weights = coefficients(self._mix, self._layout.group_index[name], self._layout.row_spans[name])
         for j, (b, a) in trained:
-            for factor, sums in zip((b, a), factor_gradients(b, a, dense, weights[j]), strict=True):
+            for factor, sums in zip((b, a), gradients(b, a, weights[j]), strict=True):
                 self._factor_sums[self._spans[id(factor)]] += sums.flatten().to(self._factor_sums.device)
 
     def _take_factor(self, factor: Tensor) -> None:

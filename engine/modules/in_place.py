@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from paretofuse.engine.merging.bound import BoundStack
-from paretofuse.engine.modules.factory import live_module
+from paretofuse.engine.modules.factory import live_module, routed_names
 from paretofuse.engine.modules.heads import bind_heads
 from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.modules.routed.fuse import fused_layers
+from paretofuse.engine.modules.sketched import nothing_to_sketch, sketch_layers
 from paretofuse.engine.planes.trained import trained_planes
 from paretofuse.engine.routing.preference import Preference, by_name
 from paretofuse.engine.routing.routers import Routers
@@ -30,6 +35,8 @@ class InPlaceModules:
         self._routers = routers
         self._live: LiveModule | None = None
         self._fused: LiveModule | None = None
+        self._sketch_rank: int | None = None  # that the fused one is to have
+        self._fused_for: tuple[int, int | None] | None = None
         self._trained: LiveModule | None = None
         self.preference: dict[str, float] | None = None
         self.at_weights = False
@@ -46,10 +53,36 @@ class InPlaceModules:
         return self._live
 
     def fused(self) -> LiveModule:
-        """The fused one; built anew where the routers' family has another width since."""
-        if self._fused is None or self._fused.width != self._routers.width:
-            self._fused = self.build(fused=True)
+        """The fused one; built anew, in the same training mode, where routers or sketches are others since."""
+        wanted = self._routers.width, self._sketch_rank
+        if self._fused is None or self._fused_for != wanted:
+            before = [] if self._fused is None else [part.training for part in self._fused.module.modules()]
+            self._fused, self._fused_for = self.build(fused=True), wanted
+            for part, training in zip(self._fused.module.modules(), before, strict=False):
+                part.training = training
         return self._fused
+
+    @contextmanager
+    def sketched(self, rank: int, *, materialize: bool) -> Iterator[None]:
+        """While it lasts, sketches stand in for planes where linear layers of the live module, or the fused one, learn.
+
+        Raises:
+            ValueError: there are no such layers, or the fused ones have no sketches.
+        """
+        routed = routed_names(self._bound)
+        if materialize:
+            live = self.live()
+            handles = sketch_layers(live.module, routed, self._bound, live.collector, rank)
+        elif not fused_layers(self._blueprint.make(), routed):
+            raise nothing_to_sketch(rank)
+        else:
+            handles, self._sketch_rank = [], rank
+        try:
+            yield
+        finally:
+            self._sketch_rank = None
+            for handle in handles:
+                handle.remove()
 
     def switch(self, routing: Tensor, preference: Preference | None) -> None:
         """Rewrite the live module for routing weights [1, G, P] or [1, G + R, P]; they are given if None is named."""
@@ -92,7 +125,9 @@ class InPlaceModules:
         if weights is None:
             equal = [1 / len(self._routers.objectives)] * len(self._routers.objectives)
             weights = routing_of(self._routers, equal, None)
-        live = live_module(self._bound, self._blueprint.make(), weights, fused=fused)
+        live = live_module(
+            self._bound, self._blueprint.make(), weights, fused=fused, sketch_rank=self._sketch_rank
+        )
         bind_heads(live.module, self._bound.stack.heads, self._blueprint)
         return live
 

@@ -6,7 +6,7 @@ The factors lie as the tensor does: B has its rows, A its columns (all dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.planes.memory import Memory
+from paretofuse.engine.planes.plane import Plane
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,10 @@ class LowRank:
         """Float32 of the tensor's shape: dense, so for tests and for what reads nothing else."""
         return (self.b.float() @ self.a.float()).view(self.shape)
 
+    def part(self, first: int, last: int) -> LowRank:
+        """Rows first .. last, as a view."""
+        return LowRank(self.b[first:last], self.a, (last - first, *self.shape[1:]))
+
     def add_to(self, merged: Tensor, weight: Tensor) -> None:
         """See `Plane`; the product is added without being stored."""
         left = self.b.float() * (weight if weight.dim() == 0 else weight.unsqueeze(1))
@@ -111,3 +116,27 @@ class LowRank:
 def _holds(dtype: torch.dtype, numbers: Tensor) -> bool:
     """Whether a dtype holds float32 numbers exactly."""
     return torch.equal(numbers.to(dtype).float(), numbers)
+
+
+def token_sums(planes: Sequence[Plane | None], left: Tensor, right: Tensor, by_row: bool) -> Tensor:
+    """<left^T right, B A> of every low-rank plane, others counting as zero; left^T right is not made.
+
+    It is the sum over tokens of (left B) * (right A^T), and a row of it that of B * (left^T (right A^T)). All factors
+    lie side by side, so that each step is one product.
+
+    Args:
+        planes: of a matrix [rows, columns].
+        left, right: float32 [tokens, rows] and [tokens, columns].
+
+    Returns:
+        float32 [P], or by row [P, rows].
+    """
+    own = [(j, plane) for j, plane in enumerate(planes) if isinstance(plane, LowRank)]
+    sums = left.new_zeros(len(planes), left.shape[1] if by_row else 1)
+    if own:
+        b = torch.cat([plane.b.float() for _, plane in own], 1)  # [rows, sum of ranks]
+        low = right @ torch.cat([plane.a.float() for _, plane in own]).T  # [tokens, sum of ranks]
+        products = b * (left.T @ low) if by_row else ((left @ b) * low).sum(0, keepdim=True)
+        for (j, _), part in zip(own, products.split([plane.rank for _, plane in own], 1), strict=True):
+            sums[j] = part.sum(1)
+    return sums if by_row else sums[:, 0]

@@ -42,7 +42,7 @@ def part_of(plane: Plane, first: int, last: int) -> Plane:
     columns = columns_of(plane.shape)
     shape = (last - first, *plane.shape[1:])
     if isinstance(plane, LowRank):
-        return LowRank(plane.b[first:last], plane.a, shape)
+        return plane.part(first, last)
     if isinstance(plane, Quantized) and first * columns % plane.group == 0:
         start, stop = first * columns, last * columns
         packed = plane.packed[start // plane.per_byte : -(-stop // plane.per_byte)]

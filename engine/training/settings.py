@@ -15,7 +15,7 @@ ROWS_ONLY = ("row_lr", "row_shrinkage")
 PLANES_ONLY = ("plane_lr", "plane_shrinkage")
 """Those that runs without trained planes do not have."""
 
-_LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0}
+_LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0, "sketch": 1}
 """The whole numbers among the settings, and the least that each may be."""
 
 
@@ -38,11 +38,13 @@ class Settings:
     row_shrinkage: float = 0.0
     plane_lr: float = 1e-2
     plane_shrinkage: float = 0.0
+    sketch: int | None = None
 
     def check(self) -> None:
         """Raise TypeError unless each is of its kind, and ValueError unless it is in its range."""
         for name in (field.name for field in fields(self) if field.name not in ("sampler", "family")):
-            check_number(name, getattr(self, name), _LEAST.get(name))
+            if name != "sketch" or self.sketch is not None:
+                check_number(name, getattr(self, name), _LEAST.get(name))
         check_family(self.family)
         for name in ("lr", "alpha", "row_lr", "plane_lr"):
             if not getattr(self, name) > 0:

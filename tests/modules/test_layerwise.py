@@ -125,7 +125,10 @@ def test_the_operators_keep_torchs_rules(transposed: bool, by_row: bool) -> None
     count, rows = len(layer.planes), len(layer.base)
     weights = torch.rand((count, rows) if by_row else (count,), requires_grad=True)
     arguments = (x, layer.base, *layer._parts, weights, bias, transposed)
-    torch.library.opcheck(torch.ops.paretofuse.layerwise_linear, arguments)
+    sketches = [LowRank.encode(torch.randn(layer.base.shape), 2) for _ in range(count)]
+    for own in (sketches, []):
+        values, factors = [plane.a for plane in own], [plane.b for plane in own]
+        torch.library.opcheck(torch.ops.paretofuse.layerwise_linear, (*arguments, values, factors))
     torch.library.opcheck(
         torch.ops.paretofuse.layerwise_weights_grad,
         (torch.randn(4, 6), x.detach(), *layer._parts, transposed, by_row),

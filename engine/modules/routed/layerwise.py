@@ -25,7 +25,7 @@ from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.layout import MERGED_DTYPES, columns_of
 from paretofuse.engine.merging import native
 from paretofuse.engine.modules.gradient import inner_products
-from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.lowrank import LowRank, token_sums
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
 from paretofuse.engine.planes.plane import Plane, memories, merged_tensor
 from paretofuse.engine.planes.trained import factor_gradients_of_tokens
@@ -87,8 +87,13 @@ def _linear(
     weights: Tensor,
     bias: Tensor | None,
     transposed: bool,
+    sketch_values: Sequence[Tensor],
+    sketch_factors: Sequence[Tensor],
 ) -> Tensor:
-    """x [M, I] -> [M, O]; base and planes are [O, I], or [I, O] if transposed."""
+    """x [M, I] -> [M, O]; base and planes are [O, I], or [I, O] if transposed.
+
+    The sketches stand in for the planes in the gradient of the weights; where there are none, the planes themselves do.
+    """
     weight = merged(base, _planes(values, factors, sizes, base.shape), weights, x.dtype)
     return F.linear(x, weight.T if transposed else weight, None if bias is None else bias.to(x.dtype))
 
@@ -103,6 +108,8 @@ def _(
     weights: Tensor,
     bias: Tensor | None,
     transposed: bool,
+    sketch_values: Sequence[Tensor],
+    sketch_factors: Sequence[Tensor],
 ) -> Tensor:
     return x.new_empty((x.shape[0], base.shape[1 if transposed else 0]))
 
@@ -119,18 +126,12 @@ def _weights_grad(
 ) -> Tensor:
     """<dLoss/dW, plane_j> for every plane, float32 [P], or by row [P, rows]; grad [M, O], x [M, I].
 
-    dLoss/dW = left^T right as W lies in memory. A low-rank plane needs no such product: <left^T right, B A> is the sum
-    over the M tokens of (left B) * (right A^T), and a row of it is that of B * (left^T (right A^T)).
+    dLoss/dW = left^T right as W lies in memory; low-rank planes need no such product.
     """
     with torch.autocast("cpu", enabled=False):
         left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
         planes = _planes(values, factors, sizes, (left.shape[1], right.shape[1]))
-        sums = torch.zeros(len(planes), left.shape[1]) if by_row else torch.zeros(len(planes))
-        for j, plane in enumerate(planes):
-            if not isinstance(plane, LowRank):
-                continue
-            b, low = plane.b.float(), right @ plane.a.float().T  # [rows, rank], [M, rank]
-            sums[j] = (b * (left.T @ low)).sum(1) if by_row else ((left @ b) * low).sum()
+        sums = token_sums(planes, left, right, by_row)
         rest = [None if isinstance(plane, LowRank) else plane for plane in planes]
         if any(rest) and left.numel() and right.numel():
             sums += inner_products(left.T @ right, rest, by_row).float()
@@ -169,8 +170,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, base, values, factors, sizes, weights, bias, transposed = inputs
-    ctx.save_for_backward(x, base, weights, *values, *factors)
+    x, base, values, factors, sizes, weights, bias, transposed, *sketches = inputs
+    ctx.save_for_backward(x, base, weights, *values, *factors, *sketches[0], *sketches[1])
     ctx.sizes, ctx.transposed = sizes, transposed
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -178,25 +179,34 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, base, weights, *parts = ctx.saved_tensors
     count = len(ctx.sizes)
-    planes = parts[:count], parts[count:], ctx.sizes
-    need_x, _, need_values, _, _, need_weights, need_bias, _ = ctx.needs_input_grad
+    planes = parts[:count], parts[count : 2 * count], ctx.sizes
+    sketched = (len(parts) - 2 * count) // 2  # all planes or none
+    a_and_b = parts[2 * count : 2 * count + sketched], parts[2 * count + sketched :]
+    measured = (*a_and_b, [len(a) for a in a_and_b[0]]) if sketched else planes
+    need_x, _, need_values, _, _, need_weights, need_bias, *_ = ctx.needs_input_grad
     grad, ops = grad.contiguous(), torch.ops.paretofuse
-    values: list[Tensor | None] = [None] * count
-    factors: list[Tensor | None] = [None] * count
+    value_grads: list[Tensor | None] = [None] * count
+    factor_grads: list[Tensor | None] = [None] * count
     for j in (j for j in range(count) if need_values[j]):  # of a trained plane
         a, b = parts[j], parts[count + j]
-        factors[j], values[j] = ops.layerwise_factors_grad(grad, x, b, a, weights[j], ctx.transposed)
+        factor_grads[j], value_grads[j] = ops.layerwise_factors_grad(
+            grad, x, b, a, weights[j], ctx.transposed
+        )
     return (
-        ops.layerwise_linear(grad, base, *planes, weights, None, not ctx.transposed) if need_x else None,
+        ops.layerwise_linear(grad, base, *planes, weights, None, not ctx.transposed, [], [])
+        if need_x
+        else None,
         None,
-        values,
-        factors,
+        value_grads,
+        factor_grads,
         None,
-        ops.layerwise_weights_grad(grad, x, *planes, ctx.transposed, weights.dim() == 2)
+        ops.layerwise_weights_grad(grad, x, *measured, ctx.transposed, weights.dim() == 2)
         if need_weights
         else None,
         grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
         None,
+        [None] * sketched,
+        [None] * sketched,
     )
 
 
@@ -214,6 +224,7 @@ class LayerwiseWeight:
         transposed: whether base and planes are [I, O], as transformers' Conv1D keeps them.
         release: called when base and planes were used for the last time in a pass.
         span: where its row coefficients lie in `mix` (`Layout.row_spans`).
+        sketches: of the planes (engine/planes/sketch.py), which then stand in for them in the gradient of `mix`.
     """
 
     def __init__(
@@ -225,13 +236,18 @@ class LayerwiseWeight:
         transposed: bool,
         release: Release,
         span: slice | None = None,
+        sketches: Sequence[LowRank | None] = (),
     ) -> None:
         self.base, self.mix, self.row, self.transposed, self.span = base, mix, row, transposed, span
         self.planes = list(planes)
+        self.sketches = sketches
         self._release = release
         none = base.new_empty(0)
         parts = [(none, none, 0) if plane is None else parts_of(plane) for plane in self.planes]
         self._parts = tuple([part[i] for part in parts] for i in range(3))
+        # Trained planes are their own sketches; the gradients of their factors come with the planes.
+        self._sketch_values = [none if own is None else own.a.detach() for own in sketches]
+        self._sketch_factors = [none if own is None else own.b.detach() for own in sketches]
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
@@ -252,8 +268,9 @@ class LayerwiseWeight:
         if tracked:  # its gradient is the last thing that the backward pass asks of base and deltas
             weights.register_hook(lambda gradient: self._release())
         y: Tensor = torch.ops.paretofuse.layerwise_linear(
-            x.reshape(-1, ins).contiguous(), self.base, *self._parts, weights, bias, self.transposed
-        )
+            x.reshape(-1, ins).contiguous(), self.base, *self._parts, weights, bias, self.transposed,
+            self._sketch_values, self._sketch_factors,
+        )  # fmt: skip
         if not torch.compiler.is_compiling():
             self._release()
         return y.view(*x.shape[:-1], outs)
@@ -261,9 +278,10 @@ class LayerwiseWeight:
     def part(self, first: int, last: int) -> LayerwiseWeight:
         """The weight of outputs first .. last, as a view; not of a transposed weight."""
         planes = [None if plane is None else part_of(plane, first, last) for plane in self.planes]
+        sketches = [None if own is None else own.part(first, last) for own in self.sketches]
         return LayerwiseWeight(
             self.base[first:last], planes, self.mix, self.row, False, self._release,
-            part_of_span(self.span, first, last),
+            part_of_span(self.span, first, last), sketches,
         )  # fmt: skip
 
     def dense(self) -> Tensor:

@@ -70,6 +70,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--plane-shrinkage", type=float, metavar="SHARE",
         help="share of the trained planes, times their rate, that each step takes away (default: 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--sketch", type=count, metavar="RANK",
+        help="learn linear layers from the rank-RANK parts of what experts add, such as 16: less time and memory "
+        "(default: from all of it)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add_entry(
         parser, "--validation", "called without arguments; returns a paretofuse.Validation, which stops early"
@@ -109,6 +114,7 @@ def run(options: argparse.Namespace) -> Result:
         row_shrinkage=options.row_shrinkage,
         plane_lr=options.plane_lr,
         plane_shrinkage=options.plane_shrinkage,
+        sketch=options.sketch,
         seed=options.seed,
         validation=validation,
         checkpoint=options.checkpoint,

@@ -75,6 +75,7 @@ def routers(path: Path) -> dict[str, torch.Tensor]:
 
 def test_trains_as_the_library_does(folder: Path) -> None:
     words = ["--steps", "7", "--method", "stch", "--lr", "0.02", "--preferences-per-step", "2", "--seed", "3"]
+    words += ["--sketch", "1"]
     words += ["--objectives", "tasks:objectives", "-o", "new/t", "--log", "log.csv", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "paretofuse", *WORDS, *words],
@@ -95,8 +96,9 @@ def test_trains_as_the_library_does(folder: Path) -> None:
     torch.set_num_threads(1)
     engine = pf.load(folder / "s", module=torch.nn.Linear(3, 2))
     pf.fit(
-        engine, tasks.objectives(), "stch", steps=7, lr=0.02, preferences_per_step=2, seed=3, progress=False
-    )
+        engine, tasks.objectives(), "stch", steps=7, lr=0.02, preferences_per_step=2, seed=3, sketch=1,
+        progress=False,
+    )  # fmt: skip
     trained = routers(folder / "new" / "t")
     assert all(torch.equal(trained[name], tensor) for name, tensor in engine.routers.state_dict().items())
     assert any(not torch.equal(trained[name], tensor) for name, tensor in routers(folder / "s").items())
