@@ -11,6 +11,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 demo: $(VENV)/.has-demo
 	$(PY) -m benchmarks.demo
 
+# A thread that waits for another sleeps: two workers of two threads each, spinning, take twice as long on two cores.
+test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.has-dev
 	$(PY) -m pytest -n 2 --dist worksteal --durations=20
 
