@@ -96,6 +96,15 @@ class BoundStack:
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """The routed tensors that a preference changes: some plane is not absent."""
+        return frozenset(
+            spec.name
+            for spec in self.layout.with_role("routed")
+            if any(spec.name in own for own in self.stack.planes)
+        )
+
     def check_whole(self, what: str) -> None:
         """ValueError where the tensors are one process's shards, of which `what` is not possible."""
         if self.shardings:

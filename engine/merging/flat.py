@@ -202,9 +202,9 @@ class FlatOutputs:
                 views.update(bucket.view(row))
 
 
-Deltas = Tensor | Sequence[Tensor | None]
-"""A tensor's deltas, one for each expert: [P, *shape] where they lie as one tensor, else each where it lies; None where
-an expert leaves the tensor unchanged."""
+Deltas = Tensor | Sequence[Tensor | LowRank | None]
+"""A tensor's planes: [P, *shape] where they lie as one tensor, else each where it lies; None where one leaves the
+tensor unchanged."""
 
 
 class DenseDeltas:
@@ -238,8 +238,18 @@ class DenseDeltas:
         return self._found[name]
 
     def where_they_lie(self, name: str) -> Deltas:
-        """As one tensor where there is one already, else dense planes each where it lies; others are decoded."""
+        """As one tensor where there is one already, else dense and low-rank planes each where it lies; others are
+        decoded."""
         given = [own.get(name) for own in self._stack.planes]
-        if name in self._found or not all(plane is None or isinstance(plane, Dense) for plane in given):
+        low_rank = any(isinstance(plane, LowRank) for plane in given)
+        if not low_rank and (
+            name in self._found or any(plane is not None and not isinstance(plane, Dense) for plane in given)
+        ):
             return self[name]
-        return [plane.values if isinstance(plane, Dense) else None for plane in given]
+        return [_where_it_lies(plane) for plane in given]
+
+
+def _where_it_lies(plane: Plane | None) -> Tensor | LowRank | None:
+    if plane is None or isinstance(plane, LowRank):
+        return plane
+    return plane.values if isinstance(plane, Dense) else plane.decode()

@@ -1,13 +1,13 @@
 """Layers that mix their weight for each row of a batch, and the routing weights that they read.
 
-Products and look-ups are linear in their weight: they read base and dense deltas where they lie (planes of other
-formats are decoded once) and mix the results, so that no row's weight is ever stored. `module.py` puts these layers
-into a model. All of it may run in many threads at once.
+Products and look-ups are linear in their weight: they read base, dense deltas and low-rank factors where they lie (int8
+and int4 planes are decoded once) and mix the results, so that no row's weight is ever stored. `module.py` puts these
+layers into a model. All of it may run in many threads at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import local
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretofuse.engine.merging.flat import Deltas
+from paretofuse.engine.modules.batched.low_rank import SideBySide
+from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.routing.weights import coefficients, part_of_span
 from paretofuse.engine.stacking.stack import lasting
-from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_rows import routed_rows
 
 
@@ -108,7 +109,7 @@ class RowTensor:
     Attributes:
         name: its own.
         base: [*shape].
-        planes: of shape [*shape]; None for a tensor that is not routed, whose rows are all `base`.
+        planes: of shape [*shape]; None for a tensor that no preference changes, whose rows are all `base`.
         group: its row of the routing weights.
         span: where its row coefficients lie in them (`Layout.row_spans`).
         mix: the weights.
@@ -132,8 +133,8 @@ class RowTensor:
                 self.mix.mixed[self.name] = self._mixed()
         return self.mix.mixed[self.name]
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each expert that changes the tensor, its weights [B] or [B, rows] and its delta [*shape]."""
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | LowRank]]:
+        """For each plane that changes the tensor, its weights [B] or [B, rows] and itself, of [*shape]."""
         if self.planes is not None:
             weights = self.mix.of(self.group, self.span, self.base.device).unbind(1)
             yield from (
@@ -144,7 +145,7 @@ class RowTensor:
         mixed = self.base.float().unsqueeze(0)
         for weight, delta in self.parts():
             shape = (len(weight), -1, *[1] * (self.base.dim() - 1))[: 1 + self.base.dim()]
-            mixed = mixed + weight.reshape(shape) * delta.float()
+            mixed = mixed + weight.reshape(shape) * _dense(delta).float()
         return mixed.to(self.base.dtype)
 
 
@@ -155,7 +156,8 @@ class RowsWeight:
     Attributes:
         layer: where it belongs, for messages.
         base: [O, I].
-        planes: each [O, I], in the base's layout; None for a weight that is not routed.
+        planes: dense ones, each [O, I], in the base's layout; None for a weight that no preference changes.
+        low_rank: the others.
         group: its row of the routing weights.
         span: where its row coefficients lie in them (`Layout.row_spans`).
         transposed: whether these rows are the I inputs, as in transformers' Conv1D, rather than the O outputs.
@@ -165,7 +167,8 @@ class RowsWeight:
 
     layer: str
     base: Tensor
-    planes: Deltas | None
+    planes: Tensor | Sequence[Tensor | None] | None
+    low_rank: SideBySide | None
     group: int
     span: slice | None
     transposed: bool
@@ -188,31 +191,36 @@ class RowsWeight:
                 y = self._apart(x, self.planes, weights, own)
         return y.squeeze(0) if one else y
 
-    def _apart(self, x: Tensor, deltas: Deltas, weights: Tensor, bias: Tensor | None) -> Tensor:
-        """By PyTorch, product by product: from deltas that lie apart, or with coefficients for each row.
+    def _apart(
+        self, x: Tensor, planes: Tensor | Sequence[Tensor | None], weights: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """By PyTorch, product by product: from planes that lie apart, or with coefficients for each row.
+
+        The products are computed in x's dtype and mixed in float32.
 
         Args:
             x: [B, ..., I].
-            deltas: see `planes`.
+            planes: see above.
             weights: [B, E] or [B, E, rows].
             bias: [B, O] or None.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weights = weights[:, [e for e, delta in enumerate(deltas) if delta is not None]]
-        planes = [delta for delta in deltas if delta is not None]
         rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
-        if weights.dim() == 3 and self.transposed:
-            # A row of the weight goes with an input, so the inputs are weighted before the product, not its results.
-            mixed = (rows @ self.base.to(x.dtype).T).float()
-            for weight, delta in zip(weights.unbind(1), planes, strict=True):
-                mixed = (
-                    mixed + ((weight.unsqueeze(1) * rows.float()).to(x.dtype) @ delta.to(x.dtype).T).float()
-                )
-            y = (mixed if bias is None else mixed + bias.unsqueeze(1).float()).to(x.dtype)
-        else:
-            y = routed_rows_reference(rows, self.base, planes, weights, bias)
-        return y.view(*x.shape[:-1], -1)
+        y = (rows @ self.base.to(x.dtype).T).float()
+        for weight, delta in zip(weights.unbind(1), planes, strict=True):
+            if delta is None:
+                continue
+            if weight.dim() == 2 and self.transposed:
+                # A row of the weight goes with an input, so inputs are weighted before the product, not its results.
+                y = y + ((weight.unsqueeze(1) * rows.float()).to(x.dtype) @ delta.to(x.dtype).T).float()
+            else:
+                y = y + weight.view(len(x), 1, -1) * (rows @ delta.to(x.dtype).T).float()
+        if self.low_rank is not None:
+            y = y + self.low_rank.product(rows, weights, self.transposed)
+        if bias is not None:
+            y = y + bias.unsqueeze(1).float()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def part(self, first: int, last: int) -> RowsWeight:
         """The weight and bias of outputs first .. last, as a view; not of a transposed weight."""
@@ -222,7 +230,9 @@ class RowsWeight:
         elif planes is not None:
             planes = [None if delta is None else delta[first:last] for delta in planes]
         return RowsWeight(
-            self.layer, self.base[first:last], planes, self.group, part_of_span(self.span, first, last), False,
+            self.layer, self.base[first:last], planes,
+            None if self.low_rank is None else self.low_rank.part(first, last),
+            self.group, part_of_span(self.span, first, last), False,
             None if bias is None else lambda: bias()[:, first:last], self.mix,
         )  # fmt: skip
 
@@ -262,7 +272,10 @@ class RowEmbedding(nn.Module):
                 own = own.unsqueeze(-1)
             else:
                 own = weight.view(-1, *[1] * ids.dim())
-            found = found + own * F.embedding(ids, delta).float()
+            if isinstance(delta, LowRank):
+                found = found + own * (F.embedding(ids, delta.b).float() @ delta.a.float())
+            else:
+                found = found + own * F.embedding(ids, delta).float()
         return found.to(mixed.base.dtype).view(*ids.shape, -1)
 
 
@@ -294,8 +307,13 @@ class RowConv(nn.Module):
         first = self.conv._conv_forward(x, mixed.base, None)
         y = first.float()
         for weight, delta in mixed.parts():
-            part = self.conv._conv_forward(x, delta.to(mixed.base.dtype), None)
+            part = self.conv._conv_forward(x, _dense(delta).to(mixed.base.dtype), None)
             y = y + weight.reshape(len(weight), -1, *space) * part.float()
         if self.row_bias is not None:
             y = y + self.row_bias().float().view(mixed.mix.count, -1, *space)
         return cast(Tensor, y.to(first.dtype))
+
+
+def _dense(delta: Tensor | LowRank) -> Tensor:
+    """A plane of a tensor that no thin product serves, decoded for this pass."""
+    return delta.decode() if isinstance(delta, LowRank) else delta

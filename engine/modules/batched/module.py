@@ -31,6 +31,7 @@ from paretofuse.engine.modules.batched.layers import (
     RowTensor,
     placeholder,
 )
+from paretofuse.engine.modules.batched.low_rank import SideBySide
 from paretofuse.engine.modules.routed.layers import (
     bias_names,
     has_hooks,
@@ -39,6 +40,7 @@ from paretofuse.engine.modules.routed.layers import (
     replace,
     routed_layer,
 )
+from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
 from paretofuse.engine.stacking.stack import lasting
 
@@ -165,11 +167,11 @@ class _Builder:
 
     def __init__(self, bound: BoundStack, module: nn.Module, mix: RowMix) -> None:
         self._bound, self._module, self._mix = bound, module, mix
-        specs = bound.layout.by_name
+        specs, changed = bound.layout.by_name, bound.changed
         self._names = {
             id(tensor): specs[name].name
             for name, tensor in stored_tensors(module).items()
-            if name in specs and specs[name].role == "routed"
+            if name in specs and specs[name].name in changed
         }
         self._tensors: dict[str, RowTensor] = {}
 
@@ -247,8 +249,12 @@ class _Builder:
 
     def _weight(self, path: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> RowsWeight:
         mixed = self._tensor(weight)
-        base, planes = mixed.base, mixed.planes
+        base, planes, low_rank = mixed.base, mixed.planes, None
         transposed = is_conv1d(layer)
+        if planes is not None and not isinstance(planes, Tensor):
+            factors = {e: plane for e, plane in enumerate(planes) if isinstance(plane, LowRank)}
+            low_rank = SideBySide.of(factors, transposed) if factors else None
+            planes = [plane if isinstance(plane, Tensor) else None for plane in planes]
         if transposed:
             base = base.T
             if isinstance(planes, Tensor):
@@ -256,17 +262,17 @@ class _Builder:
             elif planes is not None:
                 planes = [None if delta is None else delta.T for delta in planes]
         own = None if bias is None else self._tensor(bias)
-        return RowsWeight(path, base, planes, mixed.group, mixed.span, transposed, own, self._mix)
+        return RowsWeight(path, base, planes, low_rank, mixed.group, mixed.span, transposed, own, self._mix)
 
 
 @lasting()
 def _placed(bound: BoundStack, skeleton: nn.Module, head: Mapping[str, Tensor]) -> nn.Module:
-    """A module with all tensors that are not routed, and placeholders for those that are."""
-    state = dict(bound.static())
+    """A module with all tensors that no preference changes, and placeholders for those that one does."""
+    state, changed = dict(bound.static()), bound.changed
     for spec in bound.layout.tensors:
         base = bound.stack.base[spec.name]
         if spec.role == "routed":
-            state[spec.name] = placeholder(base)
+            state[spec.name] = placeholder(base) if spec.name in changed else base
         elif spec.role == "constant" and spec.name not in head:
             state[spec.name] = base.clone()
     state.update({name: tensor.clone() for name, tensor in head.items()})
