@@ -4,7 +4,7 @@ A GPT-2-sized store (124 million parameters, weights drawn at random from a seed
 fine-tuned and once LoRAs of rank 8. Server and clients are processes of their own on the same cores; prompts are
 tokens, so that no tokenizer's time is in it, and answers are greedy.
 
-- the first answer: from the start of the process
+- the first answer: from the start of the process, beside one that only imports torch and the model's class
 - a request at a preference that is merged, for one token, beside a forward pass of the module in this process
 - a request at a preference that is not, beside that forward pass and a switch
 - 16 clients, each with its own preference, beside a server that takes a lock, switches and generates one by one
@@ -69,7 +69,10 @@ def _alone(store: Path, options: Options, sizes: Sizes) -> list[Row]:
     prompt = _prompts(sizes)[0]
     tokens = torch.tensor([prompt])
     first: list[float] = []
+    imports: list[float] = []
+    least = [sys.executable, "-c", "import torch; from transformers import GPT2LMHeadModel"]
     for _ in range(options.repeat(3)):
+        imports.append(_timed(lambda: subprocess.run(least, check=True, stderr=subprocess.DEVNULL)))
         started = time.perf_counter()
         with _ours(store, options) as port:
             _ask(port, prompt, 1, _shares(0.3))
@@ -94,6 +97,7 @@ def _alone(store: Path, options: Options, sizes: Sizes) -> list[Row]:
     missed = [miss - hit for miss, hit in zip(times["miss"], times["hit"], strict=True)]
     return [
         Row("first answer of a new process", "paretofuse serve", "time", "s", first, target="<= 5"),
+        Row("the imports of a new process", "torch and GPT2LMHeadModel", "time", "s", imports),
         Row("a request where it is merged", "ours less module", "time", "ms", added, target="<= 1"),
         Row("a forward pass", "module", "time", "ms", milliseconds(times["module"])),
         Row(

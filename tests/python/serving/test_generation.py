@@ -14,6 +14,7 @@ from torch import nn
 import paretofuse as pf
 from tests.support.models import perturbed, tiny_gpt2
 from tests.support.served import character_tokenizer
+from tests.support.waiting import until
 
 pytest.importorskip("fastapi", reason="the server comes with the extra `serve`")
 
@@ -22,6 +23,7 @@ from paretofuse.serving.limits import Limits
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel, served_model
 from paretofuse.serving.preferences import Preferences
+from paretofuse.serving.scheduling.costs import size_of_planes
 from paretofuse.serving.scheduling.generation import Prompt
 from paretofuse.serving.scheduling.job import Job
 from paretofuse.serving.scheduling.sampling import Sampling
@@ -167,6 +169,40 @@ def test_every_answer_is_the_merged_models(make: Any) -> None:
 def test_formats_of_planes_and_one_replica(planes: str) -> None:
     engine = engine_of(tiny_gpt2(), planes, replicas=1)
     check_all(engine, Limits(max_batch=8), random_jobs(12, 1, [0.1, 0.5, 0.6, 0.8, 0.9]))
+
+
+@pytest.mark.parametrize(("make", "changed"), [(tiny_gpt2, "c_attn.weight"), (llama, "q_proj.weight")])
+def test_preferences_over_lora_experts_share_a_step(make: Any, changed: str) -> None:
+    """Experts that leave norms, embeddings and the head alone; four preferences of four rows, and two replicas."""
+    torch.manual_seed(1)
+    base = make()
+    experts = {name: perturbed(base, seed, 0.15) for seed, name in enumerate(NAMES, start=1)}
+    start = base.state_dict()
+    for expert in experts.values():
+        expert.load_state_dict({n: t if changed in n else start[n] for n, t in expert.state_dict().items()})
+    engine = pf.stack(base, experts, planes="lowrank:4", replicas=2)
+    assert size_of_planes(engine) < 0.5
+    worker = check_all(engine, Limits(max_batch=8), random_jobs(12, 3, [0.1, 0.5, 0.6, 0.9]))
+    assert worker._modules.can_mix
+
+
+def test_what_is_popular_is_merged_again_while_there_is_nothing_to_do() -> None:
+    """The only replica was taken by a preference that came once: the one that came twice gets it back unasked."""
+    merges: list[float] = []
+
+    class Counting(Metrics):
+        def merged(self, seconds: float) -> None:
+            merges.append(seconds)
+
+    engine = engine_of(tiny_gpt2(), replicas=1)
+    worker = Worker(served(engine), Limits(max_batch=8), Counting(1, 1))
+    try:
+        for share in (0.25, 0.25, 0.5):
+            one(worker, share, [3, 4], 5)
+        until(lambda: len(merges) == 3)
+        until(lambda: engine.is_merged({"news": 0.25, "poems": 0.75}))
+    finally:
+        worker.stop(60)
 
 
 def test_a_model_that_cannot_be_mixed_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ KEYS = [(i / 16, 1 - i / 16) for i in range(17)]
 
 def cost(chosen: Plan, rows: dict[Any, int], planes: float, steps: int) -> float:
     """By the formulas of costs.py, nothing being merged yet."""
-    own = sum(min(rows[key], 3.4) + (2 + planes) / steps for key in chosen.merged)
+    own = sum(min(rows[key], 3.4) + (2 + planes) / 2 / steps for key in chosen.merged)
     return own + (1 + planes) * min(sum(rows[key] for key in chosen.mixed), 3.4)
 
 

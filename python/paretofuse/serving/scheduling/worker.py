@@ -140,12 +140,13 @@ class Worker:
 
     def _work(self) -> None:
         while True:
+            wanted: list[Key] = []
             with self._changed:
                 while not len(self._queue) and not self._runner.active:
                     if self._stopping:
                         self._modules.close()
                         return
-                    if self._wanted():
+                    if wanted := self._wanted():
                         break
                     self._changed.wait()
                 if self._limits.max_wait_ms and not self._runner.active and len(self._queue):
@@ -156,7 +157,6 @@ class Worker:
                 trial = self._queue.first() if self._mixes_unknown() else None
                 if trial is None:
                     self._admit()
-                wanted = [] if self._runner.active or len(self._queue) else self._wanted()
             if trial is not None:
                 self._runner.try_to_mix(trial)
             elif wanted:
@@ -202,7 +202,7 @@ class Worker:
             self._popularity = Counter({k: n // 2 for k, n in self._popularity.items() if n > 1})
 
     def _wanted(self) -> list[Key]:
-        """The popular preferences, where one of them is not merged yet and the last look was another."""
+        """The popular preferences, where one of them is not merged yet and they are not those of the last call."""
         popular = tuple(key for key, n in self._popularity.most_common(self._replicas) if n > 1)
         if popular == self._prefetched or all(self._modules.is_merged(key) for key in popular):
             return []
