@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paretofuse.adapters import hf, openclip
+from paretofuse.adapters import hf, openclip, other_classes
 from paretofuse.adapters.hf_config import check_configurations
 from paretofuse.adapters.resolve import resolve
 from paretofuse.engine.dtypes import TO_TORCH, merged_dtype_name
@@ -372,8 +372,9 @@ def _converted(blueprint: Blueprint, dtype: torch.dtype | None) -> Blueprint:
     original, files = blueprint.skeleton, dict(blueprint.files)
     if hf.CONFIG in files:
         config = json.loads(files[hf.CONFIG])
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        files[hf.CONFIG] = json.dumps(config, indent=2).encode()
+        if other_classes.class_name(config) is None:  # timm and diffusers know no dtype there
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            files[hf.CONFIG] = json.dumps(config, indent=2).encode()
     skeleton = cache(lambda: copy.deepcopy(original()).to(dtype)) if original is not None else None
     return replace(blueprint, skeleton=skeleton, files=files)
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from paretofuse.adapters import other_classes
 from paretofuse.adapters.files import companion_files, holds_weights, json_object, weight_files
 from paretofuse.adapters.hf_class import find_class, in_class, make_model
 from paretofuse.adapters.quantized import check_source
@@ -75,9 +76,9 @@ def in_class_of(source: Source, base: Source | None = None) -> Source:
 def blueprint_from_files(
     files: Mapping[str, bytes], label: str = "the model", owners: Mapping[str, str] | None = None
 ) -> Blueprint:
-    """The blueprint of a model whose config.json names a transformers class.
+    """The blueprint of a model whose config.json names a class of transformers or diffusers, or one of timm's models.
 
-    Imports nothing: transformers takes seconds to import, and opening a store takes milliseconds.
+    Imports nothing: these libraries take seconds to import, and opening a store takes milliseconds.
 
     Args:
         files: the model directory's files besides the weights.
@@ -89,10 +90,14 @@ def blueprint_from_files(
     """
     config = json_object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
     name = class_name(config)
-    if name is None:
-        return Blueprint(files=dict(files))
-    skeleton = cache(lambda: make_model(name, config, owners))
-    return Blueprint(skeleton=skeleton, files=dict(files), model_class=name)
+    if name is not None:
+        skeleton = cache(lambda: make_model(name, config, owners))
+        return Blueprint(skeleton=skeleton, files=dict(files), model_class=name)
+    other = other_classes.class_name(config)
+    if other is not None:
+        skeleton = cache(lambda: other_classes.skeleton(other, config))
+        return Blueprint(skeleton=skeleton, files=dict(files), model_class=other)
+    return Blueprint(files=dict(files))
 
 
 def class_name(config: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.engine import Engine
+from paretofuse.serving.pooling import Pooling, pooling_of
 
 Predict = Callable[[Any, Any], Any]
 """A user's own function of (merged module, the request's input); what it returns is sent as JSON."""
@@ -80,15 +81,13 @@ class ServedModel:
         return {int(i): str(name) for i, name in self.skeleton.config.id2label.items()}
 
     @cached_property
-    def pools_first(self) -> bool:
-        """Whether an embedding is the first token's state (images, or as 1_Pooling/config.json says), or their mean."""
-        content = self.engine.blueprint.files.get("1_Pooling/config.json", b"{}")
-        return self.takes_images or bool(json.loads(content).get("pooling_mode_cls_token"))
+    def pooling(self) -> Pooling:
+        """What makes embeddings of an encoder's states.
 
-    @cached_property
-    def normalizes(self) -> bool:
-        """Whether embeddings have length 1, as modules.json says."""
-        return b"models.Normalize" in self.engine.blueprint.files.get("modules.json", b"")
+        Raises:
+            ValueError: its files ask for one that is not known here.
+        """
+        return Pooling("cls") if self.takes_images else pooling_of(self.engine.blueprint.files)
 
     def padded(self, tokens: list[list[int]]) -> dict[str, Tensor]:
         """Texts' tokens as a batch: input_ids and attention_mask, [B, T] each, padded on the right."""
@@ -122,6 +121,8 @@ def served_model(
             raise TypeError(f"got predict={predict!r}, expected a function of (module, input)")
         return ServedModel(engine, name, "callable", None, predict)
     model = ServedModel(engine, name, task_of(engine), processor)
+    if model.task == "feature-extraction":
+        _ = model.pooling  # what cannot be served is found now
     if processor is not None:
         return model
     kind = "AutoImageProcessor" if model.takes_images else "AutoTokenizer"

@@ -61,7 +61,7 @@ def vector_routes(state: State) -> APIRouter:
         state.check_model(body.model)
         state.check_task("feature-extraction")
         vectors, usage, preference = await computed(body, request)
-        if state.model.normalizes:
+        if state.model.pooling.normalizes:
             vectors = [_normalized(vector) for vector in vectors]
         encode = _base64 if body.encoding_format == "base64" else list
         data = [Embedding(index=i, embedding=encode(vector)) for i, vector in enumerate(vectors)]

@@ -134,17 +134,4 @@ class ForwardRunner:
         found = module(**batch)
         if self._model.task != "feature-extraction":
             return found.logits  # type: ignore[no-any-return]
-        return pooled(found, batch.get("attention_mask"), cls=self._model.pools_first)
-
-
-def pooled(found: Any, mask: Tensor | None, *, cls: bool) -> Tensor:
-    """Embeddings [B, D] of an encoder's result: the first token's state, or the mean over all but padding."""
-    states: Tensor = found.last_hidden_state
-    if states.dim() == 4:  # [B, D, H, W] of convolutional encoders
-        return states.flatten(2).mean(2)
-    if cls:
-        return states[:, 0]
-    if mask is None:
-        return states.mean(1)
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return self._model.pooling(found.last_hidden_state, batch.get("attention_mask"))
