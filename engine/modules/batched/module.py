@@ -249,18 +249,18 @@ class _Builder:
 
     def _weight(self, path: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> RowsWeight:
         mixed = self._tensor(weight)
-        base, planes, low_rank = mixed.base, mixed.planes, None
-        transposed = is_conv1d(layer)
-        if planes is not None and not isinstance(planes, Tensor):
-            factors = {e: plane for e, plane in enumerate(planes) if isinstance(plane, LowRank)}
+        base, found, transposed = mixed.base, mixed.planes, is_conv1d(layer)
+        planes: Tensor | list[Tensor | None] | None = None
+        low_rank = None
+        if isinstance(found, Tensor):
+            planes = found.mT if transposed else found
+        elif found is not None:
+            factors = {e: plane for e, plane in enumerate(found) if isinstance(plane, LowRank)}
             low_rank = SideBySide.of(factors, transposed) if factors else None
-            planes = [plane if isinstance(plane, Tensor) else None for plane in planes]
+            dense = [plane if isinstance(plane, Tensor) else None for plane in found]
+            planes = [None if plane is None else plane.T for plane in dense] if transposed else dense
         if transposed:
             base = base.T
-            if isinstance(planes, Tensor):
-                planes = planes.mT
-            elif planes is not None:
-                planes = [None if delta is None else delta.T for delta in planes]
         own = None if bias is None else self._tensor(bias)
         return RowsWeight(path, base, planes, low_rank, mixed.group, mixed.span, transposed, own, self._mix)
 
