@@ -28,11 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser, "DIR", "folder of all results (default: the file's out)", required=False)
     parser.add_argument("--dry-run", action="store_true", help="only say which steps would be done, and why")
+    parser.add_argument("--serve", action="store_true", help="then serve the store and its front, by [serve]")
     add_force(parser)
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Do every step that is not done yet or whose inputs changed, and write the report."""
+    """Do every step that is not done yet or whose inputs changed, write the report, and serve where that is wanted."""
     from paretofuse.cli.program import COMMANDS
     from paretofuse.cli.studies.file import read_study
     from paretofuse.cli.studies.record import Record, inputs_of
@@ -46,7 +47,10 @@ def run(options: argparse.Namespace) -> Result:
     lines, done = [], {}
     with _within(file.resolve().parent):
         record = Record(study.out)
-        for step in study.steps:  # what is misspelt at the end is found before the long work
+        for step in (
+            *study.steps,
+            *([study.server] if options.serve else []),
+        ):  # what is misspelt at the end is found before the long work
             if not record.is_done(step) or record.changes(step, inputs_of(step)):
                 for option, text in step.entries.items():
                     entry_point(f"[{step.name}] {option}", text)
@@ -87,8 +91,10 @@ def run(options: argparse.Namespace) -> Result:
             done[step.name] = document
             lines.append(f"{step.name}: done in {seconds:.1f} s\n{text}")
         report: Any = None if options.dry_run else str(write_report(study, record))
-    if report is not None:
-        lines.append(f"{report}: the report")
+        if report is not None:
+            lines.append(f"{report}: the report")
+        if options.serve and not options.dry_run:
+            lines.append(_do(COMMANDS["serve"], study.server, options)[0])
     return "\n".join(lines), {"out": str(study.out), "report": report, "steps": done}, 0
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -252,6 +253,56 @@ def test_yaml_and_another_folder(
     assert (place / "search" / "search.db").is_file()
     (folder / "study.yaml").write_text("stack: {base: base}\nstack: {}\n")
     assert "line 2: got the key 'stack' twice" in call(capsys, *words[:2])[2]
+
+
+RECIPE = """
+merge_method: linear
+models:
+  - {model: news, parameters: {weight: 0.5}}
+  - {model: poems, parameters: {weight: 0.5}}
+dtype: float32
+"""
+
+
+def test_a_recipe_makes_an_expert_and_the_result_is_served(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    served: list[tuple[Path, int]] = []
+
+    def serve(app: Any, host: str, port: int, *, store: Path, **_: Any) -> None:
+        assert app.state.serving.preferences.front is not None
+        served.append((store.resolve(), port))
+
+    monkeypatch.setattr("paretofuse.serving.server.serve", serve)
+    (folder / "mixed.yml").write_text(RECIPE)
+    (folder / "study_tasks.py").write_text(TASKS + "def answer(module, given): return given\n")
+    (folder / "paretofuse.toml").write_text(
+        '[stack]\nbase = "base"\nexpert = { news = "news", mixed = "study/recipe/mixed" }\n'
+        '[sweep]\nevaluate = "study_tasks:losses"\nminimize = true\npoints = 2\n'
+        '[recipe.mixed]\nconfig = "mixed.yml"\n'
+        '[serve]\nport = 1234\npredict = "study_tasks:answer"\n'
+    )
+    code, out, err = study(capsys, folder, "--serve")
+    assert (code, err) == (0, "")
+    names = [line.split(": ")[0] for line in out.splitlines() if ": done in" in line]
+    assert names == ["recipe.mixed", "stack", "sweep"]
+    assert "no longer served" in out
+    assert served == [(folder / "study" / "stack", 1234)]
+    report = (folder / "study" / "report.html").read_text(encoding="utf-8")
+    assert "paretofuse serve study/stack --port=1234 " in report
+    assert "--front=study/sweep/front.csv" in report
+
+    perturbed(tiny_gpt2(), 5, 0.02).save_pretrained(folder / "other")  # type: ignore[operator]
+    (folder / "news").unlink()
+    (folder / "news").symlink_to(folder / "other")
+    code, out, _ = study(capsys, folder, "--dry-run", "--serve")
+    assert "recipe.mixed: would be done, as the content of news changed" in out
+    edit(folder, "paretofuse.toml", "port = 1234", "prot = 1234")
+    code, out, err = study(capsys, folder)
+    assert code == 1
+    assert "got the key 'prot' in [serve], which is not known; did you mean port?" in err
+    assert len(served) == 1
 
 
 def test_the_guides_example_is_a_study(tmp_path: Path) -> None:

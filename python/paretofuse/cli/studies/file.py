@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,10 +18,15 @@ from typing import Any, NoReturn
 from paretofuse.cli.options import Named, entry
 
 ONCE = ("stack", "fit", "sweep", "search")
+FIRST = ("recipe",)
 NAMED = ("evaluate", "merge", "adapter", "export")
-"""Steps of which there may be several, each in a table of its own: [merge.balanced]."""
+"""Steps of which there may be several, each in a table of its own: [merge.balanced]; recipes come before the stack."""
 
-_FILES = {
+SERVER = "serve"
+"""No step: it does not end."""
+
+_FILES: dict[str, dict[str, str]] = {
+    "recipe": {"output": ""},
     "stack": {"output": ""},
     "fit": {"output": "store", "checkpoint": "checkpoint", "log": "log.csv"},
     "sweep": {"output": "front.csv"},
@@ -30,6 +35,7 @@ _FILES = {
     "merge": {"output": ""},
     "adapter": {"output": ""},
     "export": {"output": "model.pt2"},
+    "serve": {},
 }
 """Where each step's options of a file's name lead within its folder; "" is the folder itself."""
 
@@ -71,12 +77,14 @@ class Study:
         title: what the report is called.
         out: the folder of all results.
         steps: in the order in which they are done.
+        server: the command that serves the store and the first front.
     """
 
     text: str
     title: str
     out: Path
     steps: tuple[Step, ...]
+    server: Step
 
     @property
     def store(self) -> Path:
@@ -108,22 +116,19 @@ def read_study(path: Path, out: Path | None, commands: Mapping[str, Any]) -> Stu
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: this is no text in UTF-8: {error.reason}") from error
     tables = _parsed(path, text)
-    _check_keys(path.name, "the file", tables, ("title", "out", "all", *ONCE, *NAMED))
-    for name, kind in (("title", str), ("out", str), *((key, dict) for key in ("all", *ONCE, *NAMED))):
+    known = ("all", *FIRST, *ONCE, *NAMED, SERVER)
+    _check_keys(path.name, "the file", tables, ("title", "out", *known))
+    for name, kind in (("title", str), ("out", str), *((key, dict) for key in known)):
         if not isinstance(tables.get(name, kind()), kind):
             expected = "a text" if kind is str else f"a table: [{name}]"
             raise ValueError(f"{path.name}: got {tables[name]!r} for {name}, expected {expected}")
     place = out or Path(tables.get("out", "study"))
     shared = dict(tables.get("all", {}))
-    found = [(command, command, tables[command]) for command in ONCE if command in tables]
-    for command in NAMED:
-        for name, table in tables.get(command, {}).items():
-            if not isinstance(table, dict) or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(
-                    f"{path.name}: got the key {name!r} in [{command}], expected tables with names of letters, "
-                    f"digits, _ and -, such as [{command}.balanced]"
-                )
-            found.append((command, f"{command}.{name}", table))
+    found = [
+        *_named(path.name, tables, FIRST),
+        *((command, command, tables[command]) for command in ONCE if command in tables),
+        *_named(path.name, tables, NAMED),
+    ]
     given = [command for command, _, _ in found]
     if "stack" not in given or not {"sweep", "search"} & set(given):
         raise ValueError(
@@ -133,13 +138,31 @@ def read_study(path: Path, out: Path | None, commands: Mapping[str, Any]) -> Stu
     taken: set[str] = set()
     steps, store = [], Path()
     for command, name, table in found:
-        step = _step(path.name, commands[command], command, name, table, shared, place, store)
+        step = _step(path.name, commands[command], command, name, table, shared, place, {"store": store})
         taken |= step.settings.keys()
         steps.append(step)
         if command in ("stack", "fit"):
             store = step.output
+    front = next(step.output for step in steps if step.command in ("sweep", "search"))
+    made = {"store": store, "front": front}
+    server = _step(path.name, commands[SERVER], SERVER, SERVER, tables.get(SERVER, {}), shared, place, made)
+    taken |= server.settings.keys()
     _check_keys(path.name, "[all]", shared, sorted(taken | _all_options(commands, given)))
-    return Study(text, tables.get("title", path.resolve().parent.name), place, tuple(steps))
+    return Study(text, tables.get("title", path.resolve().parent.name), place, tuple(steps), server)
+
+
+def _named(
+    file: str, tables: Mapping[str, Any], commands: Collection[str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Command, step's name and table of the steps that have names of their own."""
+    for command in commands:
+        for name, table in tables.get(command, {}).items():
+            if not isinstance(table, dict) or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"{file}: got the key {name!r} in [{command}], expected tables with names of letters, digits, _ "
+                    f"and -, such as [{command}.balanced]"
+                )
+            yield command, f"{command}.{name}", table
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
@@ -201,7 +224,7 @@ def _step(
     table: Mapping[str, Any],
     shared: Mapping[str, Any],
     out: Path,
-    store: Path,
+    made: Mapping[str, Path],
 ) -> Step:
     parser, actions = _parser(module)
     where = f"[{name}]"
@@ -214,8 +237,7 @@ def _step(
     own: dict[str, Any] = {key: str(place) for key, place in files.items()}
     if "storage" in own:
         own["storage"] = f"sqlite:///{own['storage']}"
-    if "store" in actions:
-        own["store"] = str(store)
+    own.update({key: str(path) for key, path in made.items() if key in actions and key not in settings})
     if command in ("stack", "fit"):
         own["force"] = True  # whether a training may be lost, the study asks itself
     given, words = {**settings, **own}, list[str]()
@@ -229,7 +251,14 @@ def _step(
         raise ValueError(f"{file}: {where} {message}") from error
     entries = {key: settings[key] for key in settings if actions[key].type is entry}
     return Step(
-        name, command, folder, folder / _FILES[command]["output"], tuple(words), options, settings, entries
+        name,
+        command,
+        folder,
+        folder / _FILES[command].get("output", ""),
+        tuple(words),
+        options,
+        settings,
+        entries,
     )
 
 

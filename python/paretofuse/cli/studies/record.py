@@ -72,7 +72,7 @@ class Record:
 def inputs_of(step: Step) -> dict[str, str]:
     """What a step is made from: its settings, the files and directories that they name, its functions' modules."""
     found = {f"{key}": json.dumps(value) for key, value in step.settings.items()}
-    for text in _texts(step.settings):
+    for text in (*_texts(step.settings), *_models_of(step)):
         if (path := Path(text)).exists():
             found[f"the content of {text}"] = stamp(path)
     for text in step.entries.values():
@@ -82,6 +82,15 @@ def inputs_of(step: Step) -> dict[str, str]:
     if store is not None:
         found["the store"] = stamp(Path(store))
     return found
+
+
+def _models_of(step: Step) -> list[str]:
+    """The models that a recipe's own file names, among its other texts."""
+    if step.command != "recipe" or not (config := Path(step.options.config)).is_file():
+        return []
+    from paretofuse.recipes.reading import read_yaml
+
+    return _texts(read_yaml(config.read_text(encoding="utf-8"), config.name).plain())
 
 
 def stamp(path: Path) -> str:

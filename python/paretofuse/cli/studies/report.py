@@ -59,9 +59,7 @@ def _sections(study: Study, record: Record) -> str:
             f"<tr><th scope='row'>{_safe(step.name)}</th><td>{_pre(command)}{_pre(done['text'])}</td>"
             f"<td>{_safe(done['when'])}</td><td>{done['seconds']:.1f} s</td></tr>"
         )
-    serve = shlex.join(
-        ["paretofuse", "serve", str(study.store), "--front", str(next(iter(study.fronts.values())))]
-    )
+    serve = shlex.join(["paretofuse", "serve", *study.server.words])
     made = {
         name: v for step in study.steps for name, v in record.steps[step.name]["done"]["versions"].items()
     }
