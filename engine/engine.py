@@ -21,10 +21,10 @@ from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.factory import dense_module
 from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.modules.in_place import InPlaceModules
-from paretofuse.engine.modules.replicas import Merge, ReplicaPool
+from paretofuse.engine.modules.replicas import ReplicaPool
 from paretofuse.engine.modules.slots import as_timeout
 from paretofuse.engine.planes.plane import PlaneInfo, nbytes
-from paretofuse.engine.routing.preference import Preference, as_preference
+from paretofuse.engine.routing.preference import Preference
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.routing.weights import check_one, is_several, routing_of, rows_of
 from paretofuse.engine.stacking import persist
@@ -150,8 +150,14 @@ class Engine:
         Raises:
             ValueError: the preference or the weights are not valid.
         """
-        routing = check_one(routing_of(self.routers, preference, weights))
-        self._in_place.switch(routing, preference)
+        self._in_place.switch(preference, weights)
+
+    def warmup(self) -> None:
+        """Compile, load and allocate all that a switch needs, so that the first one costs what others do.
+
+        The live module is built if it was not, and stays merged for what it is.
+        """
+        self._in_place.warmup()
 
     def replica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
@@ -179,7 +185,7 @@ class Engine:
             TypeError: the timeout is no number.
             TimeoutError: on entering, when no replica became free.
         """
-        return self.pool.acquire(self._merge_of(preference, head), as_timeout(timeout))
+        return self.pool.acquire(self._in_place.replica_of(preference, head), as_timeout(timeout))
 
     def areplica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
@@ -191,11 +197,11 @@ class Engine:
 
         A task that is cancelled while it waits leaves nothing behind.
         """
-        return self.pool.acquire_async(self._merge_of(preference, head), as_timeout(timeout))
+        return self.pool.acquire_async(self._in_place.replica_of(preference, head), as_timeout(timeout))
 
     def is_merged(self, preference: Preference) -> bool:
         """Whether a replica holds this preference now, so that `replica` would give it without a merge."""
-        return self.pool.holds(self._merge_of(preference, None))
+        return self.pool.holds(self._in_place.replica_of(preference, None))
 
     def modules(self, preferences: Any, *, at_once: int = 4) -> Iterator[nn.Module]:
         """A module for each preference [P, E], valid until the next is asked for; the live module stays as it is.
@@ -436,15 +442,3 @@ class Engine:
         if family == "rows":
             self._bound.check_rows(len(self.groups) + self.layout.row_count)
         self.routers.set_family(family)
-
-    def _merge_of(self, preference: Preference, head: str | None) -> Merge:
-        """What a replica holds for a preference, as the routers are now."""
-        self._stack.head(head)
-        numbers = as_preference(preference, self.objectives)
-        versions = tuple((p.data_ptr(), p._version) for p in self.routers.parameters())
-        return Merge(
-            (numbers.tobytes(), versions),
-            lambda: routing_of(self.routers, numbers.tolist(), None),
-            lambda weights: self._in_place.build(weights=weights),
-            head,
-        )

@@ -6,9 +6,10 @@ are bound by memory, so few settings matter. Every configuration is compiled for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +34,40 @@ class Launch:
     constants: Mapping[str, Any]
     threads: int = 0
 
-    def run(self) -> None:
-        """Launch on the device of the first argument: Triton takes the current one, wherever its pointers lie."""
+    def run(self) -> Any:
+        """Launch on the device of the first argument: Triton takes the current one, wherever its pointers lie.
+
+        Returns:
+            what Triton compiled; None where the interpreter ran, or there was nothing to do.
+        """
         if 0 in self.grid:
-            return
+            return None
         own = {"num_warps": warps(self.threads)} if self.threads else {}
+        with self._device():
+            return self.kernel[self.grid](*self.arguments, **self.constants, **own)
+
+    def repeated(self) -> Callable[[], None]:
+        """The same launch as often as one likes. From the second time on Triton looks at no argument any more."""
+        if 0 in self.grid:
+            return lambda: None
+        again: Callable[[], None] | None = None
+
+        def launch() -> None:
+            nonlocal again
+            if again is not None:
+                with self._device():
+                    again()
+            elif (compiled := self.run()) is not None:
+                names = self.kernel.arg_names[len(self.arguments) :]
+                arguments = (*self.arguments, *(self.constants[name] for name in names))
+                with self._device():  # whose driver loads the binary
+                    again = partial(compiled[(*self.grid, 1, 1)[:3]], *arguments)
+
+        return launch
+
+    def _device(self) -> AbstractContextManager[Any]:
         near = self.arguments[0]
-        with torch.cuda.device_of(near) if near.is_cuda else nullcontext():
-            self.kernel[self.grid](*self.arguments, **self.constants, **own)
+        return torch.cuda.device_of(near) if near.is_cuda else nullcontext()
 
 
 def filled(output: tuple[Tensor, Launch]) -> Tensor:

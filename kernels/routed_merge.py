@@ -16,6 +16,9 @@ Arithmetic is float32 whatever is stored; the result is rounded once, to nearest
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -73,7 +76,7 @@ def load_weights(
     return w
 
 
-@jit
+@partial(jit, any_value=("experts", "groups", "preferences"))
 def merge_kernel(
     base: tl.tensor,
     deltas: tl.tensor,
@@ -213,10 +216,25 @@ def _routed_merge_out(
     tile: int,
     shared: int,
 ) -> None:
+    _launch(base, deltas, tile_group, weights, scales, places, out, tile, shared).run()
+
+
+def _launch(
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    places: Tensor | None,
+    out: Tensor,
+    tile: int,
+    shared: int,
+) -> Launch:
+    """The launch of a merge, in the configuration that its sizes ask for."""
     require(merge_kernel, base.device.type, INSTEAD)
     packed = deltas.dtype == torch.uint8
     config = merge_config(weights.shape[2], deltas.element_size(), packed=packed, any_row=shared == 1)
-    merge_launch(base, deltas, tile_group, weights, scales, places, out, tile, shared, config).run()
+    return merge_launch(base, deltas, tile_group, weights, scales, places, out, tile, shared, config)
 
 
 @_routed_merge_out.register_fake
@@ -294,34 +312,61 @@ def routed_merge(
     """
     single = weights.ndim == 2
     many = weights[None] if single else weights
-    _check(base, deltas, tile_group, many, scales, tile)
-    length = base.numel() if places is None else len(places) * tile
-    if places is not None:
-        checks.check_tensor("places", places, (torch.int32,), (len(places), 5), base.device)
-        checks.check_contiguous("places", places)
-    if shared and (places is None or (shared > 1 and (shared < SMALLEST_SHARED or shared & (shared - 1)))):
-        raise ValueError(
-            f"shared: got {shared} with places {'of none' if places is None else 'given'}, expected 0 or, with places, "
-            "1 or a power of two from 16 on"
-        )
+    _check(base, deltas, tile_group, many, scales, places, shared, tile)
     require(merge_kernel, base.device.type, INSTEAD)
     if out is None:
         if places is not None:
             raise ValueError("out: got None with places, expected the tensor to write to; make it first")
         merged: Tensor = torch.ops.paretofuse.routed_merge(base, deltas, tile_group, many, scales, tile)
         return merged[0] if single else merged
-    shape = (length,) if single else (many.shape[0], length)
-    checks.check_tensor("out", out, checks.FLOATS, shape, base.device)
-    checks.check_rows("out", out)
-    checks.check_frozen("out", out)
+    target = out[None] if single else out
+    _check_out(base, many, places, target, tile)
     torch.ops.paretofuse.routed_merge_out(
-        base, deltas, tile_group, many, scales, places, out[None] if single else out, tile, shared
+        base, deltas, tile_group, many, scales, places, target, tile, shared
     )
     return out
 
 
+def bind_merge(
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    *,
+    scales: Tensor | None = None,
+    places: Tensor | None = None,
+    shared: int = 0,
+    tile: int = 1024,
+) -> Callable[[], None]:
+    """`routed_merge` into `out` [K, M], over and over: the weights [K, G, E] are rewritten where they lie in between.
+
+    All is checked here, once, with its errors; a call then costs the host no more than the launch. It is no operator of
+    torch: nothing tells autograd that `out` was written to.
+    """
+    _check(base, deltas, tile_group, weights, scales, places, shared, tile)
+    _check_out(base, weights, places, out, tile)
+    launch = _launch(base, deltas, tile_group, weights, scales, places, out, tile, shared)
+    return launch.repeated()
+
+
+def _check_out(base: Tensor, weights: Tensor, places: Tensor | None, out: Tensor, tile: int) -> None:
+    """Raise TypeError or ValueError unless the outputs [K, M] fit the inputs of a merge."""
+    length = base.numel() if places is None else len(places) * tile
+    checks.check_tensor("out", out, checks.FLOATS, (weights.shape[0], length), base.device)
+    checks.check_rows("out", out)
+    checks.check_frozen("out", out)
+
+
 def _check(
-    base: Tensor, deltas: Tensor, tile_group: Tensor, weights: Tensor, scales: Tensor | None, tile: int
+    base: Tensor,
+    deltas: Tensor,
+    tile_group: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    places: Tensor | None,
+    shared: int,
+    tile: int,
 ) -> None:
     """Raise TypeError or ValueError unless the inputs of a merge fit together."""
     checks.check_tile(tile)
@@ -343,3 +388,11 @@ def _check(
     checks.check_contiguous("weights", weights)
     checks.check_frozen("base", base)
     checks.check_frozen("weights", weights)
+    if places is not None:
+        checks.check_tensor("places", places, (torch.int32,), (len(places), 5), base.device)
+        checks.check_contiguous("places", places)
+    if shared and (places is None or (shared > 1 and (shared < SMALLEST_SHARED or shared & (shared - 1)))):
+        raise ValueError(
+            f"shared: got {shared} with places {'of none' if places is None else 'given'}, expected 0 or, with places, "
+            "1 or a power of two from 16 on"
+        )

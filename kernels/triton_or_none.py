@@ -31,9 +31,15 @@ class _Absent:
         )
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or a stand-in that raises ImportError when it is launched."""
-    return _Absent(function.__name__) if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], *, any_value: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or a stand-in that raises ImportError when it is launched.
+
+    any_value: integer arguments for which one binary serves all values; Triton compiles others anew for 1 and for
+    multiples of 16.
+    """
+    if triton is None:
+        return _Absent(function.__name__)
+    return triton.jit(function, do_not_specialize=list(any_value))
 
 
 def interpreted(kernel: Any) -> bool:

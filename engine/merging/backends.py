@@ -25,10 +25,10 @@ from paretofuse.engine.merging.native import MergePlan
 from paretofuse.engine.planes.plane import memories, merged_tensor
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.stack import Stack
-from paretofuse.kernels.routed_merge import SMALLEST_SHARED, routed_merge
+from paretofuse.kernels.routed_merge import SMALLEST_SHARED, bind_merge
 
 Merger = Callable[[Tensor], None]
-"""Takes weights float32 [K, G, P] or [K, G + R, P] on the merger's device and rewrites its outputs."""
+"""Takes weights float32 [K, G, P] or [K, G + R, P], wherever they lie, and rewrites its outputs."""
 
 MergerMaker = Callable[
     [Sequence[TensorSpec], Mapping[str, int], Stack, Sequence[Mapping[str, Tensor]]], Merger
@@ -71,7 +71,7 @@ def separate_outputs(
 def reference_merger(
     specs: Sequence[TensorSpec], rows: Mapping[str, int], stack: Stack, out: Sequence[Mapping[str, Tensor]]
 ) -> Merger:
-    """Bind a merge by PyTorch, tensor by tensor, on any device.
+    """Bind a merge by PyTorch, tensor by tensor, on whatever device they are.
 
     Args:
         specs: the tensors to merge.
@@ -80,7 +80,10 @@ def reference_merger(
         out: for each preference, the tensors to write, by name.
     """
 
+    device = out[0][specs[0].name].device if specs else None
+
     def merge(weights: Tensor) -> None:
+        weights = weights if device is None else weights.to(device)
         for spec in specs:
             planes = [own.get(spec.name) for own in stack.planes]
             for k, tensors in enumerate(out):
@@ -116,7 +119,7 @@ def native_merger(
     addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)
 
     def merge(weights: Tensor, _keep_alive: object = (stack, out)) -> None:
-        by_row = None
+        weights, by_row = weights.cpu(), None
         if weights.shape[1] > groups:  # [P, rows] of each preference and tensor, as the core reads them
             own = [[w[span].T.contiguous() for span in spans] for w in weights]
             by_row = np.array([[t.data_ptr() for t in row] for row in own], np.uint64)
@@ -166,19 +169,49 @@ def triton_merger(
         for flat in inputs
         if (wanted := tuple(spec for spec in flat.bucket.specs if spec.name in names))
     ]
+    bound: dict[torch.Size, Callable[[Tensor], None]] = {}
 
     def merge(weights: Tensor) -> None:
-        by_row = weights.shape[1] > groups
-        for flat, target, places in parts:
-            stored = flat.stored
-            own = (
-                weights if len(stored.planes) == weights.shape[2] else weights.index_select(2, places.planes)
-            )
-            routed_merge(
-                flat.base, stored.values, flat.tiles, own.contiguous(), scales=stored.scales,
+        if weights.shape not in bound:
+            bound[weights.shape] = _bind(parts, weights.shape, weights.shape[1] > groups)
+        bound[weights.shape](weights)
+
+    return merge
+
+
+def _bind(
+    parts: Sequence[tuple[FlatInputs, Tensor, _Places]], shape: torch.Size, by_row: bool
+) -> Callable[[Tensor], None]:
+    """A merge of flat buffers that reads weights of one shape where they are copied to.
+
+    Nothing is allocated and nothing waited for, so that a CUDA graph can hold it: from pinned memory one asynchronous
+    copy, and a launch for each buffer.
+    """
+    if not parts:
+        return lambda weights: None
+    k, width, _ = shape
+    device = parts[0][0].base.device
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    chosen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    launches = []
+    for flat, target, places in parts:
+        stored, own = flat.stored, whole
+        if len(stored.planes) < shape[2]:
+            some = torch.empty(k, width, len(stored.planes), dtype=torch.float32, device=device)
+            own = chosen.setdefault(stored.planes, (places.planes, some))[1]
+        launches.append(
+            bind_merge(
+                flat.base, stored.values, flat.tiles, own, target, scales=stored.scales, tile=TILE,
                 places=places.table if by_row or not places.whole else None, shared=places.shared if by_row else 0,
-                out=target, tile=TILE,
-            )  # fmt: skip
+            )
+        )  # fmt: skip
+
+    def merge(weights: Tensor) -> None:
+        whole.copy_(weights, non_blocking=True)
+        for planes, some in chosen.values():
+            torch.index_select(whole, 2, planes, out=some)
+        for launch in launches:
+            launch()
 
     return merge
 

@@ -200,7 +200,7 @@ class BoundStack:
         out: Sequence[Mapping[str, Tensor]],
     ) -> Merger:
         """Each device's own merger, one after the other; first the files that the stack is mapped from are checked."""
-        parts = []
+        parts: list[Merger] = []
         for device, backend in self.backends.items():
             here = [spec for spec in specs if self.places[spec.name] == device]
             if not here:
@@ -208,18 +208,18 @@ class BoundStack:
             if backend == "triton" and flat is not None:
                 buffers = [f for f in self.flat if f.bucket.device == device]
                 small = [spec for spec in here if self.kinds[spec.name] != LOWRANK]
-                parts.append((device, triton_merger(buffers, flat, small, rows, self.layout)))
+                parts.append(triton_merger(buffers, flat, small, rows, self.layout))
                 here = [
                     spec for spec in here if self.kinds[spec.name] == LOWRANK
                 ]  # cuBLAS multiplies their factors
             maker = native if backend == "native" else reference_merger
-            parts.append((device, maker(here, rows, self.stack, out)))
+            parts.append(maker(here, rows, self.stack, out))
 
         def merge_all(weights: Tensor) -> None:
             self.stack.check()
             self.check_rows(weights.shape[1])
-            for device, merge in parts:
-                merge(weights.to(device))
+            for merge in parts:
+                merge(weights)
 
         return merge_all
 

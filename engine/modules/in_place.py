@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,12 +14,13 @@ from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.factory import live_module, routed_names
 from paretofuse.engine.modules.heads import bind_heads
 from paretofuse.engine.modules.live import LiveModule
+from paretofuse.engine.modules.replicas import Merge
 from paretofuse.engine.modules.routed.fuse import fused_layers
 from paretofuse.engine.modules.sketched import nothing_to_sketch, sketch_layers
 from paretofuse.engine.planes.trained import trained_planes
-from paretofuse.engine.routing.preference import Preference, by_name
+from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
 from paretofuse.engine.routing.routers import Routers
-from paretofuse.engine.routing.weights import routing_of
+from paretofuse.engine.routing.weights import check_one, routing_at, routing_of
 from paretofuse.engine.stacking.sources import Blueprint
 
 
@@ -84,10 +87,25 @@ class InPlaceModules:
             for handle in handles:
                 handle.remove()
 
-    def switch(self, routing: Tensor, preference: Preference | None) -> None:
-        """Rewrite the live module for routing weights [1, G, P] or [1, G + R, P]; they are given if None is named."""
-        self.live().switch(routing)
-        self._note(preference)
+    def switch(self, preference: Preference | None, weights: Tensor | None) -> None:
+        """Rewrite the live module for a preference, or for given routing weights.
+
+        Raises:
+            ValueError: neither or both are given, they are not valid, or are several.
+        """
+        if preference is None or weights is not None or is_grid(preference):
+            self.live().switch(check_one(routing_of(self._routers, preference, weights)))
+            one: Any = preference
+            self._note(as_preference(one[0], self._routers.objectives) if is_grid(one) else None)
+            return
+        numbers = as_preference(preference, self._routers.objectives)
+        self.live().switch(routing_at(self._routers, numbers).unsqueeze(0))
+        self._note(numbers)
+
+    def warmup(self) -> None:
+        """Do all that a switch does, but merge the live module as it is."""
+        routing_at(self._routers, as_preference(self._equal(), self._routers.objectives))
+        self.live().merge_again(self._routers.width)
 
     def train_at(self, preference: Preference, *, materialize: bool) -> Tensor:
         """Merge one of them and let gradients flow from it into the routers; the weights, part of their graph.
@@ -108,7 +126,7 @@ class InPlaceModules:
         module.write(weights.detach().unsqueeze(0))
         module.collector.arm(weights, trained_planes(self._routers))
         if materialize:
-            self._note(preference)
+            self._note(as_preference(preference, self._routers.objectives))
         self._trained = module
         return weights
 
@@ -120,17 +138,37 @@ class InPlaceModules:
         """
         return (self._trained or self.live()).collector.jacobian(losses)
 
+    def replica_of(self, preference: Preference, head: str | None) -> Merge:
+        """What a replica holds for a preference, as the routers are now.
+
+        Raises:
+            ValueError: the preference is not valid, or the objective has no head.
+        """
+        self._bound.stack.head(head)
+        numbers = as_preference(preference, self._routers.objectives)
+        versions = tuple((p.data_ptr(), p._version) for p in self._routers.parameters())
+        return Merge(
+            (numbers.tobytes(), versions),
+            lambda: routing_at(self._routers, numbers).unsqueeze(0),
+            lambda weights: self.build(weights=weights),
+            head,
+        )
+
     def build(self, *, fused: bool = False, weights: Tensor | None = None) -> LiveModule:
         """A module with its heads, apart from those kept here; at equal preferences unless weights are given."""
         if weights is None:
-            equal = [1 / len(self._routers.objectives)] * len(self._routers.objectives)
-            weights = routing_of(self._routers, equal, None)
+            weights = routing_of(self._routers, self._equal(), None)
         live = live_module(
             self._bound, self._blueprint.make(), weights, fused=fused, sketch_rank=self._sketch_rank
         )
         bind_heads(live.module, self._bound.stack.heads, self._blueprint)
         return live
 
-    def _note(self, preference: Preference | None) -> None:
+    def _equal(self) -> list[float]:
+        return [1 / len(self._routers.objectives)] * len(self._routers.objectives)
+
+    def _note(self, preference: np.ndarray | None) -> None:
+        """Take down what the live module is merged for, a checked preference or given weights."""
         self.at_weights = preference is None
-        self.preference = None if preference is None else by_name(preference, self._routers.objectives)
+        names = self._routers.objectives
+        self.preference = None if preference is None else dict(zip(names, preference.tolist(), strict=True))

@@ -6,7 +6,7 @@ optimizer states of other parameters stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -72,6 +72,8 @@ class LiveModule:
         watched = {n: t for n, t in stored.items() if n not in free or not isinstance(t, nn.Parameter)}
         mixing = [part for part in module.modules() if isinstance(part, RoutedLinear | RoutedAttention)]
         self._bindings = Bindings(module, watched, mixing)
+        self._versions = _version_counters(self._routed.values())
+        self._weights = weights
         self.write(weights)
 
     @cached_property
@@ -96,17 +98,37 @@ class LiveModule:
         """
         self.check()
         self._merge_routed(weights)
+        self._weights = weights
         for mix in self._mixes:
-            mix.copy_(weights[0])
-        for tensor, pristine in self._restored:
-            tensor.copy_(pristine)
+            mix.copy_(weights[0], non_blocking=True)
+        if self._restored:
+            torch._foreach_copy_([own for own, _ in self._restored], [start for _, start in self._restored])
         # The mergers write behind autograd's back: a backward pass through a forward made before this switch must
         # fail rather than use the new weights, and autocast must not serve the old ones.
-        torch.autograd.graph.increment_version(list(self._routed.values()))
+        torch.autograd.graph.increment_version(self._versions)
         torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def merge_again(self, width: int) -> None:
+        """Merge what is merged already, by what weights [1, width, P] need: row coefficients of zero change nothing."""
+        self.check()
+        missing = max(0, width - self._weights.shape[1])
+        self._merge_routed(torch.nn.functional.pad(self._weights, (0, 0, 0, missing)))
 
     def switch(self, weights: Tensor) -> None:
         """Merge in place for inference."""
         self.write(weights)
         if "collector" in self.__dict__:
             self.collector.disarm()
+
+
+def _version_counters(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """As few tensors as have the version counters of all: views of one flat output share a counter."""
+    chosen: list[Tensor] = []
+    rest = list(tensors)
+    while rest:
+        chosen.append(rest[0])
+        before = [tensor._version for tensor in rest]
+        torch.autograd.graph.increment_version(rest[:1])
+        rest = [tensor for tensor, old in zip(rest, before, strict=True) if tensor._version == old]
+    return chosen

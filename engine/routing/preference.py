@@ -62,19 +62,19 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
         numbers = [
             _number(value, f"objective {name!r}") for name, value in zip(objectives, entries, strict=True)
         ]
-    shown = _shown(numbers)
     for name, number in zip(objectives, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(
-                f"got {number} for objective {name!r} in preference {shown}, expected finite numbers >= 0"
+                f"got {number} for objective {name!r} in preference {_shown(numbers)}, expected finite numbers >= 0"
             )
         if number < 0:
             raise ValueError(
-                f"got {number:g} for objective {name!r} in preference {shown}, expected numbers >= 0 "
+                f"got {number:g} for objective {name!r} in preference {_shown(numbers)}, expected numbers >= 0 "
                 "that sum to 1; set it to 0 and divide the rest by their sum"
             )
     total = math.fsum(numbers)
     if abs(total - 1) > SUM_TOLERANCE:
+        shown = _shown(numbers)
         if missing:
             remedy = f"give {_quoted(missing)} as well"
             if total > 0:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.layout import Layout, Member, one_for_each
+from paretofuse.engine.routing.host import HostRouters
 from paretofuse.engine.routing.preference import as_preference, is_grid
 
 INITS = ("identity", "sqrt", "constant")
@@ -129,7 +130,7 @@ class Routers(nn.Module):
         self._row_count = rows
         self.rows = None
         self.planes = None
-        self._host: tuple[list[tuple[int, int]], list[Tensor], Routers] | None = None
+        self._host: tuple[list[tuple[int, int]], list[Tensor], HostRouters] | None = None
         self.set_family(family)
         self.family_asked: str | None = None
         """The family that `set_family` was last called with by others: what `pf.fit` keeps."""
@@ -189,24 +190,14 @@ class Routers(nn.Module):
         """Length of the first axis of routing weights: G, or G + R with row coefficients."""
         return len(self.groups) + (0 if self.rows is None else self._row_count)
 
-    def on_host(self) -> Routers:
-        """Routers on the CPU that give the same weights: themselves, or a copy that is kept until they change.
-
-        Of routers on a GPU: a preference's weights are microseconds of arithmetic, but a dozen launches, and the host
-        waits for the GPU when it sends the preference there from pageable memory.
-        """
-        if self.output.bias.device.type == "cpu":
-            return self
-        own = [tensor for name, tensor in self.named_parameters() if not name.startswith("planes.")]
+    def on_host(self) -> HostRouters:
+        """The groups' routers as arrays on the host, kept until they change."""
+        own = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
         seen = [(tensor.data_ptr(), tensor._version) for tensor in own]
         if self._host is None or self._host[0] != seen:
-            copied = Routers(
-                self.groups, self.objectives, self.init, members=self.members, constant=self.constant,
-                rows=self._row_count, family=self.family,
-            )  # fmt: skip
-            copied.load_state_dict({n: torch.from_numpy(array) for n, array in self.stored().items()})
+            arrays = [t.detach().cpu().numpy() for t in (*own, self._owner, self._share)]
             # What was copied is held, so that its addresses stay its own.
-            self._host = (seen, [tensor.detach() for tensor in own], copied)
+            self._host = (seen, [tensor.detach() for tensor in own], HostRouters(self.init, *arrays))
         return self._host[2]
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -264,7 +255,14 @@ class Routers(nn.Module):
             rows = np.stack([as_preference(row, self.objectives) for row in several])
         else:
             rows = as_preference(preference, self.objectives)
-        r = torch.from_numpy(rows).to(self.output.bias.device).unsqueeze(-2)
+        return self.at(torch.from_numpy(rows).to(self.output.bias.device))
+
+    def at(self, preference: Tensor) -> Tensor:
+        """What `forward` returns for checked preferences, float64 [M] or [K, M] where the routers are.
+
+        Nothing here waits for a GPU or depends on a value, so that a CUDA graph can hold it.
+        """
+        r = preference.unsqueeze(-2)
         weights: Tensor = self.output(torch.relu(self.hidden(r)))
         if self.init != "constant":
             start = r if self.init == "identity" else r.sqrt()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,22 +31,43 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
         ValueError: neither or both are given, or they are not valid.
     """
     _only_one_given("a preference", preference, weights)
-    if weights is None:
-        with torch.no_grad():
-            routing: Tensor = sent(routers.on_host()(preference), routers.output.bias.device)
-    else:
+    device = routers.output.bias.device
+    if preference is None:
         routing = _checked(routers, _tensor(weights).detach())
+    elif is_grid(preference):
+        with torch.no_grad():
+            routing = routers(preference)
+    else:
+        routing = sent(routing_at(routers, as_preference(preference, routers.objectives)), device)
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
-def sent(routing: Tensor, device: torch.device) -> Tensor:
-    """Routing weights on a device; from the CPU to a GPU without waiting for it.
+@torch.no_grad()
+def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
+    """Routing weights [G, P] or [G + R, P] of one checked preference [M], for a merger to fetch.
 
-    The copy is from pinned memory, which torch gives to nobody else before the copy is done.
+    A group's are computed on the host, and of routers on a GPU lie in pinned memory, so that nobody waits for it. With
+    row coefficients, which are many, the preference is sent in their place and the rest computed where the routers are.
     """
+    device = routers.output.bias.device
+    if routers.rows is not None:
+        return routers.at(sent(torch.from_numpy(preference), device))
+    return pinned(torch.from_numpy(routers.on_host()(preference)), device)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the CPU as it is, or in pinned memory where a GPU shall fetch it.
+
+    torch gives that memory to nobody else before every copy from it that was asked for is done.
+    """
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def sent(routing: Tensor, device: torch.device) -> Tensor:
+    """Routing weights or a preference on a device; from the CPU to a GPU without waiting for it."""
     if device.type != "cuda" or routing.device.type != "cpu" or routing.requires_grad:
         return routing.to(device)
-    return routing.pin_memory().to(device, non_blocking=True)
+    return pinned(routing, device).to(device, non_blocking=True)
 
 
 def check_one(routing: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""What a switch costs the host, measured where no GPU is: Triton's driver is a stub whose launches return at once.
+
+    python -m benchmarks.gpu.host
+
+Everything else is the product's: checks, routing weights, Triton's own path to the launch. Tensors lie on the CPU, so
+the calls that pin the routing weights and ask for their copy are left out, and a copy on the CPU stands for the latter.
+Narrow layers stand for wide ones: the host's work depends on how many tensors there are, not on their sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import paretofuse as pf
+from paretofuse.kernels import routed_merge
+
+
+class StubUtils:
+    """What loads a kernel's binary: it is kept, and never run."""
+
+    def __init__(self) -> None:
+        self.binaries: set[bytes] = set()
+
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: int
+    ) -> tuple[None, None, int, int, int]:
+        """Module and function, which there are none of, registers, spills and the most threads of a program."""
+        self.binaries.add(binary)
+        return None, None, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """An H100's."""
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class StubDriver:
+    """As much of Triton's CUDA driver as compiling for sm_90 and launching takes; `launches` counts."""
+
+    def __init__(self) -> None:
+        self.utils = StubUtils()
+        self.launches = 0
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """An H100."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
+        """A launcher that counts."""
+
+        def launch(*_: object) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@contextmanager
+def stub_driver() -> Iterator[StubDriver]:
+    """Have Triton's kernels compiled for sm_90 and launched into nothing, also on tensors of the CPU."""
+    from triton.runtime import driver
+
+    stub, kernel = StubDriver(), routed_merge.merge_kernel
+    kernel.device_caches.clear()  # by the number of a device, which the stub's has as well
+    try:
+        with mock.patch.object(driver, "_active", stub), mock.patch.object(routed_merge, "require"):
+            yield stub
+    finally:
+        kernel.device_caches.clear()
+
+
+def gpt2() -> nn.Module:
+    """GPT-2 small's 148 tensors, 16 times narrower."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=48, vocab_size=211, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def vit() -> nn.Module:
+    """The 200 tensors of a ViT-B/32, 16 times narrower."""
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(
+        ViTConfig(hidden_size=48, intermediate_size=192, num_attention_heads=12, image_size=64, patch_size=32)
+    )
+
+
+def engine_of(make: Callable[[], nn.Module], experts: int) -> pf.Engine:
+    """An engine on the Triton backend, of fresh experts."""
+    base = make().bfloat16()
+    return pf.stack(base, {f"e{i}": make().bfloat16() for i in range(experts)}, backend="triton")
+
+
+def microseconds(act: Callable[[], object], times: int = 500) -> tuple[float, float]:
+    """The least and the median time of a call; on a loaded machine the least is what the host needs."""
+    spent = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        act()
+        spent.append(1e6 * (time.perf_counter() - begin))
+    return min(spent), statistics.median(spent)
+
+
+def main() -> None:
+    """Print a line for each model and family of routers."""
+    torch.set_num_threads(1)
+    for name, make in (("GPT-2", gpt2), ("ViT-B/32", vit)):
+        engine = engine_of(make, 8)
+        preference = [1 / 8] * 8
+        with stub_driver() as stub:
+            engine.warmup()
+            engine.switch(preference)
+            before = stub.launches
+            engine.switch(preference)
+            launches = stub.launches - before
+            live = engine._in_place.live()
+            for what, act in (
+                ("a switch", lambda engine=engine: engine.switch(preference)),
+                ("of which the check", live.check),
+            ):
+                least, median = microseconds(act)
+                print(
+                    f"{name}, {len(engine.layout.tensors)} tensors, E = 8, {launches} launch: {what} {least:.0f} us "
+                    f"(median {median:.0f})"
+                )
+
+
+if __name__ == "__main__":
+    main()
