@@ -122,9 +122,9 @@ def microseconds(act: Callable[[], object], times: int = 500) -> tuple[float, fl
 def main() -> None:
     """Print a line for each model and family of routers."""
     torch.set_num_threads(1)
+    preference = [1 / 8] * 8
     for name, make in (("GPT-2", gpt2), ("ViT-B/32", vit)):
         engine = engine_of(make, 8)
-        preference = [1 / 8] * 8
         with stub_driver() as stub:
             engine.warmup()
             engine.switch(preference)
