@@ -1,8 +1,8 @@
 """Pictures that packages carry: photographs of scikit-image and scikit-learn, and drawings, which are emoji.
 
-PyPI scikit-image 0.25.2 (its functions tell each picture's origin; those used here are public domain or CC0),
-scikit-learn's two photographs (CC BY 2.0, by danielbuechele and vultilion) and Debian's fonts-noto-color-emoji (SIL OFL
-1.1, by Google). Every file is checked by its SHA-256.
+PyPI scikit-image 0.25.2 (its functions tell each picture's origin; those used here are public domain, CC0 or without
+known restrictions), one of scikit-learn's photographs (CC BY 2.0, by vultilion) and Debian's fonts-noto-color-emoji
+(SIL OFL 1.1, by Google). Every file is checked by its SHA-256.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CELL = 136
 SHA256 = {
     "astronaut.png": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
     "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
-    "coffee.png": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+    "ihc.png": "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef",
+    "retina.jpg": "38a07f36f27f095e818aea7b96d34202c05176d30253c66733f2e00379e9e0e6",
     "rocket.jpg": "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c",
-    "china.jpg": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
     "flower.jpg": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
     "NotoColorEmoji.ttf": "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec",
 }
@@ -49,7 +49,7 @@ def photos(names: Sequence[str]) -> list[Picture]:
         raise DataError(f"{error}; it needs a package index") from error
     found = find_spec("sklearn")
     if found is None or found.origin is None:
-        raise DataError("two photographs are scikit-learn's: pip install scikit-learn")
+        raise DataError("a photograph is scikit-learn's: pip install scikit-learn")
     theirs = Path(found.origin).parent / "datasets" / "images"
     pictures = []
     for name in names:
