@@ -7,6 +7,7 @@ that it returns goes on into the routers. Method: Tang et al., arXiv 2406.09770.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +30,10 @@ from paretofuse.engine.training import random_state
 from paretofuse.engine.training.log import Log, open_log
 from paretofuse.engine.training.run import Record, Run
 from paretofuse.engine.training.settings import Settings, check_number
+from paretofuse.engine.training.smoothing import divergence
 from paretofuse.engine.training.validation import Validation
+
+_LOG = logging.getLogger("paretofuse")
 
 
 def fit(
@@ -121,7 +125,9 @@ def fit(
 
     Returns:
         The records of the steps taken now (not of those before the checkpoint). `engine.training` then says how the
-        routers were trained: steps, method, seed, data (the objectives' names), when, versions.
+        routers were trained: steps, method, seed, data (the objectives' names), when, versions. Without a validation, a
+        run of 20 steps or more in which every loss rose by half is logged as a warning (logger
+        "paretofuse"): its steps are too large.
 
     Raises:
         ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar or
@@ -219,6 +225,8 @@ def fit(
                 run.save(path)
     if stopping is not None:
         stopping.finish()
+    elif (worse := divergence(records, engine.objectives)) is not None and rank_and_size()[0] == 0:
+        _LOG.warning("training: %s", worse)
     if materialize:
         engine.switch([1 / len(engine.objectives)] * len(engine.objectives))
     return records

@@ -10,6 +10,9 @@ import numpy as np
 _MEMORY = 50.0
 """Steps after which an observation's weight has fallen to 1 / e."""
 
+_FEWEST = 20
+"""Steps of which the smoothed losses say something."""
+
 _RIDGE = 1e-2
 """Holds the slopes at zero until there are preferences enough to tell them."""
 
@@ -64,3 +67,27 @@ class LossAtEqualPreference:
         if products.shape != self._products.shape or targets.shape != self._targets.shape:
             raise ValueError(f"got sums of shapes {products.shape} and {targets.shape}")
         self._products, self._targets = products, targets
+
+
+def divergence(records: Sequence[Mapping[str, float]], objectives: Sequence[str]) -> str | None:
+    """A sentence for the user if at the end every loss at equal preference is half as large again as at the first step.
+
+    What the first step's preference leans to may rise, but then what it leans from falls; a half is more than one
+    batch's noise.
+
+    Args:
+        records: of all steps, as `pf.fit` returns them; of fewer than 20 nothing is said.
+        objectives: their names.
+    """
+    if len(records) < _FEWEST:
+        return None
+    pairs = [(records[0][f"loss/{name}"], records[-1][f"equal/{name}"]) for name in objectives]
+    if any(last <= first + 0.5 * abs(first) for first, last in pairs):
+        return None
+    told = ", ".join(
+        f"{name} {first:.4g} to {last:.4g}" for name, (first, last) in zip(objectives, pairs, strict=True)
+    )
+    return (
+        f"every loss rose, of the first step to the end at equal preference: {told}; the steps are too large for this "
+        "model, give a smaller lr= (and row_lr=)"
+    )

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.training.log import open_log
+from paretofuse.engine.training.smoothing import divergence
 
 
 class Noisy(nn.Module):
@@ -390,3 +391,30 @@ def test_random_states_of_gpus_that_are_not_in_use_are_left_alone(monkeypatch: p
     validation = pf.Validation(lambda module: pf.evaluate(module, objectives), maximize=False, every=1)
     pf.fit(engine, objectives, steps=2, validation=validation, progress=False)
     assert asked == [[]] * 4  # the run, and three validations
+
+
+def test_steps_that_are_too_large_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    engine, objectives = problem(route="tensor")
+    pf.fit(engine, objectives, steps=40, lr=0.05, progress=False)
+    assert not caplog.records
+    engine, objectives = problem(route="tensor")
+    records = pf.fit(engine, objectives, steps=40, lr=20.0, row_lr=20.0, progress=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    text = caplog.text
+    assert "every loss rose" in text
+    assert "give a smaller lr=" in text
+    for name in engine.objectives:
+        assert f"{name} {records[0][f'loss/{name}']:.4g} to {records[-1][f'equal/{name}']:.4g}" in text
+
+
+def test_one_loss_that_rises_is_a_trade_off() -> None:
+    def said(steps: int, *pairs: tuple[float, float]) -> bool:
+        first = {f"loss/{i}": start for i, (start, _) in enumerate(pairs)}
+        last = {f"equal/{i}": end for i, (_, end) in enumerate(pairs)}
+        return divergence([first] * (steps - 1) + [last], [str(i) for i in range(len(pairs))]) is not None
+
+    assert said(20, (1.0, 2.0), (1.0, 3.0))
+    assert said(20, (-2.0, -0.5), (1.0, 2.0))
+    assert not said(20, (1.0, 2.0), (1.0, 0.9))
+    assert not said(20, (1.0, 1.4), (1.0, 2.0))
+    assert not said(19, (1.0, 2.0), (1.0, 3.0))
