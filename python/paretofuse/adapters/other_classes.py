@@ -60,7 +60,7 @@ def _of_timm(_: str, config: Mapping[str, Any]) -> nn.Module:
 def _of_diffusers(kind: str, config: Mapping[str, Any]) -> nn.Module:
     import diffusers
 
-    made: Any = getattr(diffusers, kind, None)
+    made = getattr(diffusers, kind, None)
     if not isinstance(made, type) or not issubclass(made, diffusers.ModelMixin):
         raise ValueError(
             f"got config.json of the class {kind}, expected a model of diffusers {diffusers.__version__}; a newer one "
