@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import paretofuse as pf
 from paretofuse.engine.modules.slots import Request, Slot, Slots
+from paretofuse.engine.routing.host import HostRouters
 from tests.support import waiting
 from tests.support.models import net_and_experts, same
 
@@ -230,15 +231,15 @@ def test_a_task_that_is_cancelled_while_it_merges_leaves_nothing_behind() -> Non
     base, experts = net_and_experts()
     engine = pf.stack(base, experts, replicas=1)
     merging, go = threading.Event(), threading.Event()
-    routers = engine.routers.forward
+    on_host = engine.routers.on_host
 
-    def slow(preference: Any) -> Tensor:
+    def slow() -> HostRouters:
         merging.set()
         assert go.wait(100)
-        return routers(preference)
+        return on_host()
 
     async def main() -> None:
-        engine.routers.forward = slow  # type: ignore[method-assign]
+        engine.routers.on_host = slow  # type: ignore[method-assign]
         task = asyncio.create_task(engine.areplica(FIRST).__aenter__())
         await asyncio.to_thread(merging.wait, 100)
         task.cancel()
@@ -247,7 +248,7 @@ def test_a_task_that_is_cancelled_while_it_merges_leaves_nothing_behind() -> Non
         go.set()
 
     asyncio.run(main())
-    engine.routers.forward = routers  # type: ignore[method-assign]
+    engine.routers.on_host = on_host  # type: ignore[method-assign]
     with engine.replica(FIRST, timeout=100) as module:
         assert same(module, engine.merge(FIRST))
     with engine.replica(SECOND, timeout=0):
