@@ -58,11 +58,11 @@ def run(options: Options) -> list[Row]:
     return _rows(measured, stacking)
 
 
-def write_models(folder: Path, quick: bool) -> None:
-    """Write a base and four experts as model directories, bfloat16."""
+def write_models(folder: Path, quick: bool, **size: int) -> None:
+    """Write a base and four experts as model directories, bfloat16; GPT2Config's arguments `size` make others' sizes."""
     disable_progress_bar()
     torch.manual_seed(0)
-    config = GPT2Config()
+    config = GPT2Config(**size)
     if quick:
         small = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 101, "n_positions": 16}
         config = GPT2Config(**small, bos_token_id=0, eos_token_id=0)

@@ -87,6 +87,15 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
     return np.array(numbers, dtype=np.float64)
 
 
+def one_or_several(preference: Any, objectives: Sequence[str]) -> np.ndarray:
+    """A checked preference [M], or of several (`is_grid`) [K, M]; ValueError also if there are none."""
+    if not is_grid(preference):
+        return as_preference(preference, objectives)
+    if len(preference) == 0:
+        raise ValueError("got no preferences [0, M], expected at least one")
+    return np.stack([as_preference(row, objectives) for row in preference])
+
+
 def by_name(preference: Preference, objectives: Sequence[str]) -> dict[str, float]:
     """Each objective's share of a preference; errors as `as_preference`."""
     return dict(zip(objectives, as_preference(preference, objectives).tolist(), strict=True))

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout, Member, one_for_each
-from paretofuse.engine.routing.host import HostRouters
-from paretofuse.engine.routing.preference import as_preference, is_grid
+from paretofuse.engine.routing.preference import one_or_several
 
 INITS = ("identity", "sqrt", "constant")
 """What the MLP's output is added to: the preference r, its square root, or nothing."""
@@ -130,7 +130,7 @@ class Routers(nn.Module):
         self._row_count = rows
         self.rows = None
         self.planes = None
-        self._host: tuple[list[tuple[int, int]], list[Tensor], HostRouters] | None = None
+        self._host: tuple[list[tuple[int, int]], list[Tensor], _C.Routers] | None = None
         self.set_family(family)
         self.family_asked: str | None = None
         """The family that `set_family` was last called with by others: what `pf.fit` keeps."""
@@ -190,15 +190,23 @@ class Routers(nn.Module):
         """Length of the first axis of routing weights: G, or G + R with row coefficients."""
         return len(self.groups) + (0 if self.rows is None else self._row_count)
 
-    def on_host(self) -> HostRouters:
-        """The groups' routers as arrays on the host, kept until they change."""
-        own = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in own]
+    def on_host(self) -> _C.Routers:
+        """The groups' routers in C++, as a store evaluates them; kept until the parameters change."""
+        layers = {"hidden": self.hidden, "output": self.output}
+        own = {f"{name}.{part}": tensor for name, layer in layers.items()
+               for part, tensor in layer.named_parameters()}  # fmt: skip
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in own.values()]
         if self._host is None or self._host[0] != seen:
-            arrays = [t.detach().cpu().numpy() for t in (*own, self._owner, self._share)]
+            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
+            members = list(zip(self._owner.tolist(), self._share.tolist(), strict=True))
             # What was copied is held, so that its addresses stay its own.
-            self._host = (seen, [tensor.detach() for tensor in own], HostRouters(self.init, *arrays))
+            held = [tensor.detach() for tensor in own.values()]
+            self._host = (seen, held, _C.Routers(self.init, members, arrays))
         return self._host[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which make their own of what lies in C++."""
+        return {**self.__dict__, "_host": None}
 
     def stored(self) -> dict[str, np.ndarray]:
         """The parameters as a store keeps them, float32 by name: without trained planes, which are planes there."""
@@ -234,8 +242,8 @@ class Routers(nn.Module):
     def forward(self, preference: Tensor | np.ndarray | Sequence[float] | Mapping[str, float]) -> Tensor:
         """Routing weights of one preference or of several.
 
-        Computed in float64 and rounded once. The torch-free implementation and C++ give the same bits as each other;
-        PyTorch may sum in another order, so a number of this one may differ from theirs in its last bit.
+        Computed in float64 and rounded once, by PyTorch, for gradients. Merges ask C++ instead (`on_host`), which may
+        sum in another order: a number may differ from theirs in its last bit.
 
         Args:
             preference: [M], or a tensor or array [K, M], or a dict by objective name; non-negative, each row summing
@@ -248,14 +256,8 @@ class Routers(nn.Module):
         Raises:
             ValueError: a preference is not valid.
         """
-        if is_grid(preference):
-            if len(preference) == 0:
-                raise ValueError("got no preferences [0, M], expected at least one")
-            several: Any = preference
-            rows = np.stack([as_preference(row, self.objectives) for row in several])
-        else:
-            rows = as_preference(preference, self.objectives)
-        return self.at(torch.from_numpy(rows).to(self.output.bias.device))
+        checked = one_or_several(preference, self.objectives)
+        return self.at(torch.from_numpy(checked).to(self.output.bias.device))
 
     def at(self, preference: Tensor) -> Tensor:
         """What `forward` returns for checked preferences, float64 [M] or [K, M] where the routers are.

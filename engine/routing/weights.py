@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretofuse.engine.routing.preference import Preference, as_preference, is_grid
+from paretofuse.engine.routing.preference import Preference, as_preference, is_grid, one_or_several
 from paretofuse.engine.routing.routers import Routers
 
 
@@ -34,25 +34,28 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     device = routers.output.bias.device
     if preference is None:
         routing = _checked(routers, _tensor(weights).detach())
-    elif is_grid(preference):
-        with torch.no_grad():
-            routing = routers(preference)
     else:
-        routing = sent(routing_at(routers, as_preference(preference, routers.objectives)), device)
+        routing = sent(routing_at(routers, one_or_several(preference, routers.objectives)), device)
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
 @torch.no_grad()
 def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
-    """Routing weights [G, P] or [G + R, P] of one checked preference [M], for a merger to fetch.
+    """Routing weights [..., G, P] or [..., G + R, P] of checked preferences [M] or [K, M], for a merger to fetch.
 
-    A group's are computed on the host, and of routers on a GPU lie in pinned memory, so that nobody waits for it. With
-    row coefficients, which are many, the preference is sent in their place and the rest computed where the routers are.
+    A group's are computed on the host, as a store's are and in the same bits, and of routers on a GPU lie in pinned
+    memory, so that nobody waits for it. Row coefficients are many: on a GPU the preference is sent in their place and
+    all is computed there.
     """
     device = routers.output.bias.device
-    if routers.rows is not None:
+    if routers.rows is not None and device.type != "cpu":
         return routers.at(sent(torch.from_numpy(preference), device))
-    return pinned(torch.from_numpy(routers.on_host()(preference)), device)
+    several = routers.on_host().weights(np.atleast_2d(preference))  # [K, G, P]
+    groups = torch.from_numpy(several if preference.ndim == 2 else several[0])
+    if routers.rows is None:
+        return pinned(groups, device)
+    rows = routers.rows(torch.from_numpy(preference))  # in the order of the sums in C++, so in the same bits
+    return torch.cat([groups, rows.to(torch.float32)], -2)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

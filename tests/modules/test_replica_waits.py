@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.engine.extension import _C
 from paretofuse.engine.modules.slots import Request, Slot, Slots
-from paretofuse.engine.routing.host import HostRouters
 from tests.support import waiting
 from tests.support.models import net_and_experts, same
 
@@ -233,7 +233,7 @@ def test_a_task_that_is_cancelled_while_it_merges_leaves_nothing_behind() -> Non
     merging, go = threading.Event(), threading.Event()
     on_host = engine.routers.on_host
 
-    def slow() -> HostRouters:
+    def slow() -> _C.Routers:
         merging.set()
         assert go.wait(100)
         return on_host()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from paretofuse.engine.layout import Member
+from paretofuse.engine.extension import _C
+from paretofuse.engine.routing import routers as routers_module
 from paretofuse.engine.routing import weights as weights_module
-from paretofuse.engine.routing.host import HostRouters
-from paretofuse.engine.routing.routers import INITS, Routers
+from paretofuse.engine.routing.routers import FAMILIES, INITS, Routers
 from paretofuse.engine.routing.weights import check_one, coefficients, part_of_span, routing_at, routing_of
 
 
@@ -72,8 +76,8 @@ def test_a_gpu_is_given_finished_weights(
     """The routers are read once, and again after they changed; weights are computed on the host."""
     routers = Routers(["g", "h"], ["a", "b"])
     made = []
-    init = HostRouters.__init__
-    monkeypatch.setattr(HostRouters, "__init__", lambda self, *a: (made.append(1), init(self, *a))[1])
+    counted = SimpleNamespace(Routers=lambda *given: (made.append(1), _C.Routers(*given))[1])
+    monkeypatch.setattr(routers_module, "_C", counted)
     with torch.no_grad():
         routers.output.weight.normal_()
         routers.output.bias.normal_()
@@ -89,17 +93,42 @@ def test_a_gpu_is_given_finished_weights(
     assert asked_to_pin == [([2, 2], "cuda")] * 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("init", INITS)
-def test_routers_on_the_host_are_the_routers(init: str) -> None:
+def test_routers_on_the_host_are_the_routers(init: str, family: str) -> None:
+    """One preference and several give the same bits, which are the routers' own up to the order of a sum."""
     members = (Member("p", "b", 0.5), Member("q", None, 0.0), Member("s", "b", 0.5), Member("t", "a", 1.0))
-    routers = Routers(["g", "h", "i"], ["a", "b", "c"], init, members=members)
+    routers = Routers(["g", "h", "i"], ["a", "b", "c"], init, members=members, rows=63, family=family)
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.normal_()
-    preference = torch.rand(3, dtype=torch.float64).softmax(0)
-    found = torch.from_numpy(routers.on_host()(preference.numpy()))
+    preferences = torch.rand(17, 3, dtype=torch.float64).softmax(-1)
+    found = routing_at(routers, preferences.numpy())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, routers(preference).detach(), rtol=2e-7, atol=1e-7)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, routers(preferences).detach(), rtol=2e-7, atol=1e-7)
+    for preference, row in zip(preferences, found, strict=True):
+        assert torch.equal(routing_at(routers, preference.numpy()), row)
+
+
+def test_a_copy_of_routers_has_its_own_on_the_host() -> None:
+    routers = Routers(["g"], ["a", "b"])
+    before = routing_of(routers, [0.25, 0.75], None)
+    copied = copy.deepcopy(routers)
+    with torch.no_grad():
+        routers.output.bias.fill_(1.0)
+    assert torch.equal(routing_of(copied, [0.25, 0.75], None), before)
+    assert torch.equal(routing_of(routers, [0.25, 0.75], None), before + 1)
+
+
+def test_the_core_refuses_arrays_that_are_no_routers() -> None:
+    arrays = {name: parameter.detach().numpy() for name, parameter in Routers(["g"], ["a", "b"]).named_parameters()}
+    members = [(0, 1.0), (1, 1.0)]
+    for wrong in ({}, arrays | {"hidden.weight": arrays["hidden.bias"]}, arrays | {"output.bias": arrays["hidden.bias"]}):
+        with pytest.raises(ValueError, match="the router parameters lack"):
+            _C.Routers("identity", members, wrong)
+    with pytest.raises(ValueError, match="expected preferences"):
+        _C.Routers("identity", members, arrays).weights(np.zeros((2, 3)))
 
 
 def test_row_coefficients_are_computed_where_the_routers_are() -> None:
