@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import paretofuse as pf
+from paretofuse.engine.merging.disk import merge_store
+from paretofuse.engine.routing.routers import FAMILIES, INITS
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 BACKENDS = ["native", "reference"]
@@ -132,6 +136,28 @@ def test_several_preferences_in_one_pass(backend: str) -> None:
         assert len(engine.merge_state_dict(weights=given)) == len(grid)  # type: ignore[arg-type]
     for one in (grid[:1], grid[:1].numpy()):
         assert isinstance(engine.merge(one), list)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("init", INITS)
+def test_every_way_to_a_preferences_model_gives_the_same_bits(tmp_path: Path, init: str, family: str) -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts, init=init, family=family, backend="native")
+    with torch.no_grad():
+        for parameter in engine.routers.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    engine.save(tmp_path / "store")
+    grid = pf.simplex_grid(3, 5)
+    for preference, model in zip(grid, engine.merge(grid), strict=True):
+        assert same(model, engine.merge(preference))
+        engine.switch(preference)
+        assert same(model, engine.module)
+        with engine.replica(preference) as replica:
+            assert same(model, replica)
+        merge_store(tmp_path / "store", preference, tmp_path / "merged.safetensors")
+        own = model.state_dict()
+        written = load_file(tmp_path / "merged.safetensors")
+        assert all(torch.equal(tensor, own[name]) for name, tensor in written.items())
 
 
 def test_merge_is_independent() -> None:

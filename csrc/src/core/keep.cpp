@@ -168,9 +168,10 @@ void draw(const Kernels& kernels, const Draw& key, std::int64_t at, std::int64_t
 class Ranks {
  public:
   explicit Ranks(std::int64_t columns)
-      : from_(static_cast<std::size_t>(columns)), to_(from_.size()), ranks_(from_.size()) {}
+      : from_(static_cast<std::size_t>(columns)), to_(from_.size()) {}
 
-  const std::uint32_t* of(const float* row) {
+  // Gives each element of a row what belongs to its rank.
+  void give(const float* row, const std::uint32_t* by_rank, std::uint32_t* out) {
     std::array<std::array<std::uint32_t, 256>, 4> counts{};
     for (std::size_t i = 0; i < from_.size(); ++i) {
       const std::uint32_t bits = magnitude(row[i]);
@@ -185,10 +186,7 @@ class Ranks {
       for (const Item& item : from_) to_[ends[item.bits >> (8 * byte) & 255u]++] = item;
       from_.swap(to_);
     }
-    for (std::size_t rank = 0; rank < from_.size(); ++rank) {
-      ranks_[from_[rank].index] = static_cast<std::uint32_t>(rank);
-    }
-    return ranks_.data();
+    for (std::size_t rank = 0; rank < from_.size(); ++rank) out[from_[rank].index] = by_rank[rank];
   }
 
  private:
@@ -199,7 +197,6 @@ class Ranks {
 
   std::vector<Item> from_;
   std::vector<Item> to_;
-  std::vector<std::uint32_t> ranks_;
 };
 
 }  // namespace
@@ -264,6 +261,11 @@ Kept keep_ranked(const Difference& difference, std::int64_t columns, const Draw&
   const std::int64_t task_rows = std::max<std::int64_t>(8, kTask / columns / 8 * 8);
   const std::int64_t tasks = tasks_of(difference.length / columns, task_rows);
   const float steps = static_cast<float>(std::max<std::int64_t>(1, columns - 1));
+  std::vector<std::uint32_t> by_rank(static_cast<std::size_t>(columns));
+  for (std::size_t rank = 0; rank < by_rank.size(); ++rank) {
+    const float share = static_cast<float>(rank) / steps;
+    by_rank[rank] = static_cast<std::uint32_t>(std::lrint((low + share * rise) * 0x1p24f));
+  }
   std::vector<Kept> sums(static_cast<std::size_t>(tasks));
   parallel_for(run.threads, tasks, [&](int, std::int64_t task) {
     const std::int64_t start = task * task_rows * columns;
@@ -276,12 +278,7 @@ Kept keep_ranked(const Difference& difference, std::int64_t columns, const Draw&
            values.data() + (at - start));
     }
     for (std::int64_t row = 0; row < end - start; row += columns) {
-      const std::uint32_t* found = ranks.of(values.data() + row);
-      for (std::int64_t i = 0; i < columns; ++i) {
-        const float share = static_cast<float>(found[i]) / steps;
-        thresholds[static_cast<std::size_t>(row + i)] =
-            static_cast<std::uint32_t>(std::lrint((low + share * rise) * 0x1p24f));
-      }
+      ranks.give(values.data() + row, by_rank.data(), thresholds.data() + row);
     }
     for (std::int64_t at = start; at < end; at += kChunk) {
       const std::int64_t count = std::min(kChunk, end - at);
