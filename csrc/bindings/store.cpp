@@ -283,6 +283,7 @@ void bind_store(py::module_& m) {
       .def_property_readonly("specs", &specs_of)
       .def_property_readonly("planes", &planes_of)
       .def_property_readonly("init", [](const Store& store) { return store.manifest.init; })
+      .def_property_readonly("family", [](const Store& store) { return store.manifest.family; })
       .def_property_readonly("model_class", [](const Store& store) { return store.manifest.model_class; })
       .def_property_readonly("created_by", [](const Store& store) { return store.manifest.created_by; })
       .def_property_readonly("training", [](const Store& store) { return store.manifest.training; })

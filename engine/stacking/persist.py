@@ -143,7 +143,7 @@ def write(
     with StoreWriter(
         path, objectives=layout.objectives, experts=layout.planes, force=force, origin=origin
     ) as writer:
-        writer.write_routers(routers.init, routers.stored(), training)
+        writer.write_routers(routers.init, routers.stored(), training, routers.family_asked)
         writer.write_base([(s.name, s.dtype, s.shape, _chunks(parts.base(s))) for s in specs])
         for expert, planes in zip(layout.planes, parts.planes, strict=True):
             described: dict[str, dict[str, Any]] = {}
@@ -187,6 +187,7 @@ def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
         store.check_unchanged if device.type == "cpu" else lambda: None,
     )
     routers = routers_for(layout, store.init, store.family)
+    routers.family_asked = store.family_asked
     routers.load_state_dict({name: torch.from_numpy(array) for name, array in store.routers.items()})
     return stack, routers
 

@@ -69,6 +69,7 @@ class Store:
         core: the store in C++, which reads everything.
         layout: objectives, experts, static weight and tensor table.
         init: what the routers add to: "identity", "sqrt" or "constant".
+        family_asked: the family of routers that was asked for, which `pf.fit` keeps; None if none was.
         model_class: qualified name of the base model's class, if it had one.
         training: how the routers were trained (steps, method, data, versions); None if that is not recorded.
         created_by: the program and version that wrote it, for people.
@@ -89,6 +90,7 @@ class Store:
         members = tuple(Member(*member) for member in core.members)
         self.layout = Layout(tuple(core.objectives), specs, core.static_weight, members)
         self.init = core.init
+        self.family_asked: str | None = core.family or None
         self.model_class = core.model_class or None
         self.training: dict[str, Any] | None = json.loads(core.training) if core.training else None
         self.created_by = core.created_by

@@ -112,6 +112,7 @@ class StoreWriter:
         self._model_files: list[str] = []
         self._head_files: dict[str, list[str]] = {}
         self._init: str | None = None
+        self._family: dict[str, str] = {}
         self._by_row = False
         self._training: dict[str, Any] | None = None
         self._records: dict[str, Future[dict[str, Any]]] = {}
@@ -154,7 +155,11 @@ class StoreWriter:
         self._heads[objective] = path
 
     def write_routers(
-        self, init: str, parameters: Mapping[str, np.ndarray], training: Mapping[str, Any] | None = None
+        self,
+        init: str,
+        parameters: Mapping[str, np.ndarray],
+        training: Mapping[str, Any] | None = None,
+        family: str | None = None,
     ) -> None:
         """Write the routers; best before all that takes longer.
 
@@ -162,6 +167,7 @@ class StoreWriter:
             init: what the routers add to.
             parameters: their float32 parameters by name.
             training: how they were trained, JSON only; see `Store.training`.
+            family: the family that was asked for; None if none was.
 
         Raises:
             ValueError: a trained store would be lost (see `check_training`); or the training is not JSON.
@@ -170,6 +176,7 @@ class StoreWriter:
             if array.dtype != np.float32:
                 raise TypeError(f"got router parameter {name!r} as {array.dtype}, expected float32")
         self._init, self._training = init, _plain(training)
+        self._family = {} if family is None else {"family": family}
         self._by_row = ROWS in parameters
         entries = [
             (name, "F32", array.shape, [np.ascontiguousarray(array)]) for name, array in parameters.items()
@@ -249,7 +256,7 @@ class StoreWriter:
             "created_by": f"paretofuse {own_version()}",
             "objectives": self.objectives,
             "static_weight": layout.static_weight,
-            "routers": {"init": self._init, "file": ROUTERS},
+            "routers": {"init": self._init, "file": ROUTERS, **self._family},
             "base": BASE,
             "experts": self._experts,
             "heads": self._heads,

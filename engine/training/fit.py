@@ -183,6 +183,8 @@ def fit(
     path = _checkpoint_path(checkpoint)
     before, asked = engine.routers.family, engine.routers.family_asked
     engine.set_family(settings.family)
+    if family is None:
+        engine.routers.family_asked = asked  # a default is no wish
     run = Run(engine, matched, solver, settings, validation, materialize)
     first = rank_and_size()[0] == 0
     records: list[Record] = []

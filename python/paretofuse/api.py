@@ -185,6 +185,7 @@ def stack_to_store(
         tokenizer,
     )
     routers = routers_for(plan.layout, init, family or "scalar")
+    routers.family_asked = family
     parts = persist.streamed(plan, progress)
     with _threads_for(plan):
         persist.write(store, parts, plan.layout, routers, _blueprint(plan), force=force)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import paretofuse as pf
+from paretofuse.api import stack_to_store
 from paretofuse.cli import main
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.errors import StoreError
@@ -41,6 +42,26 @@ def rows_store(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     mixed_store(path, dtype)
     learned(pf.load(path)).save(path)
     return path
+
+
+@pytest.mark.parametrize("asked", ["scalar", "rows", None])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_fit_keeps_the_family_that_was_asked_for(tmp_path: Path, asked: str | None, streamed: bool) -> None:
+    """Also one that was asked of another process: "hundreds of numbers" must not become thousands in silence."""
+    base, experts = net_and_experts()
+    if streamed:
+        stack_to_store(base, experts, tmp_path / "store", family=asked)
+    else:
+        pf.stack(base, experts, family=asked).save(tmp_path / "store")
+    engine = pf.load(tmp_path / "store", module=Net())
+    objectives = {name: ([torch.ones(2, 8)], lambda module, x: module(x).square().mean()) for name in experts}
+    pf.fit(engine, objectives, steps=1, progress=False)
+    assert engine.routers.family == (asked or "rows")
+    engine.save(tmp_path / "store")
+    again = pf.load(tmp_path / "store", module=Net())
+    assert again.routers.family_asked == asked
+    pf.fit(again, objectives, steps=1, progress=False)
+    assert again.routers.family == (asked or "rows")
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:

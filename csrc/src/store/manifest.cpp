@@ -259,6 +259,10 @@ Manifest parse(const Json& document, std::int64_t version) {
   parse_tensors(document, &manifest);
   const Json& routers = object_at(document, "routers");
   manifest.init = text_at(routers, "init");
+  if (routers.contains("family")) manifest.family = text_at(routers, "family");
+  if (manifest.family != "" && manifest.family != "scalar" && manifest.family != "rows") {
+    fail("got routers of family " + shown(manifest.family) + ", expected scalar or rows");
+  }
   manifest.routers = text_at(routers, "file");
   manifest.base = text_at(document, "base");
   manifest.experts = text_map_at(document, "experts");

@@ -43,6 +43,7 @@ struct Manifest {
   std::vector<TensorSpec> tensors;
   std::int64_t rows = 0;  // of all routed tensors together
   std::string init;       // what the routers add to: "identity", "sqrt" or "constant"
+  std::string family;     // of routers that was asked for, "scalar" or "rows"; empty if none was
   // Paths relative to the store.
   std::string base;
   std::string routers;
