@@ -59,7 +59,7 @@ def run(options: Options) -> list[Row]:
 
 
 def write_models(folder: Path, quick: bool, **size: int) -> None:
-    """Write a base and four experts as model directories, bfloat16; GPT2Config's arguments `size` make others' sizes."""
+    """Write a base and four experts as model directories, bfloat16; `size`: other arguments of GPT2Config."""
     disable_progress_bar()
     torch.manual_seed(0)
     config = GPT2Config(**size)

@@ -81,7 +81,10 @@ def large(options: Options) -> list[Row]:
     rows = _rows(case, measured, ">= 5")
     alone = [result[0] for result in measured["disk"]]
     share = paired_ratio([result[0] for result in measured["ours"]], alone)
-    return [*rows, Row(case, "reading and writing alone", "time", "s", alone, None, None, "ours / alone", share)]
+    return [
+        *rows,
+        Row(case, "reading and writing alone", "time", "s", alone, None, None, "ours / alone", share),
+    ]
 
 
 def _measured(

@@ -150,7 +150,9 @@ def _check_gradients(engine: pf.Engine, dense: nn.Module, batches: list[Batch]) 
                 continue
             row = engine.groups.index(groups[name])
             for e, own in enumerate(planes):
-                expected[row, e] += torch.dot(gradient.flatten().double(), own[name].decode().flatten().double())
+                expected[row, e] += torch.dot(
+                    gradient.flatten().double(), own[name].decode().flatten().double()
+                )
         error, scale = (jacobian - expected).abs().max().item(), expected.abs().max().item()
         check(scale > 0 and error <= 1e-5 * scale, f"the Jacobian is off by {error:.3g} of {scale:.3g}")
     dense.zero_grad(set_to_none=True)

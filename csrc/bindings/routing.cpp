@@ -1,5 +1,5 @@
-// Python's view of the groups' routers, for an engine that holds them in memory: its merges have the bits of a
-// store's, because their routing weights come from the same code.
+// Python's view of the groups' routers, for an engine that holds them in memory: its merges have the bits of
+// a store's, because their routing weights come from the same code.
 #include "store/routing.h"
 
 #include <pybind11/numpy.h>

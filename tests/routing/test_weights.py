@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from paretofuse.engine.layout import Member
 from paretofuse.engine.extension import _C
+from paretofuse.engine.layout import Member
 from paretofuse.engine.routing import routers as routers_module
 from paretofuse.engine.routing import weights as weights_module
 from paretofuse.engine.routing.routers import FAMILIES, INITS, Routers
@@ -122,9 +122,15 @@ def test_a_copy_of_routers_has_its_own_on_the_host() -> None:
 
 
 def test_the_core_refuses_arrays_that_are_no_routers() -> None:
-    arrays = {name: parameter.detach().numpy() for name, parameter in Routers(["g"], ["a", "b"]).named_parameters()}
+    arrays = {
+        name: parameter.detach().numpy() for name, parameter in Routers(["g"], ["a", "b"]).named_parameters()
+    }
     members = [(0, 1.0), (1, 1.0)]
-    for wrong in ({}, arrays | {"hidden.weight": arrays["hidden.bias"]}, arrays | {"output.bias": arrays["hidden.bias"]}):
+    for wrong in (
+        {},
+        arrays | {"hidden.weight": arrays["hidden.bias"]},
+        arrays | {"output.bias": arrays["hidden.bias"]},
+    ):
         with pytest.raises(ValueError, match="the router parameters lack"):
             _C.Routers("identity", members, wrong)
     with pytest.raises(ValueError, match="expected preferences"):

@@ -167,8 +167,7 @@ void draw(const Kernels& kernels, const Draw& key, std::int64_t at, std::int64_t
 // a radix sort, byte by byte, of (magnitude, position).
 class Ranks {
  public:
-  explicit Ranks(std::int64_t columns)
-      : from_(static_cast<std::size_t>(columns)), to_(from_.size()) {}
+  explicit Ranks(std::int64_t columns) : from_(static_cast<std::size_t>(columns)), to_(from_.size()) {}
 
   // Gives each element of a row what belongs to its rank.
   void give(const float* row, const std::uint32_t* by_rank, std::uint32_t* out) {

@@ -114,7 +114,7 @@ def _initialize(model: PreTrainedModel, fresh: set[str], dtype: Any) -> None:
         tensor._is_hf_initialized = name not in fresh  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.initialize_weights()  # type: ignore[no-untyped-call]
+        model.initialize_weights()
     for name, tensor in stored_tensors(model).items():
         if name in fresh and isinstance(dtype, torch.dtype) and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -178,7 +178,7 @@ def in_class(files: Source, name: str, config: dict[str, Any]) -> Source:
         CheckpointError: a shape is not the configuration's.
     """
     model = make_model(name, config)
-    names, converted, unused = read_keys(model, files.infos)  # type: ignore[arg-type]
+    names, converted, unused = read_keys(model, files.infos)
     read = _from_pretrained(files, name, config, unused) if converted else _tied(files.renamed(names), model)
     wrong = [n for n, info in read.infos.items() if info.shape != tuple(model.state_dict()[n].shape)]
     if wrong:
@@ -244,7 +244,7 @@ def _from_pretrained(files: Source, name: str, config: dict[str, Any], unused: l
         if key not in unused
     }
     cls, bars = find_class(name), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         model, loading = cls.from_pretrained(
             None,
@@ -255,6 +255,6 @@ def _from_pretrained(files: Source, name: str, config: dict[str, Any], unused: l
         )
     finally:
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
     tensors = {n: t for n, t in stored_tensors(model).items() if n not in loading["missing_keys"]}
     return from_state_dict(tensors, files.label)

@@ -60,8 +60,9 @@ def _of_timm(_: str, config: Mapping[str, Any]) -> nn.Module:
 def _of_diffusers(kind: str, config: Mapping[str, Any]) -> nn.Module:
     import diffusers
 
-    made = getattr(diffusers, kind, None)
-    if not isinstance(made, type) or not issubclass(made, diffusers.ModelMixin):
+    made: Any = getattr(diffusers, kind, None)
+    is_model = isinstance(made, type) and issubclass(made, diffusers.ModelMixin)
+    if not is_model:
         raise ValueError(
             f"got config.json of the class {kind}, expected a model of diffusers {diffusers.__version__}; a newer one "
             "may have it, or pass module= to pf.load"

@@ -27,7 +27,8 @@ class RayPool(Executor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         """Start a task; the future's `result` raises what the function raised, as Ray wraps it."""
-        return self._call.remote(function, arguments, named).future()
+        future: Future[Any] = self._call.remote(function, arguments, named).future()
+        return future
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

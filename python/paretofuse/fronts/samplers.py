@@ -78,7 +78,7 @@ def make_sampler(
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-class GrowthSampler(optuna.samplers.BaseSampler):
+class GrowthSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
     """Asks `next_preference`; what other processes are measuring meanwhile counts as measured.
 
     Args: as `make_sampler`'s.

@@ -96,7 +96,7 @@ class RowCache:
         self._layers, self.starts, self.end = layers, [end - size for size in sizes], end
 
 
-class Window(Cache):
+class Window(Cache):  # type: ignore[misc]
     """A view of rows first .. last and columns start .. end, as a forward takes it; a step writes column end."""
 
     def __init__(
@@ -105,11 +105,11 @@ class Window(Cache):
         super().__init__(layers=[_WindowLayer(k[first:last], v[first:last], start, end) for k, v in layers])
 
 
-class _WindowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _WindowLayer(DynamicLayer):  # type: ignore[misc]
     """One layer of a window."""
 
     def __init__(self, keys: Tensor, values: Tensor, start: int, end: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.keys, self.values = keys, values
         self.device, self.dtype = keys.device, keys.dtype
         self._start, self._end = start, end
