@@ -30,6 +30,7 @@ NAMES = (
     "cpp_replicas",
     "plane_merge",
     "recipes",
+    "sweep",
 )
 
 

@@ -23,20 +23,22 @@ class KeptRows:
 
     A row counts only for the very model that it was measured on: after more training, or with another store, the same
     preference is evaluated again. With several processes (torchrun) each writes a file of its own and reads all, so any
-    number of them goes on. Columns: "preference:NAME", "value:METRIC", "model".
+    number of them goes on. Columns: "preference:NAME" or "coefficient:NAME", "value:METRIC", "model".
 
     Args:
         out: the result's file.
-        objectives: the E objectives.
+        objectives: the E objectives, or the names of the D numbers of what else was merged.
+        kind: what that is, for the columns.
 
     Raises:
         ValueError: a file of that name holds something else.
     """
 
-    def __init__(self, out: Path, objectives: Sequence[str]) -> None:
+    def __init__(self, out: Path, objectives: Sequence[str], kind: str = "preference") -> None:
         self.path = out.with_name(f"{out.stem}.partial{rank_and_size()[0] or ''}{out.suffix}")
         self._out = out
         self._objectives = tuple(objectives)
+        self._kind = kind
         self._rows: dict[tuple[float, ...], dict[str, list[float]]] = {}  # values [M] by preference and model
         self._written = (
             False  # whether the file holds these rows and no others, so that a row may be added to it
@@ -87,7 +89,7 @@ class KeptRows:
         return files
 
     def _heading(self) -> list[str]:
-        names = [f"preference:{name}" for name in self._objectives]
+        names = [f"{self._kind}:{name}" for name in self._objectives]
         return [*names, *(f"value:{name}" for name in self.metrics), "model"]
 
     def _take_metrics(self, metrics: tuple[str, ...]) -> None:

@@ -80,8 +80,8 @@ def evaluate_preferences(
         desc="sweep",
         unit="model",
     ):
-        point = rows.preferences[index]
-        rows.add(index, *evaluate_at(module, evaluate, rows.objectives, point, rows.known(index)))
+        at = f"preference {shown(rows.objectives, rows.preferences[index])}"
+        rows.add(index, *evaluate_at(module, evaluate, rows.objectives, at, rows.known(index)))
     names = names_of_first_rank(rows.metrics) or ()
     values = torch.zeros(len(preferences), len(names), dtype=torch.float64)
     for index in mine:
@@ -115,16 +115,16 @@ def evaluate_at(
     module: torch.nn.Module,
     evaluate: Evaluate,
     objectives: tuple[str, ...],
-    preference: Sequence[float],
+    at: str,
     known: Known | None,
 ) -> tuple[dict[str, float], str]:
-    """The metrics of a module that was merged for a preference, and the digest of that model.
+    """The metrics of a merged module, and the digest of that model.
 
     Args:
         module: it is in eval mode meanwhile, under torch.no_grad().
         evaluate: as for `evaluate_preferences`.
         objectives: names for as many numbers without names.
-        preference: [E], for messages.
+        at: what was merged, for messages, such as "preference news=0.7, poems=0.3".
         known: what need not be evaluated again; None if nobody asks for the digest, which is empty then.
 
     Raises:
@@ -135,12 +135,17 @@ def evaluate_at(
         return known[digest], digest
     with torch.no_grad(), eval_mode(module):
         result = evaluate(module)
-    return _named_numbers(result, objectives, shown(objectives, preference)), digest
+    return _named_numbers(result, objectives, at), digest
 
 
-def shown(objectives: Sequence[str], preference: Sequence[float]) -> str:
-    """A preference for messages."""
-    return ", ".join(f"{name}={share:g}" for name, share in zip(objectives, preference, strict=True))
+def shown(names: Sequence[str], numbers: Sequence[float]) -> str:
+    """A preference, or what else was merged, for messages."""
+    return ", ".join(f"{name}={number:g}" for name, number in zip(names, numbers, strict=True))
+
+
+def metric_names(numbers: Mapping[str, float], objectives: tuple[str, ...]) -> tuple[str, ...]:
+    """The order of metrics, by the first row: the objectives' if they are those."""
+    return objectives if set(numbers) == set(objectives) else tuple(numbers)
 
 
 class Rows:
@@ -185,13 +190,13 @@ class Rows:
             ValueError: these are other metrics than the first row's.
         """
         if self.metrics is None:
-            self.metrics = self.objectives if set(numbers) == set(self.objectives) else tuple(numbers)
+            self.metrics = metric_names(numbers, self.objectives)
             if self._on_metrics is not None:
                 self._on_metrics(self.metrics)
         if set(numbers) != set(self.metrics):
-            at = shown(self.objectives, self.preferences[index])
+            at = f"preference {shown(self.objectives, self.preferences[index])}"
             raise ValueError(
-                f"got metrics {sorted(numbers)} from evaluate at preference {at}, expected {sorted(self.metrics)} as "
+                f"got metrics {sorted(numbers)} from evaluate at {at}, expected {sorted(self.metrics)} as "
                 "at the first preference; return the same metrics each time"
             )
         self.values[index] = [numbers[name] for name in self.metrics]
@@ -204,14 +209,14 @@ class Rows:
         return np.array(values, dtype=np.float64), self.metrics or ()
 
 
-def _named_numbers(result: Any, objectives: tuple[str, ...], shown: str) -> dict[str, float]:
+def _named_numbers(result: Any, objectives: tuple[str, ...], at: str) -> dict[str, float]:
     if isinstance(result, Mapping):
         named = {str(name): value for name, value in result.items()}
     elif isinstance(result, torch.Tensor | np.ndarray | Sequence) and not isinstance(result, str | bytes):
         shape = tuple(getattr(result, "shape", (len(result),) if isinstance(result, Sequence) else ()))
         if len(shape) != 1:
             raise TypeError(
-                f"got an array of shape {shape} from evaluate at preference {shown}, expected one number for "
+                f"got an array of shape {shape} from evaluate at {at}, expected one number for "
                 "each metric; return a dict such as {'accuracy': 0.9} or a flat sequence"
             )
         values = list(result)
@@ -220,23 +225,23 @@ def _named_numbers(result: Any, objectives: tuple[str, ...], shown: str) -> dict
         named = dict(zip(names, values, strict=True))
     else:
         raise TypeError(
-            f"got {type(result).__name__} from evaluate at preference {shown}, expected numbers by metric "
+            f"got {type(result).__name__} from evaluate at {at}, expected numbers by metric "
             "name (a dict), or a sequence or tensor of numbers; does evaluate return its result?"
         )
     if not named:
-        raise ValueError(f"got no metrics from evaluate at preference {shown}, expected at least one number")
+        raise ValueError(f"got no metrics from evaluate at {at}, expected at least one number")
     numbers = {}
     for name, value in named.items():
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                f"got {type(value).__name__} for metric {name!r} at preference {shown}, expected a number; "
+                f"got {type(value).__name__} for metric {name!r} at {at}, expected a number; "
                 "reduce it to one, e.g. by .mean()"
             ) from None
         if not math.isfinite(numbers[name]):
             raise ValueError(
-                f"got {numbers[name]} for metric {name!r} at preference {shown}, expected a finite number; "
+                f"got {numbers[name]} for metric {name!r} at {at}, expected a finite number; "
                 "check the evaluation data and the merged model there"
             )
     return numbers

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from paretofuse.engine.training.planes import add_planes
     from paretofuse.engine.training.validation import Validation
     from paretofuse.exporting import export
+    from paretofuse.fronts.coefficients import CoefficientFront
     from paretofuse.fronts.front import Front
     from paretofuse.fronts.harness import lm_eval_metrics
-    from paretofuse.fronts.search import search
+    from paretofuse.fronts.search import search, search_coefficients
     from paretofuse.fronts.sweep import sweep
     from paretofuse.recipes.run import run_recipe
 
@@ -48,17 +49,19 @@ _HOMES = {
     "simplex_grid": "paretofuse.engine.routing.preference",
     "layered_grid": "paretofuse.engine.routing.sampling",
     "sample_preferences": "paretofuse.engine.routing.sampling",
+    "CoefficientFront": "paretofuse.fronts.coefficients",
     "Front": "paretofuse.fronts.front",
     "lm_eval_metrics": "paretofuse.fronts.harness",
     "search": "paretofuse.fronts.search",
+    "search_coefficients": "paretofuse.fronts.search",
     "sweep": "paretofuse.fronts.sweep",
     "run_recipe": "paretofuse.recipes.run",
 }
 
 __all__ = [
-    "CheckpointError", "Engine", "Front", "Objective", "StoreError", "TrainerCallbacks", "Validation", "__version__",
-    "add_planes", "entropy_loss", "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load", "run_recipe",
-    "sample_preferences", "search", "simplex_grid", "stack", "sweep", "with_head",
+    "CheckpointError", "CoefficientFront", "Engine", "Front", "Objective", "StoreError", "TrainerCallbacks", "Validation",
+    "__version__", "add_planes", "entropy_loss", "evaluate", "export", "fit", "layered_grid", "lm_eval_metrics", "load",
+    "run_recipe", "sample_preferences", "search", "search_coefficients", "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

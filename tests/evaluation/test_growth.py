@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 import paretofuse as pf
-from paretofuse.engine.evaluation.growth import Process, _gain, next_preference
+from paretofuse.engine.evaluation.growth import (
+    Process,
+    _gain,
+    box_candidates,
+    next_point,
+    simplex_candidates,
+)
 
 NOBODY = np.zeros((0, 3))
 
@@ -22,7 +28,7 @@ def found(budget: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     preferences = np.vstack([np.eye(3), np.full(3, 1 / 3)])
     while len(preferences) < budget:
-        chosen = next_preference(preferences, bent(preferences), NOBODY, ref=[0, 0, 0], rng=rng)
+        chosen = next_point(preferences, bent(preferences), NOBODY, simplex_candidates, ref=[0, 0, 0], rng=rng)
         assert chosen.shape == (3,)
         assert chosen.min() >= 0
         assert chosen.sum() == pytest.approx(1, abs=1e-12)
@@ -69,8 +75,8 @@ def test_gain_is_the_difference_of_two_hypervolumes() -> None:
 
 def test_two_processes_do_not_go_to_the_same_place() -> None:
     preferences = np.vstack([np.eye(3), np.full(3, 1 / 3)])
-    first = next_preference(preferences, bent(preferences), NOBODY, rng=np.random.default_rng(0))
-    second = next_preference(preferences, bent(preferences), first[None], rng=np.random.default_rng(0))
+    first = next_point(preferences, bent(preferences), NOBODY, simplex_candidates, rng=np.random.default_rng(0))
+    second = next_point(preferences, bent(preferences), first[None], simplex_candidates, rng=np.random.default_rng(0))
     assert np.abs(first - second).max() > 0.02
 
 
@@ -80,11 +86,11 @@ def test_bounds_are_kept_to_where_that_is_possible_and_come_near_where_not() -> 
     bounds = np.array([-np.inf, -np.inf, 0.6])
     rng = np.random.default_rng(0)
     for _ in range(6):
-        chosen = next_preference(preferences, values, NOBODY, bounds=bounds, rng=rng)
+        chosen = next_point(preferences, values, NOBODY, simplex_candidates, bounds=bounds, rng=rng)
         assert bent(chosen)[0, 2] > 0.5
         preferences, values = np.vstack([preferences, chosen]), np.vstack([values, bent(chosen)])
     impossible = np.array([-np.inf, -np.inf, 5.0])
-    chosen = next_preference(preferences, values, NOBODY, bounds=impossible, rng=rng)
+    chosen = next_point(preferences, values, NOBODY, simplex_candidates, bounds=impossible, rng=rng)
     assert chosen.shape == (3,)
 
 
@@ -92,5 +98,30 @@ def test_a_flat_front_is_searched_all_over() -> None:
     """Where no candidate promises anything the least known place is next."""
     preferences = np.vstack([np.eye(3)])
     values = np.ones((3, 2))
-    chosen = next_preference(preferences, values, NOBODY, ref=[2, 2], rng=np.random.default_rng(0))
+    chosen = next_point(preferences, values, NOBODY, simplex_candidates, ref=[2, 2], rng=np.random.default_rng(0))
     assert chosen.max() < 0.7
+
+
+def tops(points: np.ndarray) -> np.ndarray:
+    """[P, 2], larger is better: two tops in the unit box, apart in each of its dimensions."""
+    points = np.atleast_2d(points)
+    return np.stack([1 - np.square(points - top).mean(axis=1) for top in (0.2, 0.7)], axis=1)
+
+
+@pytest.mark.parametrize("dimensions", [1, 6])
+def test_in_a_box_it_finds_more_than_chance(dimensions: int) -> None:
+    rng = np.random.default_rng(0)
+    points = rng.random((4, dimensions))
+    while len(points) < 24:
+        chosen = next_point(
+            points, tops(points), np.zeros((0, dimensions)), box_candidates, ref=[0.5, 0.5], rng=rng
+        )
+        assert chosen.shape == (dimensions,)
+        assert 0 <= chosen.min() <= chosen.max() <= 1
+        points = np.vstack([points, chosen])
+    chance = tops(np.random.default_rng(1).random((24, dimensions)))
+    found, drawn = (
+        float(moocore.hypervolume(values, ref=[0.5, 0.5], maximise=True)) for values in (tops(points), chance)
+    )
+    assert found > drawn
+    assert len(np.unique(points, axis=0)) == 24

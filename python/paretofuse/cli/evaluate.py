@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Merge, evaluate, and tell the metrics."""
-    from paretofuse.engine.evaluation.sweep import evaluate_at
+    from paretofuse.engine.evaluation.sweep import evaluate_at, shown
     from paretofuse.engine.store.atomic import write_file
     from paretofuse.outputs import prepare_file
 
@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> Result:
     started = time.perf_counter()
     module = engine.merge(options.preference, head=options.head)
     shares = [options.preference.get(name, 0.0) for name in engine.objectives]
-    metrics, _ = evaluate_at(module, evaluate, engine.objectives, shares, None)
+    at = f"preference {shown(engine.objectives, shares)}"
+    metrics, _ = evaluate_at(module, evaluate, engine.objectives, at, None)
     document = {
         "preference": options.preference,
         "head": options.head,

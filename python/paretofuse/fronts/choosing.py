@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from paretofuse.fronts.coefficients import CoefficientFront
     from paretofuse.fronts.front import Front
 
 
@@ -23,18 +24,18 @@ class Choice(NamedTuple):
     values: dict[str, float]
 
 
-def choose(
-    front: Front,
+def choose_row(
+    front: Front | CoefficientFront,
     at_most: Mapping[str, float],
     at_least: Mapping[str, float],
     best: str | None,
-) -> Choice:
+) -> int:
     """The point within bounds that is best in a metric, or the knee of the points within bounds.
 
     Raises:
         ValueError: a name is no metric of the front, a bound is not finite, or no point is within all bounds.
     """
-    inside = np.ones(len(front), dtype=bool)
+    inside = np.ones(len(front.values), dtype=bool)
     for word, bounds, sign in (("at_most", at_most, 1.0), ("at_least", at_least, -1.0)):
         for name, bound in bounds.items():
             values, limit = front.values[:, column(front, name)], float(bound)
@@ -45,7 +46,7 @@ def choose(
                 edge = f"lowest {values.min():.6g}" if sign > 0 else f"highest {values.max():.6g}"
                 raise ValueError(
                     f"got {word}={{{name!r}: {limit:g}}}, but no point of the front gets there ({edge}); loosen it, or "
-                    "sweep more preferences"
+                    "evaluate more points"
                 )
             inside &= within
     if not inside.any():
@@ -53,15 +54,15 @@ def choose(
         lower = [f"{name} >= {bound:g}" for name, bound in at_least.items()]
         raise ValueError(
             f"got the bounds {', '.join(upper + lower)}, and no point of the front keeps all of them at once; "
-            "loosen one, or sweep more preferences"
+            "loosen one, or evaluate more points"
         )
     rows = np.flatnonzero(inside)
     goods = front.values * np.where(front.directions, 1.0, -1.0)
     if best is None:
-        return point(front, int(rows[knee(goods[rows], front.non_dominated()[rows])]))
+        return int(rows[knee(goods[rows], front.non_dominated()[rows])])
     # Of equally good points one that no other dominates, where there is one; of those the first.
     order = np.lexsort((~front.non_dominated()[rows], -goods[rows, column(front, best)]))
-    return point(front, int(rows[order[0]]))
+    return int(rows[order[0]])
 
 
 def knee(goods: np.ndarray, kept: np.ndarray) -> int:
@@ -79,7 +80,7 @@ def knee(goods: np.ndarray, kept: np.ndarray) -> int:
     return int(rows[scaled.sum(axis=1).argmax()])
 
 
-def column(front: Front, metric: str) -> int:
+def column(front: Front | CoefficientFront, metric: str) -> int:
     """The column of a metric.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +17,12 @@ from paretofuse.engine.evaluation.arguments import (
     reference_point,
 )
 from paretofuse.engine.evaluation.wrong_directions import against_preferences
-from paretofuse.engine.store.atomic import write_file
-from paretofuse.fronts import choosing, table
+from paretofuse.fronts import choosing, files, table
 from paretofuse.fronts.choosing import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-_CSV_KINDS = ("preference", "maximize", "minimize")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,14 +167,14 @@ class Front:
         Raises:
             ValueError: the front has no such metric.
         """
-        return choosing.choose(self, {}, {}, metric)
+        return choosing.point(self, choosing.choose_row(self, {}, {}, metric))
 
     def knee(self) -> Choice:
         """The point that gives up least: farthest beyond the straight line between the front's ends (Das, 1999).
 
         It has the largest sum of metrics, each scaled to 0 at its worst and 1 at its best point that is not dominated.
         """
-        return choosing.choose(self, {}, {}, None)
+        return choosing.point(self, choosing.choose_row(self, {}, {}, None))
 
     def choose(
         self,
@@ -199,7 +193,7 @@ class Front:
         Raises:
             ValueError: a name is no metric of the front, a bound is not finite, or no point is within all bounds.
         """
-        return choosing.choose(self, at_most or {}, at_least or {}, best)
+        return choosing.point(self, choosing.choose_row(self, at_most or {}, at_least or {}, best))
 
     def share_non_dominated(self, *, repeats: bool = False) -> float:
         """The share of preferences that no other dominates; points equal to an earlier one count only if `repeats`."""
@@ -220,12 +214,8 @@ class Front:
 
         Columns: "preference:NAME" for each objective, "maximize:NAME" or "minimize:NAME" for each metric.
         """
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(table.header(self))
-        for row in np.hstack([self.preferences, self.values]).tolist():
-            writer.writerow([repr(number) for number in row])
-        write_file(path, text.getvalue().encode())
+        columns = files.Table(self.preferences, self.values, self.objectives, self.metrics, self.directions)
+        files.write_table(path, "preference", columns)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row for each preference, with the columns of `to_csv`.
@@ -242,32 +232,7 @@ class Front:
         Raises:
             ValueError: the file is not such a table; names the line.
         """
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-        columns = [tuple(cell.split(":", 1)) for cell in rows[0]] if rows else []
-        kinds = [column[0] for column in columns]
-        share = kinds.count("preference")
-        ordered = kinds[:share] == ["preference"] * share and 0 < share < len(kinds)
-        if not ordered or any(len(column) != 2 or column[0] not in _CSV_KINDS for column in columns):
-            raise ValueError(
-                f"got {str(path)!r} with header {rows[0] if rows else []}, expected columns preference:NAME, "
-                "then maximize:NAME or minimize:NAME; is it a file that Front.to_csv wrote?"
-            )
-        numbers = []
-        for line, row in enumerate(rows[1:], start=2):
-            try:
-                if len(row) != len(columns):
-                    raise ValueError
-                numbers.append([float(cell) for cell in row])
-            except ValueError:
-                raise ValueError(
-                    f"got {row} in row {line} of {str(path)!r}, expected {len(columns)} numbers; "
-                    "the file is truncated or was edited"
-                ) from None
-        cells = np.array(numbers, dtype=np.float64).reshape(len(numbers), len(columns))
-        names = [column[1] for column in columns]
-        directions = tuple(kind == "maximize" for kind in kinds[share:])
-        return cls(cells[:, :share], cells[:, share:], tuple(names[:share]), tuple(names[share:]), directions)
+        return cls(*files.read_table(path, "preference"))
 
     def plot(
         self,

@@ -10,33 +10,25 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from paretofuse.engine.evaluation.growth import next_preference
+from paretofuse.engine.evaluation.growth import next_point
+from paretofuse.fronts.spaces import Space
 
 CHOICES = ("growth", "tpe", "nsga2", "gp", "random")
 
-_SHARE = FloatDistribution(0.0, 1.0)
+
+def point_of(params: Mapping[str, float], space: Space) -> np.ndarray:
+    """The point [D] of a trial's parameters."""
+    return space.point(np.array([params[name] for name in distributions(space)], dtype=np.float64))
 
 
-def parameter(objective: str) -> str:
-    """The name of an objective's parameter in a study."""
-    return f"preference:{objective}"
+def parameters(point: Sequence[float] | np.ndarray, space: Space) -> dict[str, float]:
+    """The parameters of a point."""
+    return {name: float(number) for name, number in zip(distributions(space), point, strict=True)}
 
 
-def preference_of(params: Mapping[str, float], objectives: Sequence[str]) -> list[float]:
-    """A trial's preference: its parameters in proportion; equal shares where all are 0."""
-    shares = np.array([params[parameter(name)] for name in objectives], dtype=np.float64)
-    whole = shares.sum()
-    return list(shares / whole) if whole > 0 else [1 / len(shares)] * len(shares)
-
-
-def parameters(preference: Sequence[float] | np.ndarray, objectives: Sequence[str]) -> dict[str, float]:
-    """The parameters of a preference."""
-    return {parameter(name): float(share) for name, share in zip(objectives, preference, strict=True)}
-
-
-def distributions(objectives: Sequence[str]) -> dict[str, FloatDistribution]:
-    """What each parameter is drawn from."""
-    return {parameter(name): _SHARE for name in objectives}
+def distributions(space: Space) -> dict[str, FloatDistribution]:
+    """What each parameter is drawn from, in the order of a point's numbers."""
+    return {f"{space.kind}:{name}": FloatDistribution(*space.interval) for name in space.names}
 
 
 def check_choice(choice: Any) -> None:
@@ -49,7 +41,7 @@ def check_choice(choice: Any) -> None:
 
 def make_sampler(
     choice: str | optuna.samplers.BaseSampler,
-    objectives: Sequence[str],
+    space: Space,
     larger: Sequence[bool],
     bounds: np.ndarray,
     ref: Sequence[float] | None,
@@ -59,7 +51,7 @@ def make_sampler(
 
     Args:
         choice: one of `CHOICES`, or a sampler of Optuna's, which is taken as it is.
-        objectives: the E objectives.
+        space: where the points lie.
         larger: for each of the M metrics, whether larger is better.
         bounds: [M]: what each metric must reach; infinitely bad where it need not.
         ref: [M]: the hypervolume's reference point, or None.
@@ -68,7 +60,7 @@ def make_sampler(
     if isinstance(choice, optuna.samplers.BaseSampler):
         return choice
     if choice == "growth":
-        return GrowthSampler(objectives, larger, bounds, ref, seed)
+        return GrowthSampler(space, larger, bounds, ref, seed)
     if choice == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True)
     if choice == "nsga2":
@@ -79,20 +71,20 @@ def make_sampler(
 
 
 class GrowthSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
-    """Asks `next_preference`; what other processes are measuring meanwhile counts as measured.
+    """Asks `next_point`; what other processes are measuring meanwhile counts as measured.
 
     Args: as `make_sampler`'s.
     """
 
     def __init__(
         self,
-        objectives: Sequence[str],
+        space: Space,
         larger: Sequence[bool],
         bounds: np.ndarray,
         ref: Sequence[float] | None,
         seed: int,
     ) -> None:
-        self._objectives = tuple(objectives)
+        self._space = space
         self._signs = np.where(larger, 1.0, -1.0)
         self._bounds = bounds * self._signs
         self._ref = None if ref is None else (np.asarray(ref) * self._signs).tolist()
@@ -101,34 +93,38 @@ class GrowthSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The shares of all objectives."""
-        return {**distributions(self._objectives)}
+        """All parameters."""
+        return {**distributions(self._space)}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The preference to evaluate next, as parameters."""
+        """The point to evaluate next, as parameters."""
         trials = study.get_trials(deepcopy=False)
         done = [t for t in trials if t.state == TrialState.COMPLETE]
         # Parameters of another process's newest trial come one by one: it counts when all of them are there.
-        drawn = set(distributions(self._objectives))
+        drawn = set(distributions(self._space))
         others = [
             t
             for t in trials
             if t.state == TrialState.RUNNING and t.params.keys() >= drawn and t.number != trial.number
         ]
-        preferences, pending = (
-            np.array([preference_of(t.params, self._objectives) for t in part]).reshape(
-                -1, len(self._objectives)
-            )
+        low, high = self._space.interval
+        width = len(self._space.names)
+        known, pending = (
+            (np.array([point_of(t.params, self._space) for t in part]).reshape(-1, width) - low)
+            / (high - low)
             for part in (done, others)
         )
         rng = np.random.default_rng([self._seed, trial.number])
         if not done:
-            return parameters(rng.dirichlet(np.ones(len(self._objectives))), self._objectives)
+            drawn_point = self._space.point(rng.uniform(low, high, width))
+            return parameters(drawn_point, self._space)
         values = np.array([t.values for t in done], dtype=np.float64) * self._signs
-        found = next_preference(preferences, values, pending, bounds=self._bounds, ref=self._ref, rng=rng)
-        return parameters(found, self._objectives)
+        found = next_point(
+            known, values, pending, self._space.candidates, bounds=self._bounds, ref=self._ref, rng=rng
+        )
+        return parameters(np.clip(low + (high - low) * found, low, high), self._space)
 
     def sample_independent(
         self,
@@ -137,7 +133,7 @@ class GrowthSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A share by chance, of a parameter that is none of the preference's."""
+        """A number by chance, of a parameter that is none of the space's."""
         rng = np.random.default_rng([self._seed, trial.number, len(param_name)])
         assert isinstance(param_distribution, FloatDistribution)
         return float(rng.uniform(param_distribution.low, param_distribution.high))

@@ -17,8 +17,9 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.arguments import Maximize, Point, directions, reference_point
 from paretofuse.engine.evaluation.kept_rows import KeptRows, model_digest
 from paretofuse.engine.evaluation.progress import progress_bar
-from paretofuse.engine.evaluation.sweep import Evaluate, Rows, evaluate_at
+from paretofuse.engine.evaluation.sweep import Evaluate, evaluate_at, metric_names, shown
 from paretofuse.fronts import samplers
+from paretofuse.fronts.spaces import Space
 
 _HEARTBEAT = 60
 """Seconds between signs of life; a trial without one for twice as long is another process's to do again."""
@@ -28,11 +29,11 @@ _ATTEMPTS = 5
 
 
 class SearchedStudy:
-    """The study of `pf.search`, made or found.
+    """The study of a search, made or found.
 
-    What metrics there are is known only once something was evaluated: a new study begins with the first expert.
+    What metrics there are is known only once something was evaluated: a new study begins with the first of its starts.
 
-    Args: as `pf.search`'s; `kept`: where rows are kept.
+    Args: as `pf.search`'s; `space`: where the points lie; `kept`: where rows are kept.
 
     Attributes:
         metrics: the M metrics' names.
@@ -45,6 +46,7 @@ class SearchedStudy:
         self,
         engine: Engine,
         evaluate: Evaluate,
+        space: Space,
         kept: KeptRows | None,
         maximize: Maximize,
         at_most: Mapping[str, float],
@@ -58,21 +60,17 @@ class SearchedStudy:
         self._engine = engine
         self._evaluate = evaluate
         self._kept = kept
-        self._objectives = engine.objectives
+        self._space = space
         self._measured: dict[tuple[float, ...], dict[str, float]] = {}
         samplers.check_choice(sampler)
-        corners = np.eye(len(self._objectives))
-        equal = corners.mean(axis=0)
         opened: Any = None if storage is None else _storage(storage)
-        identity = self._identity(equal)
+        identity = self._identity()
         found = opened is not None and name in optuna.get_all_study_names(opened)
         if found:
             self._study = optuna.load_study(study_name=name, storage=opened)
             self.metrics: tuple[str, ...] = tuple(self._study.user_attrs["metrics"])
         else:
-            rows = Rows(self._objectives, corners[:1], None, None)
-            rows.add(0, self._measure(corners[0]), "")
-            self.metrics = rows.table()[1]
+            self.metrics = metric_names(self._measure(space.starts[0]), engine.objectives)
         larger = directions(maximize, self.metrics)
         self._bounds = bounds_of(at_most, at_least, self.metrics, larger)  # [M]
         self._signs = np.where(larger, 1.0, -1.0)
@@ -83,19 +81,17 @@ class SearchedStudy:
                 self._study = optuna.create_study(study_name=name, storage=opened, directions=ways)
                 self._study.set_user_attr("engine", identity)
                 self._study.set_user_attr("metrics", list(self.metrics))
-                for preference in (*corners, equal):
-                    self._study.enqueue_trial(samplers.parameters(preference, self._objectives))
+                for start in space.starts:
+                    self._study.enqueue_trial(samplers.parameters(start, space))
             except optuna.exceptions.DuplicatedStudyError:  # another process was faster
                 self._study = optuna.load_study(study_name=name, storage=opened)
         theirs = [way.name.lower() for way in self._study.directions]
         if self._study.user_attrs.get("engine", identity) != identity or theirs != ways:
             raise ValueError(
                 f"got storage={storage!r}, whose study {name!r} is of another engine, another evaluation or other "
-                f"directions ({theirs}); give another name=, or another storage"
+                f"directions ({theirs}), or of other coefficients; give another name=, or another storage"
             )
-        self._study.sampler = samplers.make_sampler(
-            sampler, self._objectives, larger, self._bounds, point, seed
-        )
+        self._study.sampler = samplers.make_sampler(sampler, space, larger, self._bounds, point, seed)
 
     def run(self, budget: int, progress: bool) -> None:
         """Evaluate until the study has so many trials, those that other processes are at included."""
@@ -105,19 +101,19 @@ class SearchedStudy:
                 bar.update()
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Preferences [P, E] and values [P, M] of all that was evaluated, in the order of trials."""
+        """Points [P, D] and values [P, M] of all that was evaluated, in the order of trials."""
         done = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        preferences = [samplers.preference_of(trial.params, self._objectives) for trial in done]
-        return np.array(preferences), np.array([trial.values for trial in done], dtype=np.float64)
+        points = [samplers.point_of(trial.params, self._space) for trial in done]
+        return np.array(points), np.array([trial.values for trial in done], dtype=np.float64)
 
     def _count(self) -> int:
         counted = (TrialState.COMPLETE, TrialState.RUNNING)
         return len(self._study.get_trials(deepcopy=False, states=counted))
 
     def _trial(self, trial: optuna.Trial) -> tuple[float, ...]:
-        for name, distribution in samplers.distributions(self._objectives).items():
+        for name, distribution in samplers.distributions(self._space).items():
             trial.suggest_float(name, distribution.low, distribution.high)
-        numbers = self._measure(samplers.preference_of(trial.params, self._objectives))
+        numbers = self._measure(samplers.point_of(trial.params, self._space))
         if set(numbers) != set(self.metrics):
             raise ValueError(
                 f"got metrics {sorted(numbers)} from evaluate, expected {sorted(self.metrics)} as before"
@@ -129,24 +125,28 @@ class SearchedStudy:
                 trial.set_constraint(name, miss)  # kept to where it is at most 0
         return tuple(values.tolist())
 
-    def _measure(self, preference: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """The metrics at a preference, evaluated only if they were not before."""
-        chosen = tuple(float(share) for share in preference)
+    def _measure(self, point: np.ndarray) -> dict[str, float]:
+        """The metrics at a point, evaluated only if they were not before."""
+        chosen = tuple(float(number) for number in point)
         if chosen in self._measured:
             return self._measured[chosen]
-        self._engine.switch(chosen)
+        self._space.switch(self._engine, chosen)
         known = None if self._kept is None else self._kept.at(chosen)
-        numbers, digest = evaluate_at(self._engine.module, self._evaluate, self._objectives, chosen, known)
+        at = f"{self._space.kind} {shown(self._space.names, chosen)}"
+        numbers, digest = evaluate_at(
+            self._engine.module, self._evaluate, self._engine.objectives, at, known
+        )
         if self._kept is not None and known is not None and digest not in known:
             self._kept.add(chosen, list(numbers.values()), digest, tuple(numbers))
         self._measured[chosen] = numbers
         return numbers
 
-    def _identity(self, preference: np.ndarray) -> str:
-        """Tells this engine and evaluation from others in a storage."""
-        self._engine.switch(preference)
+    def _identity(self) -> str:
+        """Tells this engine, evaluation and space from others in a storage."""
+        self._space.switch(self._engine, self._space.starts[-1].tolist())
         digest = hashlib.sha256(model_digest(self._engine.module, self._evaluate).encode())
-        digest.update("\n".join(self._objectives).encode())
+        digest.update("\n".join(self._engine.objectives).encode())
+        digest.update(self._space.identity.encode())
         return digest.hexdigest()[:16]
 
 

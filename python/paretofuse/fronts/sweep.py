@@ -12,6 +12,7 @@ import numpy as np
 
 from paretofuse.engine.evaluation.arguments import Maximize, check_function, directions, plain_maximize
 from paretofuse.engine.routing.preference import as_preference, simplex_grid
+from paretofuse.fronts import files
 from paretofuse.fronts.front import Front
 from paretofuse.outputs import prepare_file
 
@@ -85,7 +86,7 @@ def sweep(
     grid = default_preferences(len(objectives)) if preferences is None else _grid(preferences, objectives)
     kept = None
     if out is not None:
-        prepare_front(out)
+        prepare_table(out, "preference")
         kept = KeptRows(Path(out), objectives)
 
     def check(metrics: tuple[str, ...]) -> None:
@@ -143,8 +144,8 @@ def _grid(preferences: Sequence[Any] | np.ndarray, objectives: tuple[str, ...]) 
     return grid
 
 
-def prepare_front(out: str | os.PathLike[str]) -> None:
-    """A front is written over a front, and over nothing else; whether it can is tried before the long work.
+def prepare_table(out: str | os.PathLike[str], kind: str) -> None:
+    """A front is written over one of its kind, and over nothing else; whether it can is tried before the long work.
 
     Raises:
         ValueError: something else stands there.
@@ -153,11 +154,11 @@ def prepare_front(out: str | os.PathLike[str]) -> None:
     prepare_file(out)
     if os.path.exists(out) and os.path.getsize(out) > 0:
         try:
-            Front.from_csv(out)
+            files.read_table(out, kind)
         except ValueError as error:
             raise ValueError(
-                f"got out={str(out)!r}, which is there already and is no front; give another name, or move the file "
-                "away"
+                f"got out={str(out)!r}, which is there already and is no front of {kind}s; give another name, or move the "
+                "file away"
             ) from error
 
 

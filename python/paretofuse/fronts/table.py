@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paretofuse.fronts.files import header
+
 if TYPE_CHECKING:
     from paretofuse.fronts.front import Front
 
 ROWS = 24
 """More rows than these are shown by their first and last ones."""
-
-
-def header(front: Front) -> list[str]:
-    """The names of the columns, those of Front.to_csv."""
-    metrics = zip(front.metrics, front.directions, strict=True)
-    return [
-        *(f"preference:{name}" for name in front.objectives),
-        *(f"{'maximize' if larger else 'minimize'}:{name}" for name, larger in metrics),
-    ]
 
 
 def as_text(front: Front) -> str:
@@ -55,7 +48,8 @@ def as_frame(front: Front) -> Any:
         raise ImportError(
             "Front.to_pandas needs pandas, which is not installed; pip install pandas"
         ) from error
-    return pandas.DataFrame(np.hstack([front.preferences, front.values]), columns=header(front))
+    names = header("preference", front.objectives, front.metrics, front.directions)
+    return pandas.DataFrame(np.hstack([front.preferences, front.values]), columns=names)
 
 
 def _summary(front: Front) -> str:

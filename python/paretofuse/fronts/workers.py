@@ -117,7 +117,8 @@ def evaluate_point(
     """On a worker: the metrics at a preference by name, and the model's digest; see `evaluate_at`."""
     engine = opened.engine()
     engine.switch(preference)
-    return evaluate_at(engine.module, evaluate, engine.objectives, preference, known)
+    at = f"preference {shown(engine.objectives, preference)}"
+    return evaluate_at(engine.module, evaluate, engine.objectives, at, known)
 
 
 def evaluate_on_workers(

@@ -35,3 +35,35 @@ def test_search(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert (code, out) == (1, "")
     assert "got --at-most for 'cola', of which larger" in err.replace("at_most", "--at-most")
     monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+
+
+def test_coefficients(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sweep_folder(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+    usual = ["search", "s", "--module", "evaluation:build", "--evaluate", "evaluation:counted", "-o", "f.csv"]
+    box = ["--coefficients=-0.5:1", "--parts", "2", "--budget", "5"]
+    code, out, err = call(capsys, *usual, *box, "--reference", "cola=-99,sst2=-99", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told["names"] == ["1/cola", "1/sst2", "2/cola", "2/sst2"]
+    engine = paretofuse.load("s", module=sys.modules["evaluation"].build())
+    front = paretofuse.CoefficientFront.from_csv("f.csv", engine, parts=2)
+    assert front.coefficients.tolist() == told["coefficients"]
+    assert told["hypervolume"] == front.hypervolume(-99) > 0
+    code, out, err = call(capsys, *usual[:-1], "g.csv", *box)
+    assert (code, err) == (0, "")
+    assert "g.csv: 5 sets of coefficients" in out
+    for words, message in (
+        (["--budget", "5", "--parts", "2"], "got --parts without --coefficients LOW:HIGH"),
+        ([*box, "--html", "f.html"], "got --plot or --html with --coefficients"),
+        (["--budget", "5", "--coefficients", "1:0"], "expected finite numbers, low below high"),
+        (["--budget", "5"], "is there already and is no front of preferences"),
+    ):
+        code, out, err = call(capsys, *usual, *words)
+        assert (code, out) == (1, "")
+        assert message in err
+    code, out, err = call(capsys, *usual, "--budget", "5", "--coefficients", "1")
+    assert code == 2
+    assert "expected LOW:HIGH, two numbers such as 0:1" in err
+    monkeypatch.delitem(sys.modules, "evaluation", raising=False)

@@ -39,8 +39,8 @@ _FILES: dict[str, dict[str, str]] = {
 }
 """Where each step's options of a file's name lead within its folder; "" is the folder itself."""
 
-_OWN = ("store", "output", "checkpoint", "force")
-"""What a study decides itself."""
+_OWN = ("store", "output", "checkpoint", "force", "coefficients", "parts")
+"""What a study decides itself; its fronts are of preferences, which its report and server need."""
 
 
 @dataclass(frozen=True)
