@@ -73,7 +73,10 @@ def run(options: Options) -> list[Row]:
             target=targets.get(contender, ""))
         for contender, values in measured.items()
     ]  # fmt: skip
-    return [*rows, Row("making the pool, a sweep without waiting included", "2 workers", "time", "s", [opening])]
+    return [
+        *rows,
+        Row("making the pool, a sweep without waiting included", "2 workers", "time", "s", [opening]),
+    ]
 
 
 def evaluate(module: nn.Module, seconds: float) -> dict[str, float]:
@@ -129,7 +132,9 @@ def _check_values(
     Raises:
         BenchmarkError: it is not.
     """
-    means = torch.tensor([[state[name].double().mean() for name in READ.values()] for state in states], dtype=torch.float64)
+    means = torch.tensor(
+        [[state[name].double().mean() for name in READ.values()] for state in states], dtype=torch.float64
+    )
     truth = means[0] + torch.from_numpy(preferences) @ (means[1:] - means[0])  # [P, 2]
     spread = (means[1:] - means[0]).abs().max().item()
     error = (torch.tensor(values, dtype=torch.float64) - truth).abs().max().item()

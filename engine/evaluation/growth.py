@@ -1,9 +1,9 @@
 """Where to evaluate next: the point at which the hypervolume would grow most, as far as one can tell.
 
-Each metric is a Gaussian process over the simplex of preferences, or over a box of coefficients. Of many candidates that
-one is chosen whose optimistic prediction, mean + half a standard deviation, adds most hypervolume to what was measured,
-as in SMS-EGO (Ponweiser et al., 2008). A front is smooth in the preference, so that a dozen points tell much of the
-rest. In a box of many dimensions they tell little, and most candidates are neighbours of the best points. Needs no torch.
+Each metric is a Gaussian process over the simplex of preferences, or over a box of coefficients. Of many candidates
+that one is chosen whose optimistic prediction, mean + half a standard deviation, adds most hypervolume to what was
+measured, as in SMS-EGO (Ponweiser et al., 2008). A front is smooth in the preference, so that a dozen points tell much
+of the rest. In a box of many dimensions they tell little; most candidates are near the best points. Needs no torch.
 """
 
 from __future__ import annotations

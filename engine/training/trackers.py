@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +27,8 @@ class Tracker:
     def close(self) -> None:
         """End the run, if it is not the caller's."""
         if self._end is not None:
-            self._end()
+            with redirect_stdout(sys.stderr):
+                self._end()
 
 
 def _wandb(wandb: Any) -> Tracker:
@@ -47,8 +50,9 @@ def _aim(aim: Any) -> Tracker:
 
 
 def _trackio(trackio: Any) -> Tracker:
-    trackio.init(project=_PROJECT)
-    return Tracker(lambda values, step: trackio.log(values, step=step), trackio.finish)
+    begun = trackio.context_vars.current_run.get()
+    run = begun or trackio.init(project=_PROJECT)
+    return Tracker(lambda values, step: run.log(values, step=step), None if begun else trackio.finish)
 
 
 TRACKERS = {"wandb": _wandb, "mlflow": _mlflow, "aim": _aim, "trackio": _trackio}
@@ -67,4 +71,5 @@ def open_tracker(name: str) -> Tracker:
             f"log={name!r} needs {name}, which is not installed: `pip install {name}`; or give a .csv file or a "
             f"TensorBoard directory ({f'./{name}'!r} if that is its name)"
         ) from error
-    return TRACKERS[name](module)
+    with redirect_stdout(sys.stderr):  # where some tell of themselves; stdout is the program's
+        return TRACKERS[name](module)

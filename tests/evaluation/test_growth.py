@@ -28,7 +28,9 @@ def found(budget: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     preferences = np.vstack([np.eye(3), np.full(3, 1 / 3)])
     while len(preferences) < budget:
-        chosen = next_point(preferences, bent(preferences), NOBODY, simplex_candidates, ref=[0, 0, 0], rng=rng)
+        chosen = next_point(
+            preferences, bent(preferences), NOBODY, simplex_candidates, ref=[0, 0, 0], rng=rng
+        )
         assert chosen.shape == (3,)
         assert chosen.min() >= 0
         assert chosen.sum() == pytest.approx(1, abs=1e-12)
@@ -75,8 +77,12 @@ def test_gain_is_the_difference_of_two_hypervolumes() -> None:
 
 def test_two_processes_do_not_go_to_the_same_place() -> None:
     preferences = np.vstack([np.eye(3), np.full(3, 1 / 3)])
-    first = next_point(preferences, bent(preferences), NOBODY, simplex_candidates, rng=np.random.default_rng(0))
-    second = next_point(preferences, bent(preferences), first[None], simplex_candidates, rng=np.random.default_rng(0))
+    first = next_point(
+        preferences, bent(preferences), NOBODY, simplex_candidates, rng=np.random.default_rng(0)
+    )
+    second = next_point(
+        preferences, bent(preferences), first[None], simplex_candidates, rng=np.random.default_rng(0)
+    )
     assert np.abs(first - second).max() > 0.02
 
 
@@ -98,7 +104,9 @@ def test_a_flat_front_is_searched_all_over() -> None:
     """Where no candidate promises anything the least known place is next."""
     preferences = np.vstack([np.eye(3)])
     values = np.ones((3, 2))
-    chosen = next_point(preferences, values, NOBODY, simplex_candidates, ref=[2, 2], rng=np.random.default_rng(0))
+    chosen = next_point(
+        preferences, values, NOBODY, simplex_candidates, ref=[2, 2], rng=np.random.default_rng(0)
+    )
     assert chosen.max() < 0.7
 
 

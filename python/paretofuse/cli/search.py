@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--parts", type=count, metavar="N",
-        help="with --coefficients: cut the model's groups into so many parts with coefficients of their own (default: 1)",
+        help="with --coefficients: cut the model into so many parts with coefficients of their own (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--at-most", type=named_numbers, metavar="NAME=VALUE,...", help="upper bounds of metrics"
@@ -69,7 +69,9 @@ def run(options: argparse.Namespace) -> Result:
     if options.coefficients is None and options.parts is not None:
         raise ValueError("got --parts without --coefficients LOW:HIGH, which it is for")
     if options.coefficients is not None and (options.plot or options.html):
-        raise ValueError("got --plot or --html with --coefficients; both show fronts of preferences, leave them out")
+        raise ValueError(
+            "got --plot or --html with --coefficients; both show fronts of preferences, leave them out"
+        )
     found = find_evaluation(options, minimize=options.minimize)
     logging.getLogger("optuna").setLevel(logging.WARNING)  # its own lines for each trial would break the bar
     engine = load_engine(options)

@@ -11,7 +11,7 @@ import moocore
 import numpy as np
 
 from paretofuse.engine.evaluation import indicators
-from paretofuse.engine.evaluation.arguments import Point, directions, reference_point
+from paretofuse.engine.evaluation.arguments import Point, reference_point
 from paretofuse.fronts import choosing, files
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class CoefficientFront:
         at_least: Mapping[str, float] | None = None,
         best: str | None = None,
     ) -> CoefficientChoice:
-        """The point within bounds that is best in a metric, or the knee: `engine.merge(weights=front.choose().weights)`.
+        """The point within bounds that is best in a metric, or the knee; `engine.merge(weights=...)` takes its weights.
 
         Args: as of `Front.choose`.
 
@@ -143,9 +143,7 @@ class CoefficientFront:
         )
 
     @classmethod
-    def from_csv(
-        cls, path: str | os.PathLike[str], engine: Engine, *, parts: Parts = 1
-    ) -> CoefficientFront:
+    def from_csv(cls, path: str | os.PathLike[str], engine: Engine, *, parts: Parts = 1) -> CoefficientFront:
         """Read what `to_csv` wrote, for the engine and the parts that it was searched with.
 
         Raises:

@@ -31,9 +31,7 @@ class Table(NamedTuple):
     directions: tuple[bool, ...]
 
 
-def header(
-    kind: str, names: Sequence[str], metrics: Sequence[str], directions: Sequence[bool]
-) -> list[str]:
+def header(kind: str, names: Sequence[str], metrics: Sequence[str], directions: Sequence[bool]) -> list[str]:
     """The columns' titles: "KIND:NAME" for each name, "maximize:NAME" or "minimize:NAME" for each metric."""
     ways = ["maximize" if larger else "minimize" for larger in directions]
     return [

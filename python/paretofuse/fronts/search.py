@@ -164,7 +164,18 @@ def _searched(
         prepare_table(out, space.kind)
         kept = KeptRows(Path(out), space.names, space.kind)
     study = SearchedStudy(
-        engine, evaluate, space, kept, maximize, at_most or {}, at_least or {}, ref, sampler, seed, storage, name
+        engine,
+        evaluate,
+        space,
+        kept,
+        maximize,
+        at_most or {},
+        at_least or {},
+        ref,
+        sampler,
+        seed,
+        storage,
+        name,
     )
     study.run(budget, progress)
     points, values = study.table()

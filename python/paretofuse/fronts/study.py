@@ -133,9 +133,7 @@ class SearchedStudy:
         self._space.switch(self._engine, chosen)
         known = None if self._kept is None else self._kept.at(chosen)
         at = f"{self._space.kind} {shown(self._space.names, chosen)}"
-        numbers, digest = evaluate_at(
-            self._engine.module, self._evaluate, self._engine.objectives, at, known
-        )
+        numbers, digest = evaluate_at(self._engine.module, self._evaluate, self._engine.objectives, at, known)
         if self._kept is not None and known is not None and digest not in known:
             self._kept.add(chosen, list(numbers.values()), digest, tuple(numbers))
         self._measured[chosen] = numbers

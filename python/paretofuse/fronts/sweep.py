@@ -157,8 +157,8 @@ def prepare_table(out: str | os.PathLike[str], kind: str) -> None:
             files.read_table(out, kind)
         except ValueError as error:
             raise ValueError(
-                f"got out={str(out)!r}, which is there already and is no front of {kind}s; give another name, or move the "
-                "file away"
+                f"got out={str(out)!r}, which is there already and is no front of {kind}s; give another "
+                "name, or move the file away"
             ) from error
 
 

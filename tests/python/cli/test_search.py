@@ -37,7 +37,9 @@ def test_search(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     monkeypatch.delitem(sys.modules, "evaluation", raising=False)
 
 
-def test_coefficients(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coefficients(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(sweep_folder(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "evaluation", raising=False)

@@ -52,7 +52,10 @@ class Beyond:
         table = torch.cat([layer.weight for layer in module.layers]).double()  # type: ignore[misc]
         self.asked.append(table.flatten().tolist())
         x, y = table.mean(dim=0).tolist()
-        return {"x": 1 - (x - 0.9) ** 2 - 0.3 * (y - 0.5) ** 2, "y": 1 - (y - 0.9) ** 2 - 0.3 * (x - 0.5) ** 2}
+        return {
+            "x": 1 - (x - 0.9) ** 2 - 0.3 * (y - 0.5) ** 2,
+            "y": 1 - (y - 0.9) ** 2 - 0.3 * (x - 0.5) ** 2,
+        }
 
 
 def test_it_goes_beyond_the_simplex_and_beats_preferences_there() -> None:
@@ -62,7 +65,8 @@ def test_it_goes_beyond_the_simplex_and_beats_preferences_there() -> None:
     assert front.names == front.metrics == ("x", "y")
     np.testing.assert_allclose(np.tile(front.coefficients, 4), evaluation.asked, atol=1e-6)
     np.testing.assert_array_equal(front.coefficients[:3], [[1, 0], [0, 1], [0.5, 0.5]])
-    assert 0 <= front.coefficients.min() and front.coefficients.max() <= 1  # noqa: PT018
+    assert front.coefficients.min() >= 0
+    assert front.coefficients.max() <= 1
     within = pf.search(deep(), Beyond(), 16, ref=0, progress=False)
     assert front.hypervolume(0) > within.hypervolume(0)
     assert front.coefficients[front.non_dominated()].sum(axis=1).min() > 1.2
