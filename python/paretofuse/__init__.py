@@ -61,8 +61,8 @@ _HOMES = {
 __all__ = [
     "CheckpointError", "CoefficientFront", "Engine", "Front", "Objective", "StoreError", "TrainerCallbacks",
     "Validation", "__version__", "add_planes", "entropy_loss", "evaluate", "export", "fit", "layered_grid",
-    "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "search_coefficients", "simplex_grid", "stack",
-    "sweep", "with_head",
+    "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "search_coefficients", "simplex_grid",
+    "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 
