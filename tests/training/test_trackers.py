@@ -103,6 +103,25 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(b"loss/b" in file.read_bytes() and b"equal/a" in file.read_bytes() for file in files)
 
 
+def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is first imported
+    trackio = pytest.importorskip("trackio", reason="trackio is among what the tests need")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    records = fit("trackio")
+    assert trackio.context_vars.current_run.get() is None
+    mine = trackio.init(project="mine")
+    fit("trackio")
+    assert trackio.context_vars.current_run.get() is mine
+    trackio.finish()
+    for project in ("paretofuse", "mine"):
+        (run,) = trackio.Api().runs(project)
+        told = SQLiteStorage.get_logs(project, run.name)
+        assert [row["step"] for row in told] == [1, 2, 3]
+        for row, record in zip(told, records, strict=True):
+            assert {key: row[key] for key in record} == pytest.approx(record)
+
+
 def test_what_is_no_log_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(
