@@ -28,7 +28,15 @@ def entry_point(option: str, text: str) -> Callable[..., Any]:
     module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` does
         sys.path.insert(0, os.getcwd())
-    function: Any = import_module(module)
+    try:
+        function: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        raise ImportError(
+            f"got {option} {text}, but there is no module {error.name!r} in this folder or among the installed packages; "
+            f"check the spelling, or run the command where {error.name.replace('.', '/')}.py lies"
+        ) from error
     for part in name.split("."):
         if not hasattr(function, part):
             raise ValueError(f"got {option} {text}, but {module} has no {name!r}; check the spelling")

@@ -149,7 +149,7 @@ def task_of(engine: Engine) -> str:
             return task
     raise ValueError(
         f"got a model of class {name or 'unknown'}, expected a causal language model, a sequence or image classifier "
-        "or an encoder of transformers; give a function that answers for it (--predict MODULE:FUNCTION, predict=)"
+        "or an encoder of transformers; give a function that answers for it, predict="
     )
 
 

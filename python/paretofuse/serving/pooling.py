@@ -57,8 +57,7 @@ def pooling_of(files: Mapping[str, bytes]) -> Pooling:
         if module.kind not in ("Transformer", "Pooling", "Normalize"):
             raise ValueError(
                 f"got modules.json with a {module.kind} ({module.path}), expected a Transformer, a Pooling and a "
-                "Normalize at most: embeddings would be without it; give a function that computes them (--predict "
-                "MODULE:FUNCTION, predict=)"
+                "Normalize at most: embeddings would be without it; give a function that computes them, predict="
             )
     folder = next((module.path for module in modules if module.kind == "Pooling"), "1_Pooling")
     config = json.loads(files.get(f"{folder}/config.json", b"{}"))
@@ -89,6 +88,6 @@ def _mode(config: Mapping[str, Any], folder: str) -> str:
     if len(modes) != 1 or modes[0] not in MODES:
         raise ValueError(
             f"got {folder}/config.json with the pooling {', '.join(map(str, modes))}, expected one of "
-            f"{', '.join(MODES)}; give a function that computes embeddings (--predict MODULE:FUNCTION, predict=)"
+            f"{', '.join(MODES)}; give a function that computes embeddings, predict="
         )
     return str(modes[0])

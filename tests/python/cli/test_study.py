@@ -220,7 +220,7 @@ def test_what_was_cut_short_goes_on(
         ('"made"', '"base"', "got the results' folder base, which is there and no study's"),
         ('"made"', '"made', "this is no TOML"),
         ("study_tasks:objectives", "study_tasks:goals", "[fit] objectives study_tasks:goals, but study_tasks has no"),
-        ("study_tasks:losses", "study_tusks:losses", "No module named 'study_tusks'"),
+        ("study_tasks:losses", "study_tusks:losses", "there is no module 'study_tusks'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(

@@ -164,5 +164,5 @@ def test_a_function_of_ones_own() -> None:
             torch.testing.assert_close(torch.tensor(answer["output"]), truth.detach(), atol=1e-5, rtol=1e-5)
         refused = client.post("/v1/predict", json={"input": 3})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
-    with pytest.raises(ValueError, match="--predict MODULE:FUNCTION"):
+    with pytest.raises(ValueError, match="a function that answers for it, predict="):
         client_of(engine).__enter__()
