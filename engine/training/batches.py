@@ -58,6 +58,8 @@ class Batches:
                 self.epoch, self.taken = self.epoch + 1, 0
                 self._begin_epoch()
                 batch = next(self._iterator, _END)  # type: ignore[arg-type]
+            if batch is _END and self.length == 0:
+                raise ValueError(f"the data of objective {self.name!r} has no batch, expected at least one")
             if batch is _END:
                 raise ValueError(
                     f"the data of objective {self.name!r} ended after {self.epoch} rounds and cannot begin again; "

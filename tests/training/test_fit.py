@@ -229,7 +229,7 @@ def test_wrong_input() -> None:
     batch = next(iter(objectives[0].data))
     with pytest.raises(ValueError, match="cannot begin again"):
         pf.fit(engine, {n: (iter([batch]), loss) for n in engine.objectives}, steps=3, progress=False)
-    with pytest.raises(ValueError, match="cannot begin again"):
+    with pytest.raises(ValueError, match="objective 'left' has no batch, expected at least one"):
         pf.fit(engine, {n: ([], loss) for n in engine.objectives}, steps=3, progress=False)
     with pytest.raises(ValueError, match="expected a scalar"):
         pf.fit(engine, {n: ([batch], lambda m, b: m(b[0])) for n in engine.objectives}, progress=False)

@@ -34,7 +34,7 @@ def entry_point(option: str, text: str) -> Callable[..., Any]:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports another that is not
         raise ImportError(
-            f"got {option} {text}, but there is no module {error.name!r} in this folder or among the installed packages; "
+            f"got {option} {text}, but there is no module {error.name!r} here or among the installed packages; "
             f"check the spelling, or run the command where {error.name.replace('.', '/')}.py lies"
         ) from error
     for part in name.split("."):
