@@ -18,6 +18,7 @@ from paretofuse.engine.merging.disk import merge_store
 from paretofuse.engine.merging.publish import push, stored
 from paretofuse.engine.modules.ahead import merged_ahead
 from paretofuse.engine.modules.batched.module import batched_module
+from paretofuse.engine.modules.captured import CapturedSwitch
 from paretofuse.engine.modules.factory import dense_module
 from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.modules.in_place import InPlaceModules
@@ -159,6 +160,17 @@ class Engine:
         """
         self._in_place.warmup()
 
+    def capture(self) -> CapturedSwitch:
+        """`switch` as a CUDA graph, which costs the host one launch: `engine.capture()` once, then its `switch`.
+
+        The live module is built if it was not, and stays merged for what it is.
+
+        Raises:
+            ValueError: the model is not merged by the Triton kernels of one GPU.
+        """
+        made = self._in_place
+        return made.capture(lambda: self._in_place is made)
+
     def replica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
     ) -> AbstractContextManager[nn.Module]:
@@ -212,11 +224,7 @@ class Engine:
         return merged_ahead(self._bound, self.blueprint, routing, at_once)
 
     def merge(
-        self,
-        preference: Preference | None = None,
-        *,
-        weights: Tensor | None = None,
-        head: str | None = None,
+        self, preference: Preference | None = None, *, weights: Tensor | None = None, head: str | None = None
     ) -> Any:
         """A new, independent dense model for a preference, or for given routing weights [G, P].
 
@@ -240,11 +248,7 @@ class Engine:
         return dense_module(self._stack, skeleton, states, head)
 
     def merge_state_dict(
-        self,
-        preference: Preference | None = None,
-        *,
-        weights: Tensor | None = None,
-        head: str | None = None,
+        self, preference: Preference | None = None, *, weights: Tensor | None = None, head: str | None = None
     ) -> Any:
         """Like `merge`, but the tensors only: a dict by state-dict name, or a list of K dicts.
 

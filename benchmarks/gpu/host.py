@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.engine.modules import in_place
 from paretofuse.kernels import routed_merge
 
 
@@ -85,6 +86,47 @@ def stub_driver() -> Iterator[StubDriver]:
         kernel.device_caches.clear()
 
 
+class StubGraph:
+    """A CUDA graph: its capture runs everything once, its replay nothing; `replays` counts."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """In the place of `torch.cuda.graph`."""
+        return nullcontext()
+
+    def replay(self) -> None:
+        """Nothing."""
+        self.replays += 1
+
+
+class StubEvent:
+    """An event that nobody has to wait for."""
+
+    def record(self, stream: object) -> None:
+        """Nothing."""
+
+    def synchronize(self) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def stub_graphs(
+    graph: Callable[[], Any] = StubGraph, event: Callable[[], Any] = StubEvent
+) -> Iterator[None]:
+    """Have switches captured on tensors of the CPU."""
+    with (
+        mock.patch.object(in_place, "one_gpu", lambda backends: next(iter(backends))),
+        mock.patch.object(torch.cuda, "CUDAGraph", graph),
+        mock.patch.object(torch.cuda, "graph", lambda made, **_: made.capturing()),
+        mock.patch.object(torch.cuda, "Event", event),
+        mock.patch.object(torch.cuda, "current_stream", lambda device: None),
+        mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+    ):
+        yield
+
+
 def gpt2() -> nn.Module:
     """GPT-2 small's 148 tensors, 16 times narrower."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -125,8 +167,9 @@ def main() -> None:
     preference = [1 / 8] * 8
     for name, make in (("GPT-2", gpt2), ("ViT-B/32", vit)):
         engine = engine_of(make, 8)
-        with stub_driver() as stub:
+        with stub_driver() as stub, stub_graphs():
             engine.warmup()
+            captured = engine.capture()
             engine.switch(preference)
             before = stub.launches
             engine.switch(preference)
@@ -134,6 +177,7 @@ def main() -> None:
             live = engine._in_place.live()
             for what, act in (
                 ("a switch", lambda engine=engine: engine.switch(preference)),
+                ("a captured switch", lambda captured=captured: captured.switch(preference)),
                 ("of which the check", live.check),
             ):
                 least, median = microseconds(act)

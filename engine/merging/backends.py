@@ -23,7 +23,7 @@ from paretofuse.engine.layout import TILE, Layout, TensorSpec, columns_of
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
 from paretofuse.engine.planes.plane import memories, merged_tensor
-from paretofuse.engine.routing.weights import coefficients
+from paretofuse.engine.routing.weights import coefficients, sent
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.kernels.routed_merge import SMALLEST_SHARED, bind_merge
 
@@ -83,7 +83,7 @@ def reference_merger(
     device = out[0][specs[0].name].device if specs else None
 
     def merge(weights: Tensor) -> None:
-        weights = weights if device is None else weights.to(device)
+        weights = weights if device is None else sent(weights, device)
         for spec in specs:
             planes = [own.get(spec.name) for own in stack.planes]
             for k, tensors in enumerate(out):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.modules.captured import CapturedSwitch, one_gpu
 from paretofuse.engine.modules.factory import live_module, routed_names
 from paretofuse.engine.modules.heads import bind_heads
 from paretofuse.engine.modules.live import LiveModule
@@ -106,6 +107,18 @@ class InPlaceModules:
         """Do all that a switch does, but merge the live module as it is."""
         routing_at(self._routers, as_preference(self._equal(), self._routers.objectives))
         self.live().merge_again(self._routers.width)
+
+    def capture(self, in_use: Callable[[], bool]) -> CapturedSwitch:
+        """A switch of the live module as a CUDA graph; the module stays merged for what it is.
+
+        Args:
+            in_use: whether these modules still are the engine's.
+
+        Raises:
+            ValueError: the model is not merged by the kernels of one GPU.
+        """
+        device = one_gpu(self._bound.backends)
+        return CapturedSwitch(self.live(), self._routers, device, in_use, self._note)
 
     def train_at(self, preference: Preference, *, materialize: bool) -> Tensor:
         """Merge one of them and let gradients flow from it into the routers; the weights, part of their graph.

@@ -19,6 +19,7 @@ from paretofuse.engine.modules.bindings import Bindings
 from paretofuse.engine.modules.gradient import GradientCollector
 from paretofuse.engine.modules.routed.layers import RoutedAttention, RoutedLinear
 from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.stacking.sharding import shard
 from paretofuse.engine.stacking.skeleton import stored_tensors
 
 
@@ -89,6 +90,11 @@ class LiveModule:
         """Raise ValueError where the module no longer holds the memory that is merged into."""
         self._bindings.check()
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """All the memory that a write fills; of tensors that share it one."""
+        tensors = [shard(tensor) for tensor in (*self._routed.values(), *(own for own, _ in self._restored))]
+        return list({s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
     @torch.no_grad()
     def write(self, weights: Tensor) -> None:
         """Merge in place at weights [1, G, P].
@@ -97,12 +103,20 @@ class LiveModule:
             ValueError: the module no longer holds the memory that is merged into; nothing has been written.
         """
         self.check()
+        self.rewrite(weights)
+        self.rewritten(weights)
+
+    def rewrite(self, weights: Tensor) -> None:
+        """What a device does for a write: it waits for nothing and gives no value back, so a CUDA graph can hold it."""
         self._merge_routed(weights)
-        self._weights = weights
         for mix in self._mixes:
             mix.copy_(weights[0], non_blocking=True)
         if self._restored:
             torch._foreach_copy_([own for own, _ in self._restored], [start for _, start in self._restored])
+
+    def rewritten(self, weights: Tensor) -> None:
+        """What the host does for a write, once the device was asked for its part."""
+        self._weights = weights
         # The mergers write behind autograd's back: a backward pass through a forward made before this switch must
         # fail rather than use the new weights, and autocast must not serve the old ones.
         torch.autograd.graph.increment_version(self._versions)
@@ -118,6 +132,10 @@ class LiveModule:
     def switch(self, weights: Tensor) -> None:
         """Merge in place for inference."""
         self.write(weights)
+        self.disarm()
+
+    def disarm(self) -> None:
+        """From now on forwards record no graph for the routed parameters."""
         if "collector" in self.__dict__:
             self.collector.disarm()
 

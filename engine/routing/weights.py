@@ -48,14 +48,28 @@ def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
     all is computed there.
     """
     device = routers.output.bias.device
-    if routers.rows is not None and device.type != "cpu":
-        return routers.at(sent(torch.from_numpy(preference), device))
-    several = routers.on_host().weights(np.atleast_2d(preference))  # [K, G, P]
-    groups = torch.from_numpy(several if preference.ndim == 2 else several[0])
-    if routers.rows is None:
-        return pinned(groups, device)
+    if routers.rows is None or device.type != "cpu":
+        return received(routers, pinned(to_send(routers, preference), device))
+    groups = torch.from_numpy(_on_host(routers, preference))
     rows = routers.rows(torch.from_numpy(preference))  # in the order of the sums in C++, so in the same bits
     return torch.cat([groups, rows.to(torch.float32)], -2)
+
+
+def to_send(routers: Routers, preference: np.ndarray) -> Tensor:
+    """What the host tells a GPU of checked preferences [M] or [K, M]: the groups' routing weights, or with row
+    coefficients the preferences themselves."""
+    return torch.from_numpy(preference if routers.rows is not None else _on_host(routers, preference))
+
+
+def received(routers: Routers, told: Tensor) -> Tensor:
+    """Routing weights [..., G, P] or [..., G + R, P] of what the host tells, from pinned memory without waiting."""
+    return told if routers.rows is None else routers.at(told.to(routers.output.bias.device, non_blocking=True))
+
+
+def _on_host(routers: Routers, preference: np.ndarray) -> np.ndarray:
+    """The groups' routing weights [..., G, P] of checked preferences [M] or [K, M]."""
+    several = routers.on_host().weights(np.atleast_2d(preference))  # [K, G, P]
+    return several if preference.ndim == 2 else several[0]
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,13 +6,14 @@ What matters is counted, not timed: how often Triton is asked to look at argumen
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paretofuse as pf
-from benchmarks.gpu.host import StubDriver, stub_driver
+from benchmarks.gpu.host import StubDriver, stub_driver, stub_graphs
 from paretofuse.kernels import launch, routed_merge
 from tests.support.models import net_and_experts
 
@@ -70,6 +71,20 @@ def test_a_warm_switch_runs_two_operators(driver: StubDriver) -> None:
         "aten.copy_.default",
         "aten._foreach_copy_.default",
     ]
+
+
+def test_a_captured_switch_is_one_copy_and_one_replay(driver: StubDriver) -> None:
+    engine = stacked()
+    with stub_graphs():
+        captured = engine.capture()
+        launches = driver.launches
+        with Operators() as ran:
+            captured.switch([0.2, 0.3, 0.5])
+    views = {"aten.lift_fresh.default", "aten.unsqueeze.default"}
+    assert [name for name in ran.names if name not in views] == ["aten.copy_.default"]
+    graph: Any = captured._graph
+    assert graph.replays == 1
+    assert driver.launches == launches
 
 
 def test_one_binary_serves_any_number_of_experts_groups_and_preferences(driver: StubDriver) -> None:
