@@ -105,11 +105,18 @@ def segment_sums_kernel(
 
 
 def partials_launch(
-    grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int, config: GradConfig
+    grad: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    group: int,
+    block: int,
+    config: GradConfig,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Launch]:
-    """Stage one and the partials that it fills; all arguments already checked."""
+    """Stage one and the partials that it fills, made unless given; all arguments already checked."""
     n, experts = grad.numel(), deltas.shape[0]
-    partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
+    if partials is None:
+        partials = grad.new_empty((-(-n // block), experts), dtype=torch.float32)
     return partials, Launch(
         partials_kernel,
         (len(partials),),
@@ -145,21 +152,16 @@ def run_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) ->
     return filled(sums_launch(sums, inside, starts, torch.float32))
 
 
-@torch.library.custom_op("paretofuse::grad_partials", mutates_args=(), device_types="cuda")
-def _grad_partials(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
-    return filled(partials_launch(grad, deltas, scales, group, block, grad_config(deltas.element_size())))
+def by_kernel(kernel: object, tensor: Tensor) -> bool:
+    """Whether the kernel does it where the tensor lies: on the CPU the reference does, outside of Triton's interpreter.
 
-
-@_grad_partials.register_kernel("cpu")
-def _(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
-    if interpreted(partials_kernel):
-        return filled(partials_launch(grad, deltas, scales, group, block, grad_config(deltas.element_size())))
-    return block_products_reference(grad, deltas, block, scales=scales, group=group).float()
-
-
-@_grad_partials.register_fake
-def _(grad: Tensor, deltas: Tensor, scales: Tensor | None, group: int, block: int) -> Tensor:
-    return grad.new_empty(((grad.numel() + block - 1) // block, deltas.shape[0]), dtype=torch.float32)
+    Raises:
+        ImportError, ValueError: neither can.
+    """
+    if tensor.device.type != "cpu":
+        require(kernel, tensor.device.type, "paretofuse.kernels.reference.routed_grad_reference")
+        return True
+    return interpreted(kernel)
 
 
 @torch.library.custom_op("paretofuse::group_sums", mutates_args=(), device_types="cuda")
@@ -169,7 +171,7 @@ def _group_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor)
 
 @_group_sums.register_kernel("cpu")
 def _(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
-    if interpreted(segment_sums_kernel):
+    if by_kernel(segment_sums_kernel, partials):
         return run_sums(partials, order, pieces, starts)
     ends = pieces[starts.long()]  # where each group ends in `order`
     groups = torch.repeat_interleave(torch.arange(len(starts) - 1), ends.diff())
@@ -225,9 +227,16 @@ def plan_groups(tile_group: Tensor, groups: int, tile: int = 1024) -> GroupPlan:
     return GroupPlan(order, pieces, starts, block)
 
 
-def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None, tile: int = 1024) -> Tensor:
+def grad_partials(
+    grad: Tensor,
+    deltas: Tensor,
+    *,
+    scales: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: int = 1024,
+) -> Tensor:
     """Stage one for one bucket: the products of each block of a gradient with each expert's delta, in one
-    launch.
+    launch. It is no operator of torch: hooks call it, which no compiler sees.
 
     Args:
         grad: [N] float32, bfloat16 or float16, contiguous: a bucket, or one tensor's gradient flattened.
@@ -235,11 +244,12 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None,
         deltas: [E, N] of one of those dtypes, planes contiguous (a slice of the flat planes will do).
             Or int8, or [E, ceil(N / 2)] uint8 for int4, with scales, as `routed_merge` takes them.
         scales: [E, ceil(N / group)] float32, contiguous: what int8 or int4 deltas are multiplied by.
+        out: [ceil(N / block), E] float32, contiguous, block = min(tile, 1024): rows of the partials of all buckets,
+            in layout order, as `group_sums` takes them. Made unless given.
         tile: elements per tile, a power of two from 16 on; a bucket begins on a tile boundary.
 
     Returns:
-        [ceil(N / block), E] float32, with block = min(tile, 1024). Concatenate the
-            buckets in layout order for `group_sums`.
+        `out`.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device does not fit.
@@ -253,10 +263,17 @@ def grad_partials(grad: Tensor, deltas: Tensor, *, scales: Tensor | None = None,
     checks.check_tensor("grad", grad, checks.FLOATS, (n,), grad.device)
     checks.check_rows("grad", grad)
     checks.check_deltas(deltas, scales, (deltas.shape[0], n), tile, grad.device)
-    _require_device(partials_kernel, grad)
+    shape = (-(-n // block), deltas.shape[0])
+    if out is None:
+        out = grad.new_empty(shape, dtype=torch.float32)
+    else:
+        checks.check_tensor("out", out, (torch.float32,), shape, grad.device)
+        checks.check_contiguous("out", out)
     group = tile if scales is None else checks.group_of(n, scales.shape[1], tile)
-    partials: Tensor = torch.ops.paretofuse.grad_partials(grad, deltas, scales, group, block)
-    return partials
+    if by_kernel(partials_kernel, grad):
+        config = grad_config(deltas.element_size())
+        return filled(partials_launch(grad, deltas, scales, group, block, config, out))
+    return out.copy_(block_products_reference(grad, deltas, block, scales=scales, group=group))
 
 
 def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
@@ -276,12 +293,6 @@ def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
         "partials", partials, (torch.float32,), (len(plan.order), partials.shape[-1]), plan.order.device
     )
     checks.check_contiguous("partials", partials)
-    _require_device(segment_sums_kernel, partials)
+    by_kernel(segment_sums_kernel, partials)  # raises where neither it nor the reference can
     sums: Tensor = torch.ops.paretofuse.group_sums(partials, plan.order, plan.pieces, plan.starts)
     return sums
-
-
-def _require_device(kernel: object, tensor: Tensor) -> None:
-    """Raise unless the operator has an implementation for the device: the kernel, or on the CPU the reference."""
-    if tensor.device.type != "cpu":
-        require(kernel, tensor.device.type, "paretofuse.kernels.reference.routed_grad_reference")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.host
 
-Everything else is the product's: checks, routing weights, Triton's own path to the launch. Tensors lie on the CPU, so
-the calls that pin the routing weights and ask for their copy are left out, and a copy on the CPU stands for the latter.
+Everything else is the product's: checks, routing weights, Triton's own path to the launch; a replay of a captured switch
+returns at once, too. Tensors lie on the CPU, so the calls that pin the routing weights and ask for their copy are left
+out, and a copy on the CPU stands for the latter. Gradients are of zeros: only the hooks' own work is measured.
 Narrow layers stand for wide ones: the host's work depends on how many tensors there are, not on their sizes.
 """
 
@@ -20,8 +21,12 @@ import torch
 from torch import nn
 
 import paretofuse as pf
+from paretofuse.engine.merging import flat
 from paretofuse.engine.modules import in_place
-from paretofuse.kernels import routed_merge
+from paretofuse.kernels import routed_grad, routed_merge
+
+NARROW_SMALL = 1 << 10
+"""Parts small tensors from large ones where layers are 16 times narrower, as 2 ** 16 does in the true models."""
 
 
 class StubUtils:
@@ -77,13 +82,20 @@ def stub_driver() -> Iterator[StubDriver]:
     """Have Triton's kernels compiled for sm_90 and launched into nothing, also on tensors of the CPU."""
     from triton.runtime import driver
 
-    stub, kernel = StubDriver(), routed_merge.merge_kernel
-    kernel.device_caches.clear()  # by the number of a device, which the stub's has as well
+    stub = StubDriver()
+    kernels = routed_merge.merge_kernel, routed_grad.partials_kernel, routed_grad.segment_sums_kernel
+    for kernel in kernels:
+        kernel.device_caches.clear()  # by the number of a device, which the stub's has as well
     try:
-        with mock.patch.object(driver, "_active", stub), mock.patch.object(routed_merge, "require"):
+        with (
+            mock.patch.object(driver, "_active", stub),
+            mock.patch.object(routed_merge, "require"),
+            mock.patch.object(routed_grad, "by_kernel", lambda kernel, tensor: True),
+        ):
             yield stub
     finally:
-        kernel.device_caches.clear()
+        for kernel in kernels:
+            kernel.device_caches.clear()
 
 
 class StubGraph:
@@ -161,30 +173,48 @@ def microseconds(act: Callable[[], object], times: int = 500) -> tuple[float, fl
     return min(spent), statistics.median(spent)
 
 
-def main() -> None:
-    """Print a line for each model and family of routers."""
-    torch.set_num_threads(1)
+def reduction(engine: pf.Engine) -> Callable[[], None]:
+    """What the hooks of a backward pass and its end do with gradients of the live module's parameters."""
+    kernels = engine._in_place.live().collector._kernels
+    gradients = {name: torch.zeros_like(engine.module.get_parameter(name)) for name in kernels}
+
+    def reduce() -> None:
+        for name, sums in kernels.items():
+            sums.add(name, gradients[name])
+        for sums in dict.fromkeys(kernels.values()):
+            sums.take()
+
+    return reduce
+
+
+def report(name: str, engine: pf.Engine, stub: StubDriver) -> None:
+    """Print a line for each thing that the host does."""
     preference = [1 / 8] * 8
+    engine.warmup()
+    captured, live = engine.capture(), engine._in_place.live()
+    for what, act in (
+        ("a switch", lambda: engine.switch(preference)),
+        ("a captured switch", lambda: captured.switch(preference)),
+        ("of which the check", live.check),
+        ("the gradients of a backward pass", reduction(engine)),
+    ):
+        act()
+        before = stub.launches
+        act()
+        launches = stub.launches - before
+        least, median = microseconds(act)
+        print(
+            f"{name}, {len(engine.layout.tensors)} tensors, E = 8: {what} {launches} launches, {least:.0f} us "
+            f"(median {median:.0f})"
+        )
+
+
+def main() -> None:
+    """Report on two models."""
+    torch.set_num_threads(1)
     for name, make in (("GPT-2", gpt2), ("ViT-B/32", vit)):
-        engine = engine_of(make, 8)
-        with stub_driver() as stub, stub_graphs():
-            engine.warmup()
-            captured = engine.capture()
-            engine.switch(preference)
-            before = stub.launches
-            engine.switch(preference)
-            launches = stub.launches - before
-            live = engine._in_place.live()
-            for what, act in (
-                ("a switch", lambda engine=engine: engine.switch(preference)),
-                ("a captured switch", lambda captured=captured: captured.switch(preference)),
-                ("of which the check", live.check),
-            ):
-                least, median = microseconds(act)
-                print(
-                    f"{name}, {len(engine.layout.tensors)} tensors, E = 8, {launches} launch: {what} {least:.0f} us "
-                    f"(median {median:.0f})"
-                )
+        with mock.patch.object(flat, "SMALL", NARROW_SMALL), stub_driver() as stub, stub_graphs():
+            report(name, engine_of(make, 8), stub)
 
 
 if __name__ == "__main__":

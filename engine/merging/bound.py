@@ -33,7 +33,7 @@ from paretofuse.engine.merging.flat import (
     kind_of,
 )
 from paretofuse.engine.stacking.sharding import Sharding
-from paretofuse.engine.stacking.stack import Stack, lasting
+from paretofuse.engine.stacking.stack import Stack, lasting, settled
 
 
 class BoundStack:
@@ -43,7 +43,7 @@ class BoundStack:
     plane's static weight (`Layout.static_weights`).
 
     Args:
-        stack: its tensors may lie on several devices.
+        stack: its tensors may lie on several devices; one that has a device of its own is put there.
         backend: "reference", "native" or "triton" for all devices, or None for each device's own.
         shardings: how tensors that are sharded over processes lie; the stack holds this process's shards.
 
@@ -67,7 +67,7 @@ class BoundStack:
         self.rows = self.layout.group_index
         self._static_rows = {spec.name: 0 for spec in self.layout.with_role("static")}
         self._static_weights = torch.tensor([[self.layout.static_weights]], dtype=torch.float32)  # [1, 1, P]
-        self.places = {name: tensor.device for name, tensor in stack.base.items()}
+        self.places = {name: stack.device or tensor.device for name, tensor in stack.base.items()}
         self.backends = {d: choose_backend(d, backend) for d in dict.fromkeys(self.places.values())}
         merged = self.layout.with_role("routed", "static")
         in_flat = {name: d for name, d in self.places.items() if self.backends[d] == "triton"}
@@ -91,7 +91,7 @@ class BoundStack:
                     "dense ones",
                 )
             stack, self.flat = flatten(stack, self.rows | self._static_rows, in_flat, self.kinds)
-        self.stack = stack
+        self.stack = stack = settled(stack)
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None

@@ -6,7 +6,7 @@ A tile belongs to one group, so that one kernel launch merges a whole buffer. Mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ from paretofuse.engine.stacking.stack import Stack, lasting
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that share one flat buffer of `total` elements on a device, each at its offset."""
+    """Tensors that share one flat buffer of `total` elements on a device, each at its offset; first `small` small ones."""
 
     device: torch.device
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
     total: int
+    small: int
 
     def view(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors as views of a flat buffer [total]."""
@@ -43,6 +44,9 @@ Kind = tuple[str, int]
 
 DENSE: Kind = ("dense", 0)
 LOWRANK: Kind = ("lowrank", 0)
+
+SMALL = 1 << 16
+"""Elements of the largest small tensor. Small ones lie side by side, so that one launch reduces all their gradients."""
 
 
 def kind_of(planes: Sequence[Plane | None]) -> Kind:
@@ -59,7 +63,7 @@ def kind_of(planes: Sequence[Plane | None]) -> Kind:
 def buckets(
     specs: Sequence[TensorSpec], places: Mapping[str, torch.device], kinds: Mapping[str, Kind] | None = None
 ) -> list[Bucket]:
-    """Group tensors by device, role, dtypes and kind, and place them.
+    """Group tensors by device, role, dtypes and kind, and place them, the small ones first.
 
     Args:
         specs: the tensors.
@@ -72,8 +76,10 @@ def buckets(
         found.setdefault((places[spec.name], spec.role, spec.dtype, spec.delta_dtype, kind), []).append(spec)
     result = []
     for (device, *_), members in found.items():
+        members.sort(key=lambda spec: spec.numel > SMALL)
         offsets, total = place([spec.numel for spec in members])
-        result.append(Bucket(device, tuple(members), tuple(offsets), total))
+        small = sum(spec.numel <= SMALL for spec in members)
+        result.append(Bucket(device, tuple(members), tuple(offsets), total, small))
     return result
 
 
@@ -147,8 +153,9 @@ def flatten(
             for row, j in enumerate(present):
                 if spec.name in planes[j]:
                     planes[j][spec.name] = _in_place(planes[j][spec.name], own, row, spec.shape)
+            stack.release([spec.name])
         inputs.append(found)
-    return Stack(stack.layout, base, tuple(planes), stack.heads), inputs
+    return replace(stack, base=base, planes=tuple(planes)), inputs
 
 
 def _zeros(

@@ -64,7 +64,6 @@ def live_module(
         module = fuse(module, fused_layers(module, known), weight)
     # Parameters share the outputs' memory but are tensors of their own: write through them from now on.
     stored = {name: shard(tensor) for name, tensor in stored_tensors(module).items()}
-    stored_planes = {spec.name: own for flat in bound.flat for spec, own in flat.of_tensors()}
     bound.merge_static(out, [stored])
     return LiveModule(
         module,
@@ -73,7 +72,7 @@ def live_module(
         bound.layout,
         planes,
         weights,
-        deltas={spec.name: stored_planes[spec.name] for spec in merged if spec.name in stored_planes},
+        flat=[flat for flat in bound.flat if flat.bucket.specs[0].role == "routed"],
         mixes=tuple(mixes.values()),
         free=_constants(bound),
     )

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import TILE, Layout, columns_of, place, rows_of, tile_groups
+from paretofuse.engine.layout import Layout, columns_of, rows_of
 from paretofuse.engine.merging import native
-from paretofuse.engine.merging.flat import Stored
+from paretofuse.engine.merging.flat import FlatInputs
+from paretofuse.engine.modules.kernel_sums import KernelSums
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
 from paretofuse.engine.planes.plane import Plane, memories
 from paretofuse.engine.planes.trained import (
@@ -33,7 +34,6 @@ from paretofuse.engine.planes.trained import (
     trained_factors,
 )
 from paretofuse.engine.routing.weights import coefficients
-from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
 
 
 class GradientCollector:
@@ -46,7 +46,7 @@ class GradientCollector:
         layout: tells where in L each one's coefficients lie.
         planes: for each expert, its planes by name; an absent one contributes zero.
         check: called as a backward pass begins; what it raises ends the pass.
-        deltas: the planes of each parameter whose gradient the Triton kernels reduce, as they lie in memory.
+        flat: the buffers of planes that the Triton kernels read where they lie.
         mixes: routing weights [G, P] that a fused module reads by themselves, a leaf for each device.
     """
 
@@ -57,7 +57,7 @@ class GradientCollector:
         planes: Sequence[Mapping[str, Plane]],
         check: Callable[[], None],
         *,
-        deltas: Mapping[str, Stored] | None = None,
+        flat: Sequence[FlatInputs] = (),
         mixes: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = dict(parameters)
@@ -69,7 +69,11 @@ class GradientCollector:
         self._leaves = [*self._parameters.values(), *mixes]
         device = self._leaves[0].device if self._leaves else torch.device("cpu")
         groups = len(layout.groups)
-        self._kernels = _kernel_sums(self._parameters, layout.group_index, deltas or {}, groups, len(planes))
+        self._kernels: dict[str, KernelSums] = {}
+        for buffer in flat:
+            own = {spec.name for spec in buffer.bucket.specs} & self._parameters.keys()
+            if own:
+                self._kernels.update(dict.fromkeys(own, KernelSums(buffer, groups, len(planes))))
         self._factor_sums = torch.zeros(ends[-1] if ends else 0, dtype=torch.float64, device=device)
         self._pending = torch.zeros(groups, len(planes), dtype=torch.float64, device=device)
         self._routing_weights: Tensor | None = None
@@ -275,76 +279,6 @@ class GradientCollector:
             self._trained.take_gradient(factors, add=True)
         gradient = routing.to(self._routing_weights.dtype)
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
-
-
-def _kernel_sums(
-    parameters: Mapping[str, nn.Parameter],
-    rows: Mapping[str, int],
-    deltas: Mapping[str, Stored],
-    groups: int,
-    count: int,
-) -> dict[str, _KernelSums]:
-    """By parameter, the sums that its gradient goes into: one for each device."""
-    devices = {name: own.values.device for name, own in deltas.items()}
-    sums = {
-        device: _KernelSums(
-            {n: p for n, p in parameters.items() if devices.get(n) == device},
-            rows,
-            deltas,
-            groups,
-            count,
-            device,
-        )
-        for device in dict.fromkeys(devices.values())
-    }
-    return {name: sums[device] for name, device in devices.items()}
-
-
-class _KernelSums:
-    """The sums by the Triton kernels: stage one for each gradient as it arrives, stage two when they are taken.
-
-    Args: as GradientCollector's, for the parameters of one device.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        rows: Mapping[str, int],
-        deltas: Mapping[str, Stored],
-        groups: int,
-        count: int,
-        device: torch.device,
-    ) -> None:
-        lengths = [parameter.numel() for parameter in parameters.values()]
-        offsets, _ = place(lengths)
-        self._first = dict(zip(parameters, (offset // TILE for offset in offsets), strict=True))
-        self._deltas = deltas
-        tiles = tile_groups(lengths, [rows[name] for name in parameters])
-        self._plan = plan_groups(torch.tensor(tiles, dtype=torch.int32, device=device), groups, TILE)
-        self._partials = torch.zeros(len(tiles), count, dtype=torch.float32, device=device)  # [tiles, P]
-        self._index = {own.planes: torch.tensor(own.planes, device=device) for own in deltas.values()}
-        self._any = False
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Reduce one parameter's gradient to a number for each tile and plane."""
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        own, first = self._deltas[name], self._first[name]
-        partials = grad_partials(dense.reshape(-1), own.values, scales=own.scales, tile=TILE)
-        rows = self._partials[first : first + len(partials)]
-        if len(own.planes) == rows.shape[1]:
-            rows += partials
-        else:
-            rows.index_add_(1, self._index[own.planes], partials)
-        self._any = True
-
-    def take(self) -> Tensor | None:
-        """The sums, float64 [G, P], or None where nothing was added; and start anew."""
-        if not self._any:
-            return None
-        total = group_sums(self._partials, self._plan).double()
-        self._partials.zero_()
-        self._any = False
-        return total
 
 
 def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by_row: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ optimizer states of other parameters stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.layout import Layout
 from paretofuse.engine.merging.backends import Merger
-from paretofuse.engine.merging.flat import Stored
+from paretofuse.engine.merging.flat import FlatInputs
 from paretofuse.engine.modules.bindings import Bindings
 from paretofuse.engine.modules.gradient import GradientCollector
 from paretofuse.engine.modules.routed.layers import RoutedAttention, RoutedLinear
@@ -34,7 +34,7 @@ class LiveModule:
         layout: the tensor table.
         planes: for each expert, its planes by name.
         weights: the first routing weights, [1, G, P] or [1, G + R, P].
-        deltas: the planes of each parameter whose gradient the Triton kernels shall reduce, as they lie in memory.
+        flat: the buffers of planes that the Triton kernels read where they lie, of routed tensors.
         mixes: the routing weights that a fused module's layers read, rewritten with every merge; one for
             each device.
         free: names of parameters that no merger writes and that users may replace (heads).
@@ -49,12 +49,12 @@ class LiveModule:
         planes: tuple[dict[str, Plane], ...],
         weights: Tensor,
         *,
-        deltas: Mapping[str, Stored] | None = None,
+        flat: Sequence[FlatInputs] = (),
         mixes: Sequence[Tensor] = (),
         free: Collection[str] = (),
     ) -> None:
         self.module = module
-        self._deltas = deltas or {}
+        self._flat = flat
         self._mixes = mixes
         self.width = weights.shape[1]
         self._merge_routed = merge_routed
@@ -81,9 +81,8 @@ class LiveModule:
     def collector(self) -> GradientCollector:
         """The gradient hooks, installed when first asked for."""
         parameters = {n: t for n, t in self._routed.items() if isinstance(t, nn.Parameter)}
-        deltas = {name: delta for name, delta in self._deltas.items() if name in parameters}
         return GradientCollector(
-            parameters, self._layout, self._planes, self.check, deltas=deltas, mixes=self._mixes
+            parameters, self._layout, self._planes, self.check, flat=self._flat, mixes=self._mixes
         )
 
     def check(self) -> None:

@@ -176,15 +176,16 @@ def save(
 
 
 def read(store: Store, device: torch.device) -> tuple[Stack, Routers]:
-    """The stack and the routers of an open store. Tensors on the CPU are views of the mapped files."""
+    """The stack and the routers of an open store: views of the mapped files, which `settled` puts on a device."""
     layout = store.layout
     stack = Stack(
         layout,
-        _tensors(store.base, device),
-        tuple(_planes(store, e, device) for e in range(len(layout.members))),
-        {objective: _tensors(own, device) for objective, own in store.heads.items()},
-        store.release if device.type == "cpu" else lambda names: None,
-        store.check_unchanged if device.type == "cpu" else lambda: None,
+        _tensors(store.base),
+        tuple(_planes(store, e) for e in range(len(layout.members))),
+        {objective: _tensors(own) for objective, own in store.heads.items()},
+        store.release,
+        store.check_unchanged,
+        None if device.type == "cpu" else torch.empty(0, device=device).device,  # "cuda" with its number
     )
     routers = routers_for(layout, store.init, store.family)
     routers.family_asked = store.family_asked
@@ -223,12 +224,12 @@ def _expert_tensors(
         } | ({} if found.error is None else {"error": found.error})
 
 
-def _planes(store: Store, expert: int, device: torch.device) -> dict[str, Plane]:
+def _planes(store: Store, expert: int) -> dict[str, Plane]:
     """An expert's planes by tensor."""
-    planes: dict[str, Plane] = {n: Dense(t) for n, t in _tensors(store.deltas[expert], device).items()}
+    planes: dict[str, Plane] = {n: Dense(t) for n, t in _tensors(store.deltas[expert]).items()}
     for name, stored in store.planes[expert].items():
         shape = store.layout.by_name[name].shape
-        values, factors = _tensor(stored.values, device), _tensor(stored.factors, device)
+        values, factors = _tensor(stored.values), _tensor(stored.factors)
         if stored.format != "lowrank":
             kind = torch.int8 if stored.format == "int8" else torch.uint8
             values, factors = values.view(-1).view(kind), factors.view(-1)
@@ -247,12 +248,12 @@ def _chunks(blocks: Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield block.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def _tensors(views: Mapping[str, TensorView], device: torch.device) -> dict[str, Tensor]:
-    return {name: _tensor(view, device) for name, view in views.items()}
+def _tensors(views: Mapping[str, TensorView]) -> dict[str, Tensor]:
+    return {name: _tensor(view) for name, view in views.items()}
 
 
-def _tensor(view: TensorView, device: torch.device) -> Tensor:
+def _tensor(view: TensorView) -> Tensor:
     dtype = TO_TORCH[view.dtype]
     if not view.nbytes:
-        return torch.empty(view.shape, dtype=dtype, device=device)
-    return torch.frombuffer(view.data, dtype=dtype).view(view.shape).to(device)
+        return torch.empty(view.shape, dtype=dtype)
+    return torch.frombuffer(view.data, dtype=dtype).view(view.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import Layout
-from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.planes.plane import Plane, to
 from paretofuse.engine.stacking.deltas import base_blocks, gather, head_blocks, head_infos, plane_of
 from paretofuse.engine.stacking.plan import Plan
 
@@ -50,6 +50,7 @@ class Stack:
             files, which are read again when touched; does nothing elsewhere.
         check: raises StoreError if a file that base or deltas are mapped from was rewritten in place or truncated; does
             nothing elsewhere.
+        device: where `settled` puts all that does not lie there yet; None where everything stays.
     """
 
     layout: Layout
@@ -58,6 +59,7 @@ class Stack:
     heads: dict[str, dict[str, Tensor]]
     release: Callable[[Iterable[str]], None] = field(default=lambda names: None)
     check: Callable[[], None] = field(default=lambda: None)
+    device: torch.device | None = None
 
     def head(self, objective: str | None) -> dict[str, Tensor]:
         """An objective's own tensors by name; none for None.
@@ -71,6 +73,23 @@ class Stack:
             known = list(self.heads) or "none; declare them when stacking, heads=[...]"
             raise ValueError(f"got head={objective!r}, expected an objective that has a head: {known}")
         return self.heads[objective]
+
+
+@lasting()
+def settled(stack: Stack) -> Stack:
+    """A stack on its device, tensor by tensor, so that never more than one is held twice; itself where it has none."""
+    device = stack.device
+    if device is None:
+        return stack
+    base, planes = dict(stack.base), [dict(own) for own in stack.planes]
+    for name, tensor in base.items():
+        base[name] = tensor.to(device)
+        for own in planes:
+            if name in own:
+                own[name] = to(own[name], device)
+        stack.release([name])
+    heads = {o: {name: tensor.to(device) for name, tensor in own.items()} for o, own in stack.heads.items()}
+    return Stack(stack.layout, base, tuple(planes), heads)
 
 
 def build(plan: Plan, device: torch.device | None) -> Stack:

@@ -87,6 +87,16 @@ def test_a_captured_switch_is_one_copy_and_one_replay(driver: StubDriver) -> Non
     assert driver.launches == launches
 
 
+def test_a_backward_pass_takes_one_launch_for_all_small_tensors_and_two_for_the_sums(driver: StubDriver) -> None:
+    engine = stacked()
+    for _ in range(2):
+        engine.train_at([0.2, 0.3, 0.5])
+        launches = driver.launches
+        engine.module(torch.randn(4, 8)).sum().backward()
+    assert len(engine._in_place.live().collector._kernels) == 7
+    assert driver.launches - launches == 1 + 2
+
+
 def test_one_binary_serves_any_number_of_experts_groups_and_preferences(driver: StubDriver) -> None:
     driver.utils.binaries.clear()
     for experts, k in ((9, 1), (16, 2), (16, 16), (9, 16)):

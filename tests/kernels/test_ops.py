@@ -50,7 +50,6 @@ def inputs(device: str = "cpu", seed: int = 0) -> dict[str, tuple[Any, ...]]:
             TILE,
             0,
         ),
-        "grad_partials": (base, deltas, None, 1, TILE),
         "group_sums": (r(3, E), *plan),
         "routed_linear": (r(5, 7), weight, planes, r(E), r(6)),
         "routed_linear_weights_grad": (r(5, 6), r(5, 7), planes),
@@ -87,7 +86,7 @@ def test_opcheck(name: str) -> None:
 def test_fake_implementations_give_shapes_without_a_device(name: str) -> None:
     """What torch.compile sees of each operator, the merge's too, whose kernel needs a GPU."""
     shapes = {
-        "routed_merge": (K, N), "grad_partials": (3, E), "group_sums": (G, E), "routed_linear": (5, 6),
+        "routed_merge": (K, N), "group_sums": (G, E), "routed_linear": (5, 6),
         "routed_linear_weights_grad": (E,), "routed_rows": (4, 2, 6), "routed_rows_weights_grad": (4, E),
     }  # fmt: skip
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
