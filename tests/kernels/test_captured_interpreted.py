@@ -64,7 +64,7 @@ def test_its_bits_are_those_of_a_switch(planes: str, family: str, late: LateDevi
 
 def test_a_switch_waits_before_it_overwrites_what_the_last_one_has_yet_to_fetch(late: LateDevice) -> None:
     engine = stacked()
-    captured, seen = engine.capture(), []
+    captured, seen = engine.capture(), list[torch.Tensor]()
     for preference in (A, B):
         captured.switch(preference)
         late.asked.append(lambda: seen.append(engine.module.get_parameter("first.weight").clone()))
