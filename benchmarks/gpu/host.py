@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.host
 
-Everything else is the product's: checks, routing weights, Triton's own path to the launch; a replay of a captured switch
+Everything else is the product's: checks, routing weights, Triton's own path to the launch. A captured switch's replay
 returns at once, too. Tensors lie on the CPU, so the calls that pin the routing weights and ask for their copy are left
 out, and a copy on the CPU stands for the latter. Gradients are of zeros: only the hooks' own work is measured.
 Narrow layers stand for wide ones: the host's work depends on how many tensors there are, not on their sizes.
@@ -90,7 +90,7 @@ def stub_driver() -> Iterator[StubDriver]:
         with (
             mock.patch.object(driver, "_active", stub),
             mock.patch.object(routed_merge, "require"),
-            mock.patch.object(routed_grad, "by_kernel", lambda kernel, tensor: True),
+            mock.patch.object(routed_grad, "by_kernel", return_value=True),
         ):
             yield stub
     finally:
@@ -124,17 +124,15 @@ class StubEvent:
 
 
 @contextmanager
-def stub_graphs(
-    graph: Callable[[], Any] = StubGraph, event: Callable[[], Any] = StubEvent
-) -> Iterator[None]:
+def stub_graphs(graph: Callable[[], Any] = StubGraph, event: Callable[[], Any] = StubEvent) -> Iterator[None]:
     """Have switches captured on tensors of the CPU."""
     with (
         mock.patch.object(in_place, "one_gpu", lambda backends: next(iter(backends))),
         mock.patch.object(torch.cuda, "CUDAGraph", graph),
         mock.patch.object(torch.cuda, "graph", lambda made, **_: made.capturing()),
         mock.patch.object(torch.cuda, "Event", event),
-        mock.patch.object(torch.cuda, "current_stream", lambda device: None),
-        mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", return_value=None),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
         yield
 

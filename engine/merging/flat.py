@@ -23,7 +23,7 @@ from paretofuse.engine.stacking.stack import Stack, lasting
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that share one flat buffer of `total` elements on a device, each at its offset; first `small` small ones."""
+    """Tensors that share a flat buffer of `total` elements on a device, each at its offset, the `small` ones first."""
 
     device: torch.device
     specs: tuple[TensorSpec, ...]

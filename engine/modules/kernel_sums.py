@@ -1,6 +1,6 @@
 """Gradients of the routing weights by the Triton kernels, for one flat buffer of planes.
 
-Stage one leaves a number for each tile and plane. A large tensor's gradient takes one launch as it arrives, and is let go
+Stage one leaves a number for each tile and plane. A large tensor's gradient takes a launch as it arrives, and is let go
 of. Small tensors are most of a model's tensors and next to none of its bytes: theirs are held until the sums are taken,
 laid side by side and reduced in one launch, as their planes lie side by side at the buffer's start. Stage two adds the
 tiles of each group.
@@ -92,6 +92,6 @@ class KernelSums:
 
 
 def held_tensors(bucket: Bucket) -> dict[str, TensorSpec]:
-    """The small tensors at a buffer's start whose gradients are held, by name: those that end before `HELD` elements."""
+    """The small tensors at a buffer's start whose gradients are held, by name: those within `HELD` elements."""
     first = zip(bucket.specs[: bucket.small], bucket.offsets, strict=False)
     return {spec.name: spec for spec, offset in first if offset + spec.numel <= HELD}

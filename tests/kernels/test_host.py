@@ -87,7 +87,9 @@ def test_a_captured_switch_is_one_copy_and_one_replay(driver: StubDriver) -> Non
     assert driver.launches == launches
 
 
-def test_a_backward_pass_takes_one_launch_for_all_small_tensors_and_two_for_the_sums(driver: StubDriver) -> None:
+def test_a_backward_pass_takes_one_launch_for_all_small_tensors_and_two_for_the_sums(
+    driver: StubDriver,
+) -> None:
     engine = stacked()
     for _ in range(2):
         engine.train_at([0.2, 0.3, 0.5])

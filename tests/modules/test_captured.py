@@ -31,7 +31,9 @@ def test_a_model_on_the_cpu_has_none() -> None:
 def test_only_the_kernels_of_one_gpu_are_captured(backends: dict[torch.device, str]) -> None:
     with pytest.raises(ValueError, match="expected backend='triton' on one GPU") as caught:
         one_gpu(backends)
-    assert all(f"backend={backend!r} on {device}" in str(caught.value) for device, backend in backends.items())
+    assert all(
+        f"backend={backend!r} on {device}" in str(caught.value) for device, backend in backends.items()
+    )
 
 
 def test_the_device_is_named() -> None:
@@ -45,9 +47,7 @@ def test_the_device_is_named() -> None:
 def test_on_the_gpu(planes: str, family: str) -> None:
     """Many switches in a row, none waited for: each result, copied on the stream, has the bits of a switch."""
     base, experts = net_and_experts()
-    ours, truth = (
-        pf.stack(base, experts, device="cuda", planes=planes, family=family) for _ in range(2)
-    )
+    ours, truth = (pf.stack(base, experts, device="cuda", planes=planes, family=family) for _ in range(2))
     for engine in (ours, truth):
         if engine.routers.rows is not None:
             generator = torch.Generator().manual_seed(1)
