@@ -24,8 +24,8 @@ R = [0.2, 0.3, 0.5]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of more than two tiles are large, so that small models have both kinds."""
-    monkeypatch.setattr(flat, "SMALL", 2048)
+    """Tensors of more than a tile are large, so that small models have both kinds."""
+    monkeypatch.setattr(flat, "SMALL", 1024)
 
 
 class Calls:
@@ -47,16 +47,16 @@ class Mixed(nn.Module):
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
-        self.first = nn.Linear(40, 60)
-        self.norm = nn.LayerNorm(60)
-        self.middle = nn.Sequential(nn.Linear(60, 20), nn.GELU(), nn.Linear(20, 60))
+        self.first = nn.Linear(40, 30)
+        self.norm = nn.LayerNorm(30)
+        self.middle = nn.Sequential(nn.Linear(30, 20), nn.GELU(), nn.Linear(20, 30))
         self.scale = nn.Parameter(torch.tensor(1.5))
-        self.last = nn.Linear(60, 40)
+        self.last = nn.Linear(30, 40)
         self.reentrant = reentrant
         self.whole = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 40] -> [B, 40] or [B, 60]."""
+        """[B, 40] -> [B, 40] or [B, 30]."""
         x = self.norm(self.first(x))
         for _ in range(2):
             if self.reentrant is None:
@@ -102,15 +102,13 @@ def compare(ours: Engine, truth: Engine) -> None:
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("unchanged", ["", "c"])
-@pytest.mark.parametrize("planes", ["dense", "int8", "int4"])
+@pytest.mark.parametrize(("planes", "unchanged"), [("int8", "c"), ("int4", "")])
 def test_they_equal_the_native_ones(planes: str, unchanged: str) -> None:
     compare(*engines(planes, unchanged))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_passes_inside_of_passes(reentrant: bool) -> None:
-    compare(*engines(reentrant=reentrant))
+def test_passes_inside_of_passes() -> None:
+    compare(*engines(reentrant=True))
 
 
 def test_what_no_gradient_reached_counts_as_zero() -> None:
@@ -127,22 +125,20 @@ def test_small_tensors_take_one_launch_together(monkeypatch: pytest.MonkeyPatch)
     calls = Calls(monkeypatch)
     ours.train_at(R)
     ours.module(torch.randn(5, 40)).square().mean().backward()
-    # The two large weights as they come, from the last to the first; then nine small tensors of eleven tiles: two
-    # matrices of two, six vectors and a scalar of one.
-    assert calls.sizes == [2400, 2400, 11 * 1024]
+    # The two large weights as they come, from the last to the first; then nine small tensors, a tile each.
+    assert calls.sizes == [1200, 1200, 9 * 1024]
     sums = next(iter(ours._in_place.live().collector._kernels.values()))
     assert not sums._held
 
 
 def test_no_more_than_a_bound_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind it take a launch each, to the same bits."""
-    x = torch.randn(5, 40)
-    ours, _ = engines()
-    held = gradients(ours, x)
-    monkeypatch.setattr(kernel_sums, "HELD", 3 * 1024)
-    ours, _ = engines()
-    calls = Calls(monkeypatch)
-    apart = gradients(ours, x)
-    assert len(calls.sizes) > 3 * 3
-    assert torch.equal(held[0], apart[0])
-    assert all(torch.equal(a, b) for a, b in zip(held[1], apart[1], strict=True))
+    x, calls, found = torch.randn(5, 40), Calls(monkeypatch), list[Tensor]()
+    for bound in (kernel_sums.HELD, 3 * 1024):
+        monkeypatch.setattr(kernel_sums, "HELD", bound)
+        ours, _ = engines()
+        ours.train_at(R)
+        found.append(ours.jacobian([ours.module(x).square().mean()]))
+    assert sorted(calls.sizes[:3]) == [1200, 1200, 9 * 1024]
+    assert sorted(calls.sizes[3:]) == [20, 30, 30, 40, 600, 600, 1200, 1200, 3 * 1024]
+    assert torch.equal(*found)
