@@ -56,14 +56,18 @@ def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
 
 
 def to_send(routers: Routers, preference: np.ndarray) -> Tensor:
-    """What the host tells a GPU of checked preferences [M] or [K, M]: the groups' routing weights, or with row
-    coefficients the preferences themselves."""
+    """What the host tells a GPU of checked preferences [M] or [K, M].
+
+    It is the groups' routing weights [..., G, P]; with row coefficients the preferences themselves.
+    """
     return torch.from_numpy(preference if routers.rows is not None else _on_host(routers, preference))
 
 
 def received(routers: Routers, told: Tensor) -> Tensor:
     """Routing weights [..., G, P] or [..., G + R, P] of what the host tells, from pinned memory without waiting."""
-    return told if routers.rows is None else routers.at(told.to(routers.output.bias.device, non_blocking=True))
+    return (
+        told if routers.rows is None else routers.at(told.to(routers.output.bias.device, non_blocking=True))
+    )
 
 
 def _on_host(routers: Routers, preference: np.ndarray) -> np.ndarray:
