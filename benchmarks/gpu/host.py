@@ -77,6 +77,11 @@ class StubDriver:
         return launch
 
 
+def always(kernel: object, tensor: torch.Tensor) -> bool:
+    """That the kernel does it; a function, as calling a mock takes longer than what is measured."""
+    return True
+
+
 @contextmanager
 def stub_driver() -> Iterator[StubDriver]:
     """Have Triton's kernels compiled for sm_90 and launched into nothing, also on tensors of the CPU."""
@@ -90,7 +95,7 @@ def stub_driver() -> Iterator[StubDriver]:
         with (
             mock.patch.object(driver, "_active", stub),
             mock.patch.object(routed_merge, "require"),
-            mock.patch.object(routed_grad, "by_kernel", return_value=True),
+            mock.patch.object(routed_grad, "by_kernel", always),
         ):
             yield stub
     finally:
@@ -114,7 +119,10 @@ class StubGraph:
 
 
 class StubEvent:
-    """An event that nobody has to wait for."""
+    """An event that nobody has to wait for; or the stream of a device, which nobody looks at."""
+
+    def __init__(self, device: object = None) -> None:
+        """Nothing."""
 
     def record(self, stream: object) -> None:
         """Nothing."""
@@ -131,7 +139,7 @@ def stub_graphs(graph: Callable[[], Any] = StubGraph, event: Callable[[], Any] =
         mock.patch.object(torch.cuda, "CUDAGraph", graph),
         mock.patch.object(torch.cuda, "graph", lambda made, **_: made.capturing()),
         mock.patch.object(torch.cuda, "Event", event),
-        mock.patch.object(torch.cuda, "current_stream", return_value=None),
+        mock.patch.object(torch.cuda, "current_stream", StubEvent),
         mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
         yield
