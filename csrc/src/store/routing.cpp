@@ -23,11 +23,27 @@ std::string shown(const Preference& preference) {
   return text + "]";
 }
 
-// bias + sum over i of weights[i] * x[i].
-double affine(const float* weights, const std::vector<double>& x, float bias) {
-  double sum = 0.0;
-  for (std::size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(weights[i]) * x[i];
-  return sum + static_cast<double>(bias);
+// Of matrices [G, rows, columns], their transposes.
+std::vector<double> transposed(const std::vector<float>& matrices, std::size_t rows, std::size_t columns) {
+  std::vector<double> out(matrices.size());
+  const std::size_t size = rows * columns;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const std::size_t at = i % size;
+    out[i - at + at % columns * rows + at / columns] = static_cast<double>(matrices[i]);
+  }
+  return out;
+}
+
+// out = bias + matrix x, from the matrix's columns; each sum in the order of x.
+void affine(const double* columns, const double* x, std::size_t inputs, const float* bias,
+            std::vector<double>* out) {
+  std::fill(out->begin(), out->end(), 0.0);
+  const std::size_t count = out->size();
+  double* sums = out->data();
+  for (std::size_t i = 0; i < inputs; ++i) {
+    for (std::size_t o = 0; o < count; ++o) sums[o] += columns[i * count + o] * x[i];
+  }
+  for (std::size_t o = 0; o < count; ++o) sums[o] += static_cast<double>(bias[o]);
 }
 
 }  // namespace
@@ -64,32 +80,34 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t object
     }
   }
   if (parameters_.size() != expected.size()) throw std::invalid_argument("unknown router parameters");
+  columns1_ = transposed(parameters_.at("hidden.weight").values, hidden_, objectives_);
+  columns2_ = transposed(parameters_.at("output.weight").values, members_.size(), hidden_);
 }
 
 Weights Routers::evaluate(const Preference& preference) const {
-  const float* w1 = parameters_.at("hidden.weight").values.data();
   const float* b1 = parameters_.at("hidden.bias").values.data();
-  const float* w2 = parameters_.at("output.weight").values.data();
   const float* b2 = parameters_.at("output.bias").values.data();
   Weights weights;
   if (groups_ == 0) return weights;
   const std::size_t rows = by_row() ? static_cast<std::size_t>(parameters_.at("rows.weight").shape[2]) : 0;
-  weights.values.reserve((groups_ + rows) * members_.size());
-  std::vector<double> hidden(hidden_);
+  const std::size_t planes = members_.size();
+  weights.values.reserve((groups_ + rows) * planes);
+  std::vector<double> start(planes, 0.0);
+  for (std::size_t j = 0; j < planes; ++j) {
+    const Member& member = members_[j];
+    const double own = member.objective < 0 ? 0.0 : preference[static_cast<std::size_t>(member.objective)];
+    if (init_ == Init::identity) start[j] = own * member.share;
+    if (init_ == Init::sqrt) start[j] = std::sqrt(own) * member.share;
+  }
+  std::vector<double> hidden(hidden_), mixed(planes);
   for (std::size_t g = 0; g < groups_; ++g) {
-    for (std::size_t h = 0; h < hidden_; ++h) {
-      const std::size_t row = g * hidden_ + h;
-      const double sum = affine(w1 + row * objectives_, preference, b1[row]);
-      hidden[h] = sum > 0.0 || std::isnan(sum) ? sum : 0.0;
-    }
-    for (std::size_t j = 0; j < members_.size(); ++j) {
-      const std::size_t row = g * members_.size() + j;
-      double mixed = affine(w2 + row * hidden_, hidden, b2[row]);
-      const Member& member = members_[j];
-      const double own = member.objective < 0 ? 0.0 : preference[static_cast<std::size_t>(member.objective)];
-      if (init_ == Init::identity) mixed += own * member.share;
-      if (init_ == Init::sqrt) mixed += std::sqrt(own) * member.share;
-      weights.values.push_back(static_cast<float>(mixed));
+    affine(columns1_.data() + g * objectives_ * hidden_, preference.data(), objectives_, b1 + g * hidden_,
+           &hidden);
+    for (double& sum : hidden) sum = sum > 0.0 || std::isnan(sum) ? sum : 0.0;
+    affine(columns2_.data() + g * hidden_ * planes, hidden.data(), hidden_, b2 + g * planes, &mixed);
+    for (std::size_t j = 0; j < planes; ++j) {
+      const double sum = init_ == Init::constant ? mixed[j] : mixed[j] + start[j];
+      weights.values.push_back(static_cast<float>(sum));
     }
   }
   if (by_row()) add_rows(preference, &weights);
