@@ -156,65 +156,96 @@ def grad_config(itemsize: int) -> GradConfig:
     return GRAD_CONFIGS[grad_use(itemsize)]
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How a kernel multiplies inputs of a dtype, "ieee" or "tf32": as torch's own products on the GPU would now.
+
+    That is what `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul` was told: "high" and "medium" are
+    both TF32 there. ROCm has matrix instructions for float32 as it is, and torch uses those whatever it was told.
+    """
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    # Since torch 2.9, whose older question raises where the newer interface was used.
+    told = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if told is None:
+        told = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if told == "tf32" else "ieee"
+
+
+PROGRAMS = 264
+"""Programs that keep a GPU busy: two for each of an H100's 132 multiprocessors. A constant, so that devices agree."""
+
+
+def piece_of(tiles: int, ins: int, step: int) -> int:
+    """Inputs of one piece, where the inner dimension of a product is cut so that few tiles fill the GPU.
+
+    Args:
+        tiles: programs without pieces.
+        ins: the inner dimension.
+        step: inputs that a program takes at a time; a piece is at least two, so that the loads of one are under way
+            while the other is multiplied.
+    """
+    steps = -(-ins // step)
+    pieces = max(1, min(PROGRAMS // max(1, tiles), steps // 2))
+    return max(1, -(-steps // pieces)) * step
+
+
+FUSED_ROWS = 32
+"""Rows of x up to which the routed linear layer mixes its weight on the way into the product: one tile of them.
+
+By bytes, for a weight of O I numbers of s bytes: mixed on the way each tile of rows moves (E + 1) O I s, and a write
+and a read of 4 bytes for each of its sums in each piece; merged first, all rows together move (E + 2) O I s, and read the
+result again from L2. From 768 inputs in bfloat16, in 4 pieces, to 3072 outputs, or from 3072 in 16 pieces to 768, the
+two are equal at 48 rows; and from a second tile of rows on the first mixes everything twice.
+"""
+
+
 @dataclass(frozen=True)
 class LinearConfig:
     """One compiled form of the routed linear kernel.
 
     Attributes:
-        rows, outs, ins: the tile of x's rows, of outputs, and the step through the inputs; powers of two from 16.
+        outs, ins: the tile of outputs, and the step through the inputs; powers of two from 16.
         e_chunk: the most experts whose loads are pipelined together.
         loop_chunk: with more experts they loop, this many at a time, whose loads registers must hold.
         warps: warps per program.
         stages: depth of the load pipeline.
+        rows: the tile of x's rows.
     """
 
-    rows: int
     outs: int
     ins: int
     e_chunk: int
     loop_chunk: int
     warps: int
     stages: int
+    rows: int = FUSED_ROWS
 
 
 LINEAR_CONFIGS = {
-    "few rows, few experts": LinearConfig(
-        rows=16, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
-    ),
-    "few rows": LinearConfig(rows=16, outs=64, ins=64, e_chunk=8, loop_chunk=1, warps=4, stages=2),
-    "many rows, few experts": LinearConfig(
-        rows=128, outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3
-    ),
-    "many rows": LinearConfig(rows=128, outs=64, ins=64, e_chunk=8, loop_chunk=2, warps=4, stages=2),
-    "few rows, wide planes": LinearConfig(
-        rows=16, outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2
-    ),
-    "many rows, wide planes": LinearConfig(
-        rows=128, outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2
-    ),
-    "float32": LinearConfig(rows=32, outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=8, stages=2),
+    "few experts": LinearConfig(outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3),
+    "half": LinearConfig(outs=64, ins=64, e_chunk=8, loop_chunk=1, warps=4, stages=2),
+    "wide planes": LinearConfig(outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2),
+    "float32": LinearConfig(outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=8, stages=2),
 }
-"""Every configuration of the routed linear kernel, by the shape it is for; wide planes are float32 beneath half x.
+"""Every configuration of the routed linear kernel, by what it is for; wide planes are float32 beneath half x.
 
 Each fits the 99 KB of shared memory that the smallest devices (sm_86, sm_89, sm_120) give a program.
 """
 
 
-def linear_config(rows: int, experts: int, itemsize: int, plane_itemsize: int) -> LinearConfig:
+def linear_config(experts: int, itemsize: int, plane_itemsize: int) -> LinearConfig:
     """The routed linear's configuration.
 
     Args:
-        rows: of x.
         experts: E.
         itemsize: bytes of an element of x.
         plane_itemsize: bytes of an element of base or deltas, whichever is wider.
     """
     if itemsize == 4:
         return LINEAR_CONFIGS["float32"]
-    size = "few rows" if rows <= 32 else "many rows"
     if plane_itemsize == 4:
-        return LINEAR_CONFIGS[f"{size}, wide planes"]
-    return LINEAR_CONFIGS[size + (", few experts" if experts <= 2 else "")]
+        return LINEAR_CONFIGS["wide planes"]
+    return LINEAR_CONFIGS["few experts" if experts <= 2 else "half"]
 
 
 @dataclass(frozen=True)
@@ -287,3 +318,22 @@ def rows_config(rows: int, itemsize: int, plane_itemsize: int) -> RowsConfig:
         return ROWS_CONFIGS["float32"]
     size = "few rows" if rows <= 32 else "many rows"
     return ROWS_CONFIGS[size + (", wide planes" if plane_itemsize == 4 else "")]
+
+
+MERGED_WORK = {"half": 400, "tf32": 400, "ieee": 32}
+"""Rows of one preference times experts from which its weight is merged first, by how products are multiplied.
+
+By counting for an H100, for each of a weight's numbers and P rows: E + 1 products are 2 (E + 1) P operations, at about
+500 T a second (20 T of float32 that is multiplied exactly); merged first they are 2 P by cuBLAS, 2 E of mixing at about
+30 T, and a write and a read of 2 to 4 bytes at 3.0 TB/s. With 8 experts the two are equal at 57 rows (at 4 in float32),
+with 4 at 96, with 2 at 170.
+"""
+
+MERGED_AT_ONCE = 8
+"""Preferences whose merged weights are held at once: the planes are read once for so many."""
+
+
+def rows_merge_first(per: int, experts: int, dtype: torch.dtype) -> bool:
+    """Whether `per` rows of each preference, of x's dtype, are multiplied by merged weights: see `MERGED_WORK`."""
+    kind = dot_precision(dtype) if dtype == torch.float32 else "half"
+    return per * experts >= MERGED_WORK[kind]

@@ -32,11 +32,24 @@ def round_to(x: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl
 
 
 @jit
-def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """total + a @ b with float32 sums; float32 inputs are multiplied exactly, not as TF32.
+def dot(
+    a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+) -> tl.tensor:
+    """total + a @ b with float32 sums; float32 inputs are multiplied as PRECISION says: "ieee" is exactly.
 
-    The interpreter's own product misreads bfloat16, so there both sides are widened first, which is exact.
+    The interpreter's own product misreads bfloat16, so there both sides are widened first, which is exact. Of TF32 it
+    knows nothing: the bits that TF32 has no room for are cut off there, which is the worst that a device does.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total, input_precision="ieee")
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        if PRECISION == "tf32":
+            a, b = cut_to_tf32(a), cut_to_tf32(b)
+        return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def cut_to_tf32(x: tl.tensor) -> tl.tensor:
+    """Float32 without the last 13 bits of its fraction."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits >> 13) << 13).to(tl.float32, bitcast=True)

@@ -1,17 +1,17 @@
-"""The routed linear layer: a linear layer whose weight is mixed on the way into the product and never stored.
+"""The routed linear layer: a linear layer whose weight is mixed for the product and never kept.
 
     y[m, o] = sum_i x[m, i] W[o, i] + bias[o]        W[o, i] = base[o, i] + sum_e weights[e] * deltas[e, o, i]
 
     x [M, I]   base [O, I]   deltas [E, O, I]   weights [E]   bias [O]   y [M, O]
 
-W is mixed in float32 and rounded once to x's dtype, like a merged model's weight; it lives in registers and shared
-memory only. Backward, with g = dLoss/dy:
+W is mixed in float32 and rounded once to x's dtype, like a merged model's weight. For few rows (as in generation) it is
+mixed on the way into the product and lives in registers and shared memory only; the inner dimension is cut into
+pieces, so that one row keeps a whole GPU busy. Many rows would mix it again for each tile of them: for those it is
+merged into scratch by one launch (`layer_merge.py`), and cuBLAS multiplies (`launch.FUSED_ROWS` says from where on).
+Backward, with g = dLoss/dy:
 
-    dx = g W                          the same kernel, with base and deltas read transposed
+    dx = g W                          the same, with base and deltas read transposed
     dweights[e] = <g^T x, deltas[e]>  g^T x is built tile by tile and multiplied with each delta on the spot
-
-Every tile of rows mixes W again. That is free while the product waits for memory (few rows, as in generation); with
-many rows it costs up to E times the weight traffic of a dense layer, and the gain is memory, not time.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from paretofuse.kernels import checks
 from paretofuse.kernels.launch import (
+    FUSED_ROWS,
     Launch,
     LinearConfig,
     WeightsGradConfig,
+    dot_precision,
     filled,
     linear_config,
+    piece_of,
     weights_grad_config,
 )
+from paretofuse.kernels.layer_merge import merge_layer
 from paretofuse.kernels.numeric import dot, round_to
+from paretofuse.kernels.pieces import add_pieces_launch
 from paretofuse.kernels.reference import inner_reference, routed_linear_reference
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
 
@@ -73,23 +79,27 @@ def linear_kernel(
     stride_o: tl.tensor,
     stride_i: tl.tensor,
     delta_stride: tl.tensor,
+    piece: tl.tensor,
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
     E_CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Grid: (ceil(rows / BM) * ceil(outs / BO),). Computes y^T = W x^T, so that mixed W is the register operand.
+    """Grid: (ceil(rows / BM) * ceil(outs / BO), pieces). Computes y^T = W x^T, so that mixed W is the register operand.
 
-    Neighbours share their piece of W, so L2 serves all but the first.
+    A program takes `piece` of the inputs, a multiple of BI, and leaves y[piece]; the bias goes with a whole product.
+    Neighbours share their tile of W, so L2 serves all but the first.
     """
     row_tiles = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)  # [BM]
     o = (tl.program_id(0) // row_tiles) * BO + tl.arange(0, BO)  # [BO]
     total = tl.zeros((BO, BM), tl.float32)
-    for start in range(0, ins, BI):
+    begin = tl.program_id(1) * piece
+    for start in range(begin, tl.minimum(begin + piece, ins), BI):
         i = start + tl.arange(0, BI)  # [BI]
         inside = (o < outs)[:, None] & (i < ins)[None, :]
         at = o[:, None].to(tl.int64) * stride_o + i[None, :].to(tl.int64) * stride_i  # [BO, BI]
@@ -104,11 +114,12 @@ def linear_kernel(
             mask=(m < rows)[None, :] & (i < ins)[:, None],
             other=0.0,
         )  # [BI, BM]
-        total = dot(round_to(mixed, x.dtype.element_ty, INTERPRETED), xt, total, INTERPRETED)
+        total = dot(round_to(mixed, x.dtype.element_ty, INTERPRETED), xt, total, PRECISION, INTERPRETED)
     if HAS_BIAS:
         total += tl.load(bias + o, mask=o < outs, other=0.0).to(tl.float32)[:, None]
+    row = tl.program_id(1).to(tl.int64) * rows + m[:, None]
     tl.store(
-        y + m[:, None].to(tl.int64) * outs + o[None, :],
+        y + row * outs + o[None, :],
         round_to(tl.trans(total), y.dtype.element_ty, INTERPRETED),
         mask=(m < rows)[:, None] & (o < outs)[None, :],
     )
@@ -130,6 +141,7 @@ def weights_grad_kernel(
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Grid: (ceil(outs / BO) * ceil(ins / BI),). One tile of g^T x, reduced against every delta's tile."""
@@ -150,7 +162,7 @@ def weights_grad_kernel(
             mask=(m < rows)[:, None] & (i < ins)[None, :],
             other=0.0,
         )  # [BM, BI]
-        product = dot(gt, xs, product, INTERPRETED)
+        product = dot(gt, xs, product, PRECISION, INTERPRETED)
     inside = (o < outs)[:, None] & (i < ins)[None, :]
     at = o[:, None].to(tl.int64) * stride_o + i[None, :].to(tl.int64) * stride_i
     for e in range(0, experts):
@@ -160,37 +172,73 @@ def weights_grad_kernel(
 
 
 def linear_launch(
-    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: LinearConfig
+    x: Tensor,
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    config: LinearConfig,
+    piece: int,
+    precision: str,
 ) -> tuple[Tensor, Launch]:
-    """The forward kernel and the y that it fills; all arguments already checked, x [M, I] contiguous."""
+    """The forward kernel and what it fills; all arguments already checked, x [M, I] contiguous.
+
+    Args:
+        x, base, deltas, weights, bias: as `routed_linear` takes them; a bias with whole products only.
+        config: one that the rule gives.
+        piece: inputs of a program, from `piece_of`.
+        precision: from `dot_precision`.
+
+    Returns:
+        y [1, M, O] in x's dtype; or, where the inputs are more than a piece, [pieces, M, O] float32 to be added.
+    """
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
-    one_chunk = experts <= config.e_chunk
-    y = x.new_empty((rows, outs))
+    one_chunk, pieces = experts <= config.e_chunk, max(1, -(-ins // piece))
+    y = x.new_empty((pieces, rows, outs), dtype=x.dtype if pieces == 1 else torch.float32)
     return y, Launch(
         linear_kernel,
-        (-(-rows // config.rows) * -(-outs // config.outs),),
+        (-(-rows // config.rows) * -(-outs // config.outs), pieces),
         (
             x, base, deltas, weights, bias if bias is not None else weights, y, rows, outs, ins, experts,
-            base.stride(0), base.stride(1), deltas.stride(0),
+            base.stride(0), base.stride(1), deltas.stride(0), piece,
         ),
         {
             "BM": config.rows, "BO": config.outs, "BI": config.ins,
             "E_CHUNK": config.e_chunk if one_chunk else config.loop_chunk, "ONE_CHUNK": one_chunk,
-            "HAS_BIAS": bias is not None, "INTERPRETED": interpreted(linear_kernel),
+            "HAS_BIAS": bias is not None, "PRECISION": precision, "INTERPRETED": interpreted(linear_kernel),
             "num_warps": config.warps, "num_stages": config.stages,
         },
     )  # fmt: skip
 
 
+def fused_linear(
+    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: LinearConfig
+) -> Tensor:
+    """y [M, O] by the kernel that mixes the weight on the way: one launch, or two where the inputs are cut."""
+    (rows, ins), outs = x.shape, base.shape[0]
+    piece = piece_of(-(-rows // config.rows) * -(-outs // config.outs), ins, config.ins)
+    whole = ins <= piece
+    y = filled(
+        linear_launch(
+            x, base, deltas, weights, bias if whole else None, config, piece, dot_precision(x.dtype)
+        )
+    )
+    return y[0] if whole else filled(add_pieces_launch(y, bias, x.dtype, rows))
+
+
 def run_linear(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """y [M, O] by the kernel, in the configuration that its rule gives."""
+    """y [M, O] by the way that its size asks for."""
+    if x.shape[0] > FUSED_ROWS:
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = merge_layer(base, deltas, weights[None], x.dtype)[0]
+            return F.linear(x, mixed, None if bias is None else bias.to(x.dtype))
     plane = max(base.element_size(), deltas.element_size())
-    config = linear_config(x.shape[0], deltas.shape[0], x.element_size(), plane)
-    return filled(linear_launch(x.contiguous(), base, deltas, weights, bias, config))
+    config = linear_config(deltas.shape[0], x.element_size(), plane)
+    return fused_linear(x.contiguous(), base, deltas, weights, bias, config)
 
 
 def weights_grad_launch(
-    grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig
+    grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig, precision: str
 ) -> tuple[Tensor, Launch]:
     """The weights' gradient and its tiles' sums [tiles, E]; grad [M, O] and x [M, I] contiguous."""
     (rows, ins), (experts, outs, _) = x.shape, deltas.shape
@@ -201,7 +249,8 @@ def weights_grad_launch(
         (tiles,),
         (grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2), deltas.stride(0)),
         {
-            "BM": config.rows, "BO": config.outs, "BI": config.ins, "INTERPRETED": interpreted(weights_grad_kernel),
+            "BM": config.rows, "BO": config.outs, "BI": config.ins, "PRECISION": precision,
+            "INTERPRETED": interpreted(weights_grad_kernel),
             "num_warps": config.warps, "num_stages": config.stages,
         },
     )  # fmt: skip
@@ -209,7 +258,8 @@ def weights_grad_launch(
 
 def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: WeightsGradConfig) -> Tensor:
     """The weights' gradient [E] by the kernel, its tiles added in float64."""
-    return filled(weights_grad_launch(grad, x, deltas, config)).sum(0, dtype=torch.float64).float()
+    tiles = filled(weights_grad_launch(grad, x, deltas, config, dot_precision(x.dtype)))
+    return tiles.sum(0, dtype=torch.float64).float()
 
 
 @torch.library.custom_op("paretofuse::routed_linear", mutates_args=(), device_types="cuda")
@@ -275,10 +325,12 @@ _routed_linear.register_autograd(_backward, setup_context=_save)
 def routed_linear(
     x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """A linear layer with a mixed weight that is never stored; differentiable in x, weights and bias.
+    """A linear layer with a mixed weight that is not kept; differentiable in x, weights and bias.
 
-    On CUDA and ROCm devices this is a Triton kernel; the operator's CPU implementation is the PyTorch reference,
-    which does store the mixed weight of one layer at a time. Under autocast, x is converted as `F.linear` would.
+    On CUDA and ROCm devices a Triton kernel mixes the weight on the way into the product for up to 32 rows of x; for
+    more it is merged first and freed after the product, as the operator's CPU implementation, the PyTorch reference,
+    always does. Under autocast, x is converted as `F.linear` would. Products of float32 are exact, or TF32 where
+    `torch.set_float32_matmul_precision` says so.
 
     Args:
         x: [..., I] float32, bfloat16 or float16.

@@ -6,9 +6,11 @@
 
 P is whatever stands between, e.g. the positions of a sequence; M = B P rows in all. Each plane is read once for a
 tile of rows, whatever the rows' preferences: a batch of B different preferences costs E + 1 dense products, not B
-merges. Products are summed in float32 and rounded once. Backward, with g = dLoss/dy:
+merges. Products are summed in float32 and rounded once. Where each preference has many rows, one merge costs less than
+E more products: then each preference's weight is merged, some at a time, and cuBLAS multiplies (`launch.MERGED_WORK`
+says from where on). Backward, with g = dLoss/dy:
 
-    dx[b] = g[b] base + sum_e weights[b, e] * (g[b] deltas[e])       the same kernel, read transposed
+    dx[b] = g[b] base + sum_e weights[b, e] * (g[b] deltas[e])       the same, read transposed
     dweights[b, e] = <g[b], x[b] deltas[e]^T>                        the products again, reduced on the spot
 """
 
@@ -20,8 +22,19 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
-from paretofuse.kernels.launch import Launch, RowsConfig, filled, rows_config
+from paretofuse.kernels.launch import (
+    MERGED_AT_ONCE,
+    Launch,
+    RowsConfig,
+    dot_precision,
+    filled,
+    piece_of,
+    rows_config,
+    rows_merge_first,
+)
+from paretofuse.kernels.layer_merge import merge_layer
 from paretofuse.kernels.numeric import dot, round_to
+from paretofuse.kernels.pieces import add_pieces_launch
 from paretofuse.kernels.reference import routed_rows_reference
 from paretofuse.kernels.routed_linear import check_linear
 from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
@@ -40,14 +53,20 @@ def product(
     ins: tl.tensor,
     stride_o: tl.tensor,
     stride_i: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
-    """The tile [BO, BM] of plane x^T, for rows m of x and outputs o; the plane is rounded to x's dtype."""
+    """The tile [BO, BM] of plane x^T, for rows m of x and outputs o, over inputs begin .. end.
+
+    The plane is rounded to x's dtype.
+    """
     total = tl.zeros((BO, BM), tl.float32)
-    for start in range(0, ins, BI):
+    for start in range(begin, end, BI):
         i = start + tl.arange(0, BI)  # [BI]
         at = o[:, None].to(tl.int64) * stride_o + i[None, :].to(tl.int64) * stride_i  # [BO, BI]
         w = tl.load(plane + at, mask=(o < outs)[:, None] & (i < ins)[None, :], other=0.0)
@@ -58,7 +77,7 @@ def product(
             mask=(m < rows)[None, :] & (i < ins)[:, None],
             other=0.0,
         )  # [BI, BM]
-        total = dot(w, xt, total, INTERPRETED)
+        total = dot(w, xt, total, PRECISION, INTERPRETED)
     return total
 
 
@@ -79,27 +98,54 @@ def rows_kernel(
     stride_i: tl.tensor,
     delta_stride: tl.tensor,
     bias_stride: tl.tensor,
+    piece: tl.tensor,
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Grid: (ceil(rows / BM) * ceil(outs / BO),). Row m of x has the preference m // per."""
+    """Grid: (ceil(rows / BM) * ceil(outs / BO), pieces). Row m of x has the preference m // per.
+
+    A program takes `piece` of the inputs, a multiple of BI, and leaves y[piece]; the bias goes with a whole product.
+    """
     row_tiles = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)  # [BM]
     o = (tl.program_id(0) // row_tiles) * BO + tl.arange(0, BO)  # [BO]
     b = (m // per).to(tl.int64)
-    total = product(x, base, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+    begin = tl.program_id(1) * piece
+    end = tl.minimum(begin + piece, ins)
+    total = product(
+        x, base, m, o, rows, outs, ins, stride_o, stride_i, begin, end, BM, BO, BI, PRECISION, INTERPRETED
+    )
     for e in range(0, experts):
         plane = deltas + tl.cast(e, tl.int64) * delta_stride
-        part = product(x, plane, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+        part = product(
+            x,
+            plane,
+            m,
+            o,
+            rows,
+            outs,
+            ins,
+            stride_o,
+            stride_i,
+            begin,
+            end,
+            BM,
+            BO,
+            BI,
+            PRECISION,
+            INTERPRETED,
+        )
         total += part * tl.load(weights + b * experts + e, mask=m < rows, other=0.0)[None, :]
     y_t = tl.trans(total)  # [BM, BO]
     inside = (m < rows)[:, None] & (o < outs)[None, :]
     if HAS_BIAS:
         y_t += tl.load(bias + b[:, None] * bias_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    y_at = y + m[:, None].to(tl.int64) * outs + o[None, :]
+    row = tl.program_id(1).to(tl.int64) * rows + m[:, None]
+    y_at = y + row * outs + o[None, :]
     tl.store(y_at, round_to(y_t, y.dtype.element_ty, INTERPRETED), mask=inside)
 
 
@@ -119,6 +165,7 @@ def rows_weights_grad_kernel(
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Grid: (ceil(rows / BM) * ceil(outs / BO),). Leaves partials[output tile, e, m] of <grad[m], x[m] deltas[e]^T>."""
@@ -133,32 +180,55 @@ def rows_weights_grad_kernel(
     ).to(tl.float32)  # [BO, BM]
     for e in range(0, experts):
         plane = deltas + tl.cast(e, tl.int64) * delta_stride
-        part = product(x, plane, m, o, rows, outs, ins, stride_o, stride_i, BM, BO, BI, INTERPRETED)
+        part = product(
+            x, plane, m, o, rows, outs, ins, stride_o, stride_i, 0, ins, BM, BO, BI, PRECISION, INTERPRETED
+        )
         row = (out_tile.to(tl.int64) * experts + e) * rows
         tl.store(partials + row + m, tl.sum(g * part, 0), mask=m < rows)
 
 
 def rows_launch(
-    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: RowsConfig
+    x: Tensor,
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    config: RowsConfig,
+    piece: int,
+    precision: str,
 ) -> tuple[Tensor, Launch]:
-    """The forward kernel and the y that it fills; all arguments already checked, x [B, P, I] contiguous."""
+    """The forward kernel and what it fills; all arguments already checked, x [B, P, I] contiguous.
+
+    Args:
+        x, base, deltas, weights, bias: as `routed_rows` takes them; a bias [B, O], with whole products only.
+        config: one that the rule gives.
+        piece: inputs of a program, from `piece_of`.
+        precision: from `dot_precision`.
+
+    Returns:
+        y [1, M, O] in x's dtype; or, where the inputs are more than a piece, [pieces, M, O] float32 to be added.
+    """
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
-    y = x.new_empty((batch, per, outs))
+    pieces = max(1, -(-ins // piece))
+    y = x.new_empty((pieces, batch * per, outs), dtype=x.dtype if pieces == 1 else torch.float32)
     return y, Launch(
         rows_kernel,
-        (-(-batch * per // config.rows) * -(-outs // config.outs),),
+        (-(-batch * per // config.rows) * -(-outs // config.outs), pieces),
         (
             x, base, deltas, weights, weights if bias is None else bias, y, batch * per, outs, ins, experts, per,
-            base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0),
+            base.stride(0), base.stride(1), deltas.stride(0), 0 if bias is None else bias.stride(0), piece,
         ),
         {
             "BM": config.rows, "BO": config.outs, "BI": config.ins, "HAS_BIAS": bias is not None,
-            "INTERPRETED": interpreted(rows_kernel), "num_warps": config.warps, "num_stages": config.stages,
+            "PRECISION": precision, "INTERPRETED": interpreted(rows_kernel),
+            "num_warps": config.warps, "num_stages": config.stages,
         },
     )  # fmt: skip
 
 
-def weights_grad_launch(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig) -> tuple[Tensor, Launch]:
+def weights_grad_launch(
+    grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig, precision: str
+) -> tuple[Tensor, Launch]:
     """The weights' gradient and its pieces [out tiles, E, M]; grad [B, P, O] and x [B, P, I] contiguous."""
     (batch, per, ins), (experts, outs, _) = x.shape, deltas.shape
     rows, out_tiles = batch * per, -(-outs // config.outs)
@@ -168,7 +238,7 @@ def weights_grad_launch(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsCon
         (-(-rows // config.rows) * out_tiles,),
         (grad, x, deltas, partials, rows, outs, ins, experts, deltas.stride(1), deltas.stride(2), deltas.stride(0)),
         {
-            "BM": config.rows, "BO": config.outs, "BI": config.ins,
+            "BM": config.rows, "BO": config.outs, "BI": config.ins, "PRECISION": precision,
             "INTERPRETED": interpreted(rows_weights_grad_kernel),
             "num_warps": config.warps, "num_stages": config.stages,
         },
@@ -181,15 +251,44 @@ def config_for(x: Tensor, *planes: Tensor) -> RowsConfig:
     return rows_config(x.shape[0] * x.shape[1], x.element_size(), plane)
 
 
+def fused_rows(
+    x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None, config: RowsConfig
+) -> Tensor:
+    """y [B, P, O] by the kernel of E + 1 products: one launch, or two where the inputs are cut."""
+    (batch, per, ins), outs = x.shape, base.shape[0]
+    piece = piece_of(-(-batch * per // config.rows) * -(-outs // config.outs), ins, config.ins)
+    whole = ins <= piece
+    own = bias if whole else None
+    y = filled(rows_launch(x, base, deltas, weights, own, config, piece, dot_precision(x.dtype)))
+    return (y[0] if whole else filled(add_pieces_launch(y, bias, x.dtype, per))).view(batch, per, outs)
+
+
+def merged_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, P, O] by a merge for each preference; the planes are read once for `MERGED_AT_ONCE` of them."""
+    y = x.new_empty((*x.shape[:2], base.shape[0]))
+    for first in range(0, len(x), MERGED_AT_ONCE):
+        some = slice(first, first + MERGED_AT_ONCE)
+        mixed = merge_layer(base, deltas, weights[some], x.dtype).mT  # [K, I, O]
+        if bias is None:
+            torch.bmm(x[some], mixed, out=y[some])
+        else:
+            torch.baddbmm(bias[some, None].to(x.dtype), x[some], mixed, out=y[some])
+    return y
+
+
 def run_rows(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """y [B, P, O] by the kernel, in the configuration that its rule gives."""
-    return filled(rows_launch(x.contiguous(), base, deltas, weights, bias, config_for(x, base, deltas)))
+    """y [B, P, O] by the way that its size asks for."""
+    if rows_merge_first(x.shape[1], deltas.shape[0], x.dtype):
+        with torch.autocast(x.device.type, enabled=False):
+            return merged_rows(x, base, deltas, weights, bias)
+    return fused_rows(x.contiguous(), base, deltas, weights, bias, config_for(x, base, deltas))
 
 
 def run_weights_grad(grad: Tensor, x: Tensor, deltas: Tensor, config: RowsConfig | None = None) -> Tensor:
     """The weights' gradient [B, E] by the kernel, its pieces added in float64; by its rule if no configuration."""
     config = config or config_for(x, deltas)
-    pieces = filled(weights_grad_launch(grad.contiguous(), x.contiguous(), deltas, config))
+    launched = weights_grad_launch(grad.contiguous(), x.contiguous(), deltas, config, dot_precision(x.dtype))
+    pieces = filled(launched)
     batch, per, _ = x.shape
     sums = pieces.view(*pieces.shape[:2], batch, per).sum((0, 3), dtype=torch.float64)
     return sums.float().T.contiguous()
@@ -289,12 +388,14 @@ def routed_rows(
 ) -> Tensor:
     """A linear layer that gives each row of a batch its own mixed weight; differentiable in x, weights and bias.
 
-    On CUDA and ROCm devices this is a Triton kernel; the operator's CPU implementation is the PyTorch reference.
-    Under autocast, x is converted as `F.linear` would.
+    On CUDA and ROCm devices this is a Triton kernel of E + 1 products, or, where each preference has many rows, a merge
+    for each; the operator's CPU implementation is the PyTorch reference. Under autocast, x is converted as `F.linear`
+    would. Products of float32 are exact, or TF32 where `torch.set_float32_matmul_precision` says so.
 
     Args:
         x: [B, ..., I] float32, bfloat16 or float16.
-        base: [O, I] of one of those dtypes, either dimension contiguous. Frozen, and rounded to x's dtype.
+        base: [O, I] of one of those dtypes, either dimension contiguous. Frozen, and rounded to x's dtype, or its
+            mix with the deltas is.
         deltas: [E, O, I] of one of those dtypes, with the base's strides in its last two dimensions. Frozen, and
             rounded to x's dtype.
         weights: [B, E] float32, contiguous; one row for each preference in the batch.

@@ -36,8 +36,8 @@ from paretofuse.kernels.aot.variants import Variant
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "u8": 0.5}
 MAKERS = (
-    variants.merge_variants, variants.chosen_variants, variants.grad_variants, variants.linear_variants,
-    variants.weights_grad_variants, variants.rows_variants,
+    variants.merge_variants, variants.chosen_variants, variants.grad_variants, variants.layer_variants,
+    variants.linear_variants, variants.weights_grad_variants, variants.rows_variants, variants.lowrank_variants,
 )  # fmt: skip
 
 NVIDIA_LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_90": (64, 32, 228 << 10), "sm_100": (64, 32, 228 << 10)}
@@ -96,7 +96,7 @@ class Finding:
         if self.least_loads and self.wide_loads != self.least_loads:
             found.append(f"loads {self.wide_loads} bytes in 128-bit accesses, expected {self.least_loads}")
         floor = self.wide_loads if self.wide_loads <= 18 << 10 else IN_FLIGHT
-        if self.kernel.startswith("merge_at_most") and 0 < self.in_flight < floor:
+        if self.kernel.startswith(("merge_at_most", "layer_merge_at_most")) and 0 < self.in_flight < floor:
             found.append(f"waits with {self.in_flight} bytes asked for, expected at least {floor}")
         # The compiler may write out several turns of the loop over preferences, each with stores of its own.
         if self.least_stores and (
@@ -115,10 +115,11 @@ def least_traffic(variant: Variant) -> tuple[int, int]:
     coefficient for each element: it reads as many of those, and is there for rows of odd lengths.
     """
     size = {name: BYTES[kind[1:]] for name, kind in variant.arguments.items() if kind[1:] in BYTES}
+    size["out"] = size.get("out", size.get("mixed", 0))
     c = variant.constants
     if c.get("ROWS") == 2:
         return 0, 0
-    if variant.name.startswith("merge"):
+    if variant.name.startswith(("merge", "layer_merge")):
         loads = c["BLOCK"] * (size["base"] + c["E_CHUNK"] * size["deltas"])
         return int(loads), c["BLOCK"] * size["out"]
     if variant.name.startswith("grad"):
@@ -220,7 +221,7 @@ def findings(architectures: Iterable[str], dtypes: Iterable[str]) -> Iterator[Fi
         seen = set()
         for dtype in dtypes:
             for variant in (v for make in MAKERS for v in make((dtype,))):
-                if variant.name not in seen:
+                if variant.name not in seen and variants.is_launched(variant, architecture):
                     seen.add(variant.name)
                     yield inspect(variant, architecture)
 
@@ -240,7 +241,7 @@ DELTA_BYTES = {"bf16": 2.0, "int8": 1 + 4 / 1024, "int4": 0.5 + 4 / 32}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts launches, and the bytes that they must read and write, of eager code; views are free.
+    """Counts launches, and the bytes that they must read and write, of eager code, in place or not; views are free.
 
     Each operator is taken to read its inputs and write its outputs once.
     """
@@ -253,7 +254,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and count one operator."""
         result = func(*args, **(kwargs or {}))
-        if not any(output.alias_info for output in func._schema.returns):
+        aliases = [output.alias_info for output in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
             self.launches += 1
             tensors = [
                 t for t in (*args, *torch.utils._pytree.tree_leaves(result)) if isinstance(t, torch.Tensor)

@@ -32,8 +32,10 @@ from paretofuse.engine.merging.flat import (
     flatten,
     kind_of,
 )
+from paretofuse.engine.merging.low_rank import all_low_rank, low_rank_merger
 from paretofuse.engine.stacking.sharding import Sharding
 from paretofuse.engine.stacking.stack import Stack, lasting, settled
+from paretofuse.kernels.lowrank_merge import Factors
 
 
 class BoundStack:
@@ -95,6 +97,7 @@ class BoundStack:
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
         self._static: dict[str, Tensor] | None = None
+        self._factors: dict[tuple[str, ...], Factors] = {}
 
     @property
     def changed(self) -> frozenset[str]:
@@ -209,9 +212,14 @@ class BoundStack:
                 buffers = [f for f in self.flat if f.bucket.device == device]
                 small = [spec for spec in here if self.kinds[spec.name] != LOWRANK]
                 parts.append(triton_merger(buffers, flat, small, rows, self.layout))
+                here = [spec for spec in here if self.kinds[spec.name] == LOWRANK]
+                thin = {
+                    s.name: s for s in here if all_low_rank([own.get(s.name) for own in self.stack.planes])
+                }
+                parts.append(low_rank_merger(list(thin.values()), rows, self.stack, flat, self._factors))
                 here = [
-                    spec for spec in here if self.kinds[spec.name] == LOWRANK
-                ]  # cuBLAS multiplies their factors
+                    spec for spec in here if spec.name not in thin
+                ]  # PyTorch's: planes of several formats
             maker = native if backend == "native" else reference_merger
             parts.append(maker(here, rows, self.stack, out))
 

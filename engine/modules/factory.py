@@ -14,6 +14,8 @@ from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
 from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight
+from paretofuse.engine.modules.routed.low_rank import LowRankWeight, SideBySide
+from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.planes.sketch import sketch
 from paretofuse.engine.planes.trained import trained_factors, with_own_leaves
@@ -143,4 +145,7 @@ def _mixed_weight(
             f"got materialize=False with trained planes and the {backend} backend, whose fused layers copy planes; "
             "pass materialize=True, or backend='native' on the CPU"
         )
+    factors = {j: plane for j, own in enumerate(given) if isinstance(plane := own.get(name), LowRank)}
+    if factors and len(factors) == sum(name in own for own in given):
+        return LowRankWeight(base, SideBySide.of(factors, transposed), mix, row, transposed, span)
     return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

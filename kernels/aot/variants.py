@@ -17,6 +17,9 @@ from torch import Tensor
 
 from paretofuse.kernels import launch
 from paretofuse.kernels.launch import Launch
+from paretofuse.kernels.layer_merge import layer_merge_launch
+from paretofuse.kernels.lowrank_merge import Factors, Matrix, lowrank_merge_launch
+from paretofuse.kernels.pieces import add_pieces_launch
 from paretofuse.kernels.routed_grad import MAX_BLOCK, partials_launch, sums_launch
 from paretofuse.kernels.routed_linear import linear_launch, weights_grad_launch
 from paretofuse.kernels.routed_merge import merge_launch
@@ -149,8 +152,21 @@ def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
         yield describe(name, found, "segments, ceil(experts / EXPERTS), 1")
 
 
+def layer_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """A layer's merge for many rows of x, planes in its dtype and in float32, and the sums of pieces for few."""
+    for dtype in dtypes:
+        for weight, (use, config) in product(dict.fromkeys((dtype, "fp32")), launch.MERGE_CONFIGS.items()):
+            if use in ("packed", "any row"):
+                continue  # a layer's planes are floats, and have no coefficients for rows
+            base, deltas = _layer(weight, 3, False)
+            _, found = layer_merge_launch(base, deltas, _row(5, 3), DTYPES[dtype], config)
+            yield describe(f"layer_merge_{use}_{weight}_{dtype}", found)
+        pieces, bias = _empty("fp32", 3, 32, OUTS), _empty(dtype, OUTS)
+        yield describe(f"add_pieces_{dtype}", add_pieces_launch(pieces, bias, DTYPES[dtype], 32)[1])
+
+
 def linear_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """Every configuration of the routed linear, in both weight layouts, E small and large.
+    """Every configuration of the routed linear, in both weight layouts, E small and large, whole and in pieces.
 
     Planes in the dtype of x, and, as under autocast, in float32 beneath half inputs.
     """
@@ -162,21 +178,25 @@ def linear_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
             if "few experts" in use and experts > config.e_chunk:
                 continue  # the rule gives no more experts to it
             base, deltas = _layer(weight, experts, conv1d)
-            bias = _empty(weight, OUTS)
-            _, found = linear_launch(_empty(dtype, 33, INS), base, deltas, _row(experts), bias, config)
             loop = "loop_" if experts > config.e_chunk else ""
-            yield describe(f"linear_{use}_{loop}{_layout(conv1d)}_{dtype}", found)
+            for piece, kind in product((INS, 4 * config.ins), _kinds(dtype)):
+                bias = _empty(weight, OUTS) if piece == INS else None
+                x, weights = _empty(dtype, 33, INS), _row(experts)
+                _, found = linear_launch(x, base, deltas, weights, bias, config, piece, _precision(kind))
+                part = "" if piece == INS else "pieces_"
+                yield describe(f"linear_{use}_{part}{loop}{_layout(conv1d)}_{kind}", found)
 
 
 def weights_grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The routed linear's gradient of the weights, in both weight layouts, with planes as `linear_variants`."""
     for dtype, conv1d in product(dtypes, (False, True)):
-        for weight in dict.fromkeys((dtype, "fp32")):
+        for weight, kind in product(dict.fromkeys((dtype, "fp32")), _kinds(dtype)):
             use = launch.weights_grad_use(DTYPES[dtype].itemsize)
             config = launch.WEIGHTS_GRAD_CONFIGS[use]
             _, deltas = _layer(weight, 3, conv1d)
-            _, found = weights_grad_launch(_empty(dtype, 33, OUTS), _empty(dtype, 33, INS), deltas, config)
-            yield describe(f"weights_grad_{use}_{_layout(conv1d)}_{dtype}_{weight}", found)
+            grad, x = _empty(dtype, 33, OUTS), _empty(dtype, 33, INS)
+            _, found = weights_grad_launch(grad, x, deltas, config, _precision(kind))
+            yield describe(f"weights_grad_{use}_{_layout(conv1d)}_{weight}_{kind}", found)
 
 
 def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
@@ -186,11 +206,47 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
         if (use == "float32") != (dtype == "fp32"):
             continue
         base, deltas = _layer(weight, 3, conv1d)
-        x, weights, bias = _empty(dtype, 5, 7, INS), _row(5, 3), _empty(weight, 5, OUTS)
-        name = f"{use}_{_layout(conv1d)}_{dtype}"
-        yield describe(f"rows_{name}", rows_launch(x, base, deltas, weights, bias, config)[1])
-        grad = _empty(dtype, 5, 7, OUTS)
-        yield describe(f"rows_weights_grad_{name}", rows_weights_grad_launch(grad, x, deltas, config)[1])
+        x, grad = _empty(dtype, 5, 7, INS), _empty(dtype, 5, 7, OUTS)
+        for kind in _kinds(dtype):
+            name, precision = f"{use}_{_layout(conv1d)}_{kind}", _precision(kind)
+            for piece, part in ((INS, ""), (4 * config.ins, "pieces_")):
+                bias = None if part else _empty(weight, 5, OUTS)
+                _, found = rows_launch(x, base, deltas, _row(5, 3), bias, config, piece, precision)
+                yield describe(f"rows_{part}{name}", found)
+            _, found = rows_weights_grad_launch(grad, x, deltas, config, precision)
+            yield describe(f"rows_weights_grad_{name}", found)
+
+
+def lowrank_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
+    """The merge of planes of low rank, without coefficients for rows and with them."""
+    for dtype, by_row, precision in product(dtypes, (False, True), ("tf32x3", "ieee")):
+        kind = DTYPES[dtype]
+        base = torch.empty(OUTS, INS, dtype=kind, device="meta")
+        matrix = Matrix(base, [(0, base.new_empty(OUTS, 16), base.new_empty(16, INS))], 0, 0, -1)
+        weights, out = _empty("fp32", 1, 5, 3), _empty(dtype, 1, LARGE)
+        found = lowrank_merge_launch([matrix], Factors([matrix]), weights, out, by_row, precision)
+        rows = "_rows" if by_row else ""
+        yield describe(f"lowrank_merge{rows}_{dtype}_{precision}", found)
+
+
+def is_launched(variant: Variant, architecture: str) -> bool:
+    """Whether a launch rule gives a variant to an architecture.
+
+    ROCm multiplies float32 by matrix instructions as it is: neither TF32 nor three products of it are for its devices.
+    """
+    precision = variant.constants.get("PRECISION", "ieee")
+    if architecture.startswith("gfx"):
+        return bool(precision == "ieee")
+    return precision != "ieee" or not variant.name.startswith("lowrank")
+
+
+def _kinds(dtype: str) -> tuple[str, ...]:
+    """How x of a dtype is multiplied; float32 exactly, or as TF32."""
+    return ("fp32", "tf32") if dtype == "fp32" else (dtype,)
+
+
+def _precision(kind: str) -> str:
+    return "tf32" if kind == "tf32" else "ieee"
 
 
 def _empty(dtype: str, *shape: int) -> Tensor:

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from paretofuse.kernels.launch import Launch
+from paretofuse.kernels.launch import (
+    PROGRAMS,
+    Launch,
+    dot_precision,
+    linear_config,
+    piece_of,
+    rows_merge_first,
+)
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -72,3 +79,73 @@ def test_no_kernel_is_launched_past_it():
                 if "kernel" in launched:
                     found.append((path.name, launched))
     assert found == [("launch.py", "self.kernel")]
+
+
+@pytest.fixture
+def as_before():
+    """Leaves torch's precision of float32 products as it is by default."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("told", "kind"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_products_are_torchs(as_before, monkeypatch, told, kind):
+    """As cuBLAS would now; ROCm multiplies float32 as it is, and half precisions have nothing to choose."""
+    torch.set_float32_matmul_precision(told)
+    assert dot_precision(torch.float32) == kind
+    assert dot_precision(torch.bfloat16) == dot_precision(torch.float16) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert dot_precision(torch.float32) == "ieee"
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9 has one interface"
+)
+def test_float32_products_are_torchs_by_its_newer_interface(as_before):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert dot_precision(torch.float32) == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert dot_precision(torch.float32) == "ieee"
+
+
+def test_torch_before_2_9_is_asked_by_its_only_interface(as_before, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    torch.set_float32_matmul_precision("high")
+    assert dot_precision(torch.float32) == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert dot_precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("step", [16, 64])
+@pytest.mark.parametrize("ins", [0, 1, 63, 64, 768, 3072, 16384])
+@pytest.mark.parametrize("tiles", [0, 1, 12, 48, 264, 5000])
+def test_pieces_cover_the_inputs_and_fill_a_gpu(tiles, ins, step):
+    piece = piece_of(tiles, ins, step)
+    pieces = max(1, -(-ins // piece))
+    assert piece % step == 0
+    assert piece > 0
+    assert pieces * max(1, tiles) <= max(PROGRAMS, tiles)
+    if pieces > 1:
+        assert piece >= 2 * step
+    if ins >= 2 * step * PROGRAMS:
+        assert 2 * pieces * tiles >= PROGRAMS
+
+
+def test_few_rows_of_common_layers_keep_every_multiprocessor_busy():
+    """An H100 has 132; without pieces GPT-2's would use 12 of them."""
+    for outs, ins in ((768, 3072), (3072, 768), (4096, 4096), (4096, 14336)):
+        config = linear_config(8, 2, 2)
+        tiles = -(-outs // config.outs)
+        assert tiles * -(-ins // piece_of(tiles, ins, config.ins)) >= 132
+
+
+@pytest.mark.parametrize(
+    ("per", "experts", "dtype", "merged"),
+    [
+        (1, 8, torch.bfloat16, False), (49, 8, torch.bfloat16, False), (50, 8, torch.bfloat16, True),
+        (128, 2, torch.float16, False), (200, 2, torch.float16, True), (3, 8, torch.float32, False),
+        (4, 8, torch.float32, True),
+    ],
+)  # fmt: skip
+def test_many_rows_of_a_preference_are_merged_first(per, experts, dtype, merged):
+    assert rows_merge_first(per, experts, dtype) is merged

@@ -8,9 +8,16 @@ import random
 import pytest
 import torch
 
-from paretofuse.kernels.launch import LINEAR_CONFIGS, WEIGHTS_GRAD_CONFIGS, filled
-from paretofuse.kernels.reference import inner_reference, routed_linear_reference
-from paretofuse.kernels.routed_linear import linear_launch, routed_linear, run_weights_grad
+from paretofuse.kernels.launch import (
+    FUSED_ROWS,
+    LINEAR_CONFIGS,
+    MERGE_CONFIGS,
+    WEIGHTS_GRAD_CONFIGS,
+    Launch,
+)
+from paretofuse.kernels.layer_merge import layer_merge_launch
+from paretofuse.kernels.reference import inner_reference, merge_tensor_reference, routed_linear_reference
+from paretofuse.kernels.routed_linear import fused_linear, routed_linear, run_weights_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
@@ -63,16 +70,16 @@ def close(found, exact, plain):
 
 
 @pytest.mark.parametrize("use", LINEAR_CONFIGS)
-@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize(("conv1d", "ins"), [(False, 300), (True, 300), (True, 81)])
 @pytest.mark.parametrize("experts", [1, 9])
-def test_every_configuration(use, conv1d, experts):
-    """Each does any shape and dtype, also those that the size rule would give to another."""
+def test_every_configuration(use, conv1d, ins, experts):
+    """Each does any shape and dtype, also those that the size rule would give to another; 300 inputs are cut."""
     dtype = torch.float32 if use == "float32" else torch.bfloat16
     plane = torch.float32 if "wide planes" in use else dtype
     inputs = make(
-        1, rows=33, outs=70, ins=81, experts=experts, x=dtype, weight=plane, delta=plane, conv1d=conv1d
+        1, rows=33, outs=70, ins=ins, experts=experts, x=dtype, weight=plane, delta=plane, conv1d=conv1d
     )
-    close(filled(linear_launch(*inputs, LINEAR_CONFIGS[use])), *truth_and_plain(*inputs))
+    close(fused_linear(*inputs, LINEAR_CONFIGS[use]), *truth_and_plain(*inputs))
 
 
 @pytest.mark.parametrize("use", WEIGHTS_GRAD_CONFIGS)
@@ -135,3 +142,80 @@ def test_operator_is_sound():
     torch.library.opcheck(
         torch.ops.paretofuse.routed_linear.default, (leaves[0], base, deltas, leaves[1], leaves[2])
     )
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that run from now on."""
+    names, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (names.append(self.kernel.fn.__name__), run(self))[1])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("rows", "ins", "kernels"),
+    [
+        (1, 60, ["linear_kernel"]),
+        (1, 600, ["linear_kernel", "add_pieces_kernel"]),
+        (FUSED_ROWS, 600, ["linear_kernel", "add_pieces_kernel"]),
+        (FUSED_ROWS + 1, 600, ["layer_merge_kernel"]),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_mixed_on_the_way_and_many_merged_first(launched, rows, ins, kernels, bias):
+    inputs = make(6, rows=rows, outs=40, ins=ins, experts=3, x=torch.bfloat16, weight=torch.bfloat16)
+    inputs = inputs if bias else inputs[:4]
+    exact = routed_linear_reference(*(t.double() for t in inputs), accumulate=torch.float64)
+    close(routed_linear(*inputs), exact, routed_linear_reference(*inputs))
+    assert launched == kernels
+
+
+@pytest.mark.parametrize("use", [use for use in MERGE_CONFIGS if use not in ("packed", "any row")])
+@pytest.mark.parametrize("layout", ["linear", "conv1d", "apart", "one output"])
+def test_a_layer_is_merged_for_several_preferences(use, layout):
+    """In any layout, also with lines that lie apart; as exact as PyTorch's own sum."""
+    experts = min(MERGE_CONFIGS[use].e_chunk, 9) + (use == "any")
+    _, base, deltas, _, _ = make(
+        7, rows=1, outs=1 if layout == "one output" else 37, ins=61, experts=experts, weight=torch.bfloat16,
+        delta=torch.float16, conv1d=layout == "conv1d",
+    )  # fmt: skip
+    if layout == "apart":
+        base, deltas = base[:, 3:-8], deltas[:, :, 3:-8]
+        assert not base.is_contiguous()
+    weights = torch.randn(3, experts, generator=torch.Generator().manual_seed(8))
+    mixed, launch = layer_merge_launch(base, deltas, weights, torch.bfloat16, MERGE_CONFIGS[use])
+    mixed.fill_(float("nan"))
+    launch.run()
+    for found, own in zip(mixed, weights, strict=True):
+        exact = base.double() + torch.einsum("e,eoi->oi", own.double(), deltas.double())
+        close(found, exact, merge_tensor_reference(base, list(deltas), own, torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_float32_is_multiplied_as_torch_was_told(rows):
+    """Exactly, or as TF32, whose products are off by at most 2^-9 of each; also in the weights' gradient."""
+    x, base, deltas, weights, _ = make(9, rows=rows, outs=30, ins=200, experts=2)
+    exact = routed_linear_reference(
+        *(t.double() for t in (x, base, deltas, weights)), accumulate=torch.float64
+    )
+    mixed = base + torch.einsum("e,eoi->oi", weights, deltas)
+    bound = x.abs().double() @ mixed.abs().double().T
+    grad = torch.randn(rows, 30, generator=torch.Generator().manual_seed(10))
+    outer, size = inner_reference(grad.T @ x, list(deltas)), (grad.abs().T @ x.abs()).double()
+    errors = {}
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            off = (
+                fused_linear(x, base, deltas, weights, None, LINEAR_CONFIGS["float32"]) - exact
+            ).abs() / bound
+            sums = run_weights_grad(grad, x, deltas, WEIGHTS_GRAD_CONFIGS["float32"]) - outer
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        errors[precision] = (
+            off.max(),
+            (sums.abs() / torch.einsum("oi,eoi->e", size, deltas.abs().double())).max(),
+        )
+    assert all(error < 1e-6 for error in errors["highest"])
+    assert errors["high"] == errors["medium"]
+    assert all(1e-6 < error < 2**-9 for error in errors["high"])

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from paretofuse.kernels.launch import ROWS_CONFIGS, filled
+from paretofuse.kernels.launch import MERGED_AT_ONCE, MERGED_WORK, ROWS_CONFIGS, Launch
 from paretofuse.kernels.reference import routed_rows_reference
-from paretofuse.kernels.routed_rows import routed_rows, rows_launch, run_weights_grad
+from paretofuse.kernels.routed_rows import fused_rows, merged_rows, routed_rows, run_weights_grad
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a child process of test_in_interpreter.py", allow_module_level=True)
@@ -37,14 +37,14 @@ def close(found, exact, plain):
 
 
 @pytest.mark.parametrize("use", ROWS_CONFIGS)
-@pytest.mark.parametrize("conv1d", [False, True])
-def test_every_configuration(use, conv1d):
-    """Each does any shape and dtype, also those that the size rule would give to another."""
+@pytest.mark.parametrize(("conv1d", "ins"), [(False, 530), (True, 81)])
+def test_every_configuration(use, conv1d, ins):
+    """Each does any shape and dtype, also those that the size rule would give to another; 530 inputs are cut."""
     dtype = torch.float32 if use == "float32" else torch.bfloat16
-    inputs = make(1, batch=5, per=14, outs=70, ins=81, experts=2, x=dtype, weight=dtype, conv1d=conv1d)
+    inputs = make(1, batch=5, per=14, outs=70, ins=ins, experts=2, x=dtype, weight=dtype, conv1d=conv1d)
     exact = [t.double() for t in inputs]
     close(
-        filled(rows_launch(*inputs, ROWS_CONFIGS[use])),
+        fused_rows(*inputs, ROWS_CONFIGS[use]),
         routed_rows_reference(*exact, accumulate=torch.float64),
         routed_rows_reference(*inputs),
     )
@@ -92,3 +92,35 @@ def test_operator_is_sound():
     torch.library.opcheck(
         torch.ops.paretofuse.routed_rows.default, (leaves[0], base, deltas, leaves[1], leaves[2])
     )
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_preferences_with_many_rows_are_merged_first(monkeypatch, conv1d, bias):
+    """Some at a time; a weight is then rounded once, and not each plane."""
+    names, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (names.append(self.kernel.fn.__name__), run(self))[1])
+    per, experts = MERGED_WORK["half"] // 2, 2
+    inputs = make(
+        4,
+        batch=MERGED_AT_ONCE + 2,
+        per=per,
+        outs=20,
+        ins=33,
+        experts=experts,
+        x=torch.bfloat16,
+        conv1d=conv1d,
+    )
+    inputs = inputs if bias else inputs[:4]
+    found = routed_rows(*inputs)
+    assert names == ["layer_merge_kernel"] * 2
+    exact = routed_rows_reference(*(t.double() for t in inputs), accumulate=torch.float64)
+    close(found, exact, routed_rows_reference(*inputs))
+    few = [t[:, : per - 1] if i == 0 else t for i, t in enumerate(inputs)]
+    close(routed_rows(*few), exact[:, : per - 1], routed_rows_reference(*few))
+    assert names[2] == "rows_kernel"
+
+
+def test_both_ways_agree_in_float32():
+    inputs = make(5, batch=3, per=17, outs=21, ins=40, experts=2)
+    torch.testing.assert_close(merged_rows(*inputs), fused_rows(*inputs, ROWS_CONFIGS["float32"]))

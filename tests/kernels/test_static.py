@@ -24,10 +24,14 @@ def check(architecture, dtype):
         pytest.skip("the compiler of Triton 3.6 fails on routed_linear with float32 planes for sm_100")
     found = list(static.findings([architecture], [dtype]))
     assert {f.kernel: f.faults for f in found if f.faults} == {}
-    streaming = [f for f in found if f.kernel.startswith(("merge", "grad"))]
+    streaming = [f for f in found if f.kernel.startswith(("merge", "grad", "layer_merge"))]
     assert all((f.least_loads > 0) != ("any_row" in f.kernel) for f in streaming)
+    # Of x in float32 only TF32 is for matrix instructions: NVIDIA has none that multiply float32 exactly.
     products = [
-        f for f in found if f.kernel.startswith(("linear", "rows", "weights_grad")) and "fp32" not in f.kernel
+        f
+        for f in found
+        if f.kernel.startswith(("linear", "rows", "weights_grad", "lowrank"))
+        and not f.kernel.endswith("fp32")
     ]
     assert all(MATRIX[architecture] in f.tensor_core for f in products)
     # 0 would mean that its shared memory or registers do not fit
@@ -72,3 +76,25 @@ def test_traffic_is_counted():
         (a * a).view(4, 8).sum(0)
     assert traffic.launches == 2
     assert traffic.bytes == 4 * (32 + 32 + 32) + 4 * (32 + 8)
+
+
+def test_traffic_in_place_is_counted():
+    a = torch.empty(8, 4, device="meta")
+    with static.Traffic() as traffic:
+        a.add_(a)
+    assert traffic.launches == 1
+    assert traffic.bytes == 4 * (32 + 32 + 32)
+
+
+def test_tf32_runs_as_matrix_instructions_and_exact_products_do_not():
+    """What `torch.set_float32_matmul_precision("high")` asks for, on sm_90; also without spills."""
+    makers = (variants.linear_variants, variants.weights_grad_variants, variants.rows_variants)
+    kinds = [v for make in makers for v in make(("fp32",)) if "_linear_" in v.name and "loop" not in v.name]
+    tf32 = [static.inspect(v, "sm_90") for v in kinds if v.name.endswith("tf32")]
+    assert {f.kernel.partition("_float32")[0] for f in tf32} == {
+        "linear", "weights_grad", "rows", "rows_weights_grad",
+    }  # fmt: skip
+    assert [f.faults for f in tf32 if f.faults] == []
+    assert all("wgmma.mma_async" in f.tensor_core or "mma.sync" in f.tensor_core for f in tf32)
+    exact = next(v for v in kinds if v.name.endswith("fp32"))
+    assert static.inspect(exact, "sm_90").tensor_core == ""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.modules.batched.low_rank import SideBySide
 from paretofuse.engine.modules.batched.module import PerRow
+from paretofuse.engine.modules.routed.low_rank import SideBySide
 from paretofuse.engine.planes import choose
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.stacking import deltas

@@ -328,3 +328,34 @@ def test_bare_tensors_have_no_fused_module() -> None:
     engine = pf.stack(base.state_dict(), {name: e.state_dict() for name, e in experts.items()})
     with pytest.raises(ValueError, match="knows no module class"):
         engine.train_at(R, materialize=False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("family", ["scalar", "rows"])
+def test_low_rank_planes_stay_factors(backend: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nn.Linear, attention and Conv1D: no dense plane is stacked, and all gradients are those of merged weights."""
+    from paretofuse.engine.planes import choose
+    from paretofuse.engine.stacking import deltas
+
+    for user in (choose, deltas):  # as large matrices are; stacking keeps the smallest exact
+        monkeypatch.setattr(user, "may_be_small", lambda shape: len(shape) > 1)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses: list[tuple[nn.Module, Loss]] = [
+        (tiny_clip(), lambda m: m(pixel_values=images).pooler_output.square().mean()),
+        (tiny_gpt2(), lambda m: m(ids).logits.square().mean()),
+    ]
+    for base, loss in losses:
+        experts = {name: perturbed(base, i, 0.02) for i, name in enumerate("abc")}
+        engine = pf.stack(base, experts, planes="lowrank:2", backend=backend, family=family)
+        if family == "rows":
+            engine.routers.rows.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        check(engine, loss, rtol=2e-4)
+        stacked = {
+            name for name in engine._bound.deltas._found if engine.planes["a"][name].format == "lowrank"
+        }
+        assert stacked == set()
+        layer = next(m for m in engine.fused_module.modules() if isinstance(m, RoutedLinear))
+        name = next(n for n, m in engine.fused_module.named_modules() if m is layer)
+        merged = engine.merge(R).get_submodule(name)
+        torch.testing.assert_close(layer.weight, merged.weight, rtol=1e-4, atol=1e-5)

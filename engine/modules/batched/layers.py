@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretofuse.engine.merging.flat import Deltas
-from paretofuse.engine.modules.batched.low_rank import SideBySide
+from paretofuse.engine.modules.routed.low_rank import SideBySide
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.routing.weights import coefficients, part_of_span
 from paretofuse.engine.stacking.stack import lasting

@@ -31,7 +31,6 @@ from paretofuse.engine.modules.batched.layers import (
     RowTensor,
     placeholder,
 )
-from paretofuse.engine.modules.batched.low_rank import SideBySide
 from paretofuse.engine.modules.routed.layers import (
     bias_names,
     has_hooks,
@@ -40,6 +39,7 @@ from paretofuse.engine.modules.routed.layers import (
     replace,
     routed_layer,
 )
+from paretofuse.engine.modules.routed.low_rank import SideBySide
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.stacking.skeleton import materialize, stored_tensors
 from paretofuse.engine.stacking.stack import lasting

@@ -1,0 +1,95 @@
+"""Merging planes of low rank by the Triton kernel: one launch for each device and dtype, and no plane made dense.
+
+Bases and outputs lie where they are; the factors of a tensor's planes are copied side by side once, those of trained
+planes anew for each merge. A tensor that has planes of other formats besides is PyTorch's (`reference_merger`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.layout import TensorSpec, columns_of, place, rows_of
+from paretofuse.engine.merging.backends import Merger
+from paretofuse.engine.merging.flat import FlatOutputs
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.stacking.stack import Stack
+from paretofuse.kernels.lowrank_merge import Factors, Matrix, bind_lowrank_merge
+
+Part = tuple[Sequence[Matrix], Factors, Tensor]
+"""Matrices with their factors, and the buffer [K, N] that they are merged into."""
+
+
+def all_low_rank(planes: Sequence[Plane | None]) -> bool:
+    """Whether the kernel can merge a tensor: each of its planes is of low rank, or absent."""
+    return all(plane is None or isinstance(plane, LowRank) for plane in planes)
+
+
+def low_rank_merger(
+    specs: Sequence[TensorSpec],
+    rows: Mapping[str, int],
+    stack: Stack,
+    out: FlatOutputs,
+    held: dict[tuple[str, ...], Factors],
+) -> Merger:
+    """Bind a merge of tensors whose planes are `all_low_rank`.
+
+    Args:
+        specs: the tensors, of one device.
+        rows: as `reference_merger`'s.
+        stack: base and planes.
+        out: outputs of these tensors, among others.
+        held: by the names of tensors their factors side by side, which all merges of a stack share; added to.
+    """
+    groups, names = len(set(rows.values())), {spec.name for spec in specs}
+    parts: list[Part] = []
+    for wanted, buffer in out.buffers.items():
+        offsets, _ = place([spec.numel for spec in wanted])
+        matrices = [
+            _matrix(spec, offset, rows[spec.name], stack)
+            for spec, offset in zip(wanted, offsets, strict=True)
+            if spec.name in names
+        ]
+        if matrices:  # bases that share a buffer share a dtype
+            key = tuple(spec.name for spec in wanted if spec.name in names)
+            if key not in held:
+                held[key] = Factors(matrices)
+            parts.append((matrices, held[key], buffer))
+    bound: dict[torch.Size, Callable[[Tensor], None]] = {}
+
+    def merge(weights: Tensor) -> None:
+        if weights.shape not in bound:
+            bound[weights.shape] = _bind(parts, weights.shape, weights.shape[1] > groups)
+        bound[weights.shape](weights)
+
+    return merge
+
+
+def _bind(parts: Sequence[Part], shape: torch.Size, by_row: bool) -> Callable[[Tensor], None]:
+    """A merge that reads weights of one shape where they are copied to; nothing is waited for."""
+    if not parts:
+        return lambda weights: None
+    whole = torch.empty(shape, dtype=torch.float32, device=parts[0][2].device)
+    launches = [
+        bind_lowrank_merge(matrices, factors, whole, buffer, by_row=by_row)
+        for matrices, factors, buffer in parts
+    ]
+
+    def merge(weights: Tensor) -> None:
+        whole.copy_(weights, non_blocking=True)
+        for launch in launches:
+            launch()
+
+    return merge
+
+
+def _matrix(spec: TensorSpec, offset: int, group: int, stack: Stack) -> Matrix:
+    """A tensor as the kernel takes it: [rows, columns]."""
+    planes = ((j, own.get(spec.name)) for j, own in enumerate(stack.planes))
+    factors = [(j, plane.b, plane.a) for j, plane in planes if isinstance(plane, LowRank)]
+    span = stack.layout.row_spans.get(spec.name)
+    base = stack.base[spec.name].contiguous().view(rows_of(spec.shape), columns_of(spec.shape))
+    return Matrix(base, factors, offset, group, -1 if span is None else span.start)

@@ -1,0 +1,124 @@
+"""Low-rank planes of one weight, under one preference or many: two thin products for all planes, side by side.
+
+    y[b] = sum_e w[b, e] x[b] A_e^T B_e^T = ((x[b] A^T) * w[b, e of each rank]) B^T
+
+A [R, I] and B [O, R] hold the factors of all planes, R their ranks in sum. No plane is ever dense, so that beside the
+product with the base [O, I] they cost R / O + R / I of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.routing.weights import coefficients, part_of_span
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The low-rank planes of a weight [O, I].
+
+    Attributes:
+        a: [R, I].
+        b: [O, R].
+        ranks: of each plane; R in sum.
+        planes: which planes they are.
+    """
+
+    a: Tensor
+    b: Tensor
+    ranks: tuple[int, ...]
+    planes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, planes: Mapping[int, LowRank], transposed: bool) -> SideBySide:
+        """Factors of W, or of a stored W^T: B A is then A^T B^T."""
+        pairs = [(p.b.T, p.a.T) if transposed else (p.a, p.b) for p in planes.values()]
+        a, b = (torch.cat([pair[i].float() for pair in pairs], i) for i in (0, 1))
+        return cls(a.contiguous(), b.contiguous(), tuple(p.rank for p in planes.values()), tuple(planes))
+
+    def product(self, x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+        """[B, P, I] -> [B, P, O], float32; the products are in x's dtype.
+
+        Args:
+            x: the inputs.
+            weights: [B, E], or of row coefficients [B, E, O], transposed [B, E, I].
+            transposed: whether row coefficients are the inputs'.
+        """
+        weights = weights[:, list(self.planes)]
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        if weights.dim() == 2:
+            ranks = torch.tensor(self.ranks, device=weights.device)
+            own = weights.repeat_interleave(ranks, 1, output_size=len(a)).unsqueeze(1)
+            return (((x @ a.T).float() * own).to(x.dtype) @ b.T).float()
+        own = weights.unsqueeze(2)  # [B, E, 1, rows]
+        y = x.new_zeros((), dtype=torch.float32)
+        for e, (left, right) in enumerate(zip(a.split(self.ranks), b.split(self.ranks, 1), strict=True)):
+            if transposed:
+                y = y + (((own[:, e] * x.float()).to(x.dtype) @ left.T) @ right.T).float()
+            else:
+                y = y + own[:, e] * ((x @ left.T) @ right.T).float()
+        return y
+
+    def part(self, first: int, last: int) -> SideBySide:
+        """Of outputs first .. last."""
+        return SideBySide(self.a, self.b[first:last], self.ranks, self.planes)
+
+
+class LowRankWeight:
+    """One weight for the whole batch whose planes are all of low rank; a `MixedWeight` that mixes nothing.
+
+    The base is multiplied where it lies. The gradient of the routing weights needs none of the weight's, as autograd
+    finds by itself: <dLoss/dW, B A> is the sum over tokens of (g B) . (x A^T).
+
+    Args:
+        base: [O, I], or [I, O] if transposed.
+        planes: the low-rank ones, by their number.
+        mix, row, transposed, span: as `RoutedWeight` takes them.
+    """
+
+    def __init__(
+        self,
+        base: Tensor,
+        planes: SideBySide,
+        mix: Tensor,
+        row: int,
+        transposed: bool,
+        span: slice | None,
+    ) -> None:
+        self.base, self.planes, self.mix, self.row = base, planes, mix, row
+        self.transposed, self.span = transposed, span
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
+
+        Products are computed in x's dtype and added in float32.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        base = (self.base.T if self.transposed else self.base).to(x.dtype)  # [O, I]
+        weights = coefficients(self.mix, self.row, self.span).unsqueeze(0)  # [1, P] or [1, P, rows]
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(1, -1, x.shape[-1])
+            y = (rows @ base.T).float() + self.planes.product(rows, weights, self.transposed)
+            y = y if bias is None else y + bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], len(base))
+
+    def part(self, first: int, last: int) -> LowRankWeight:
+        """The weight of outputs first .. last, as a view; not of a transposed weight."""
+        span = part_of_span(self.span, first, last)
+        return LowRankWeight(
+            self.base[first:last], self.planes.part(first, last), self.mix, self.row, False, span
+        )
+
+    def dense(self) -> Tensor:
+        """[O, I], mixed anew each time, differentiable in the routing weights."""
+        eye = torch.eye(self.base.shape[0 if self.transposed else 1], device=self.base.device)
+        weights = coefficients(self.mix, self.row, self.span).unsqueeze(0)
+        base = self.base.T if self.transposed else self.base
+        added = self.planes.product(eye.unsqueeze(0), weights, self.transposed)[0].T  # [O, I]
+        return (base.float() + added).to(self.base.dtype)
