@@ -193,9 +193,9 @@ FUSED_ROWS = 32
 """Rows of x up to which the routed linear layer mixes its weight on the way into the product: one tile of them.
 
 By bytes, for a weight of O I numbers of s bytes: mixed on the way each tile of rows moves (E + 1) O I s, and a write
-and a read of 4 bytes for each of its sums in each piece; merged first, all rows together move (E + 2) O I s, and read the
-result again from L2. From 768 inputs in bfloat16, in 4 pieces, to 3072 outputs, or from 3072 in 16 pieces to 768, the
-two are equal at 48 rows; and from a second tile of rows on the first mixes everything twice.
+and a read of 4 bytes for each of its sums in each piece; merged first, all rows together move (E + 2) O I s, and read
+the result again from L2. From 768 inputs in bfloat16, in 4 pieces, to 3072 outputs, or from 3072 in 16 pieces to 768,
+the two are equal at 48 rows; and from a second tile of rows on the first mixes everything twice.
 """
 
 
@@ -305,6 +305,7 @@ ROWS_CONFIGS = {
     "few rows, wide planes": RowsConfig(rows=16, outs=64, ins=64, warps=4, stages=3),
     "many rows, wide planes": RowsConfig(rows=64, outs=128, ins=32, warps=8, stages=3),
     "float32": RowsConfig(rows=32, outs=32, ins=16, warps=4, stages=2),
+    "tf32": RowsConfig(rows=32, outs=64, ins=32, warps=4, stages=3),
 }
 """Every configuration of the kernels with a preference for each row, by the shape it is for; wide planes as above.
 
@@ -312,10 +313,10 @@ Twice as many bytes of wide planes at each step would not fit the 64 KB that MI3
 """
 
 
-def rows_config(rows: int, itemsize: int, plane_itemsize: int) -> RowsConfig:
+def rows_config(rows: int, itemsize: int, plane_itemsize: int, precision: str = "ieee") -> RowsConfig:
     """The configuration for `rows` rows of x; sizes of elements as `linear_config` takes them."""
     if itemsize == 4:
-        return ROWS_CONFIGS["float32"]
+        return ROWS_CONFIGS["tf32" if precision == "tf32" else "float32"]
     size = "few rows" if rows <= 32 else "many rows"
     return ROWS_CONFIGS[size + (", wide planes" if plane_itemsize == 4 else "")]
 

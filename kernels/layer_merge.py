@@ -100,7 +100,7 @@ def layer_merge_launch(
             "BLOCK": config.block, "E_CHUNK": config.e_chunk, "ONE_CHUNK": config.one_chunk,
             "INTERPRETED": interpreted(layer_merge_kernel),
         },
-        merge_threads(config.block, 8 * deltas.element_size()),
+        merge_threads(config.block, 8 * min(deltas.element_size(), mixed.element_size())),
     )  # fmt: skip
     return (mixed.mT if transposed else mixed), launch
 

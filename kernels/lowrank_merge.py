@@ -27,10 +27,11 @@ from paretofuse.kernels.triton_or_none import interpreted, jit, require, tl
 
 INSTEAD = "paretofuse.kernels.reference.merge_tensor_reference"
 
-BLOCK_O, BLOCK_I, RANKS = 64, 128, 16
+BLOCK_O, BLOCK_I, RANKS = 64, 64, 16
 """The tile of a matrix, and how much of the rank is multiplied at a time: what tensor cores take at least."""
 
-WARPS = 8
+WARPS, STAGES = 4, 1
+"""With twice the tile, or with loads of factors ahead, registers leave no room for a second program."""
 
 FIELDS = 10
 """Of a matrix in the table, int64: distance of its base from the first one and place of its output, in elements; places
@@ -199,7 +200,7 @@ def lowrank_merge_launch(
         {
             "FIELDS": FIELDS, "BO": BLOCK_O, "BI": BLOCK_I, "RANKS": RANKS, "ROWS": by_row, "ALIGNED": aligned,
             "PRECISION": precision, "INTERPRETED": interpreted(lowrank_merge_kernel), "num_warps": WARPS,
-            "num_stages": 2,
+            "num_stages": STAGES,
         },
     )  # fmt: skip
 

@@ -248,7 +248,7 @@ def weights_grad_launch(
 def config_for(x: Tensor, *planes: Tensor) -> RowsConfig:
     """The configuration that the rule gives to x [B, P, I] and these planes."""
     plane = max(tensor.element_size() for tensor in planes)
-    return rows_config(x.shape[0] * x.shape[1], x.element_size(), plane)
+    return rows_config(x.shape[0] * x.shape[1], x.element_size(), plane, dot_precision(x.dtype))
 
 
 def fused_rows(

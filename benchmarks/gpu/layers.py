@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.layers        writes data/gpu_layers.csv
 
 For an H100 with bfloat16 tensors: launches, programs, and bytes by the launch rules themselves, of both ways to do a
-layer at every size, with the one that `routed_linear` takes marked; and of GPT-2's linear layers with eight LoRAs, by the
-kernel and by PyTorch, whose operators are counted. Times are assumed rates over counted bytes and operations.
+layer at every size, with the one that `routed_linear` takes marked; and of GPT-2's linear layers with eight LoRAs, by
+the kernel and by PyTorch, whose operators are counted. Times are assumed rates over counted bytes and operations.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MEMORY = SHARE_OF_BANDWIDTH * BANDWIDTH["H100 SXM"]
 L2 = 5.5e12
 """Assumed: bytes a second from the L2 cache."""
 MATRIX, TF32X3, PLAIN = 600e12, 80e12, 30e12
-"""Assumed: operations a second of matrix instructions in bfloat16, of products as exact as float32 by three of TF32, and
-of the others, in which weights are mixed."""
+"""Assumed: operations a second of matrix instructions in bfloat16, of products as exact as float32 by three of TF32,
+and of the others, in which weights are mixed."""
 
 MATRICES = 12 * ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 """GPT-2's linear layers, as transformers keeps them."""

@@ -32,7 +32,7 @@ QUANTIZED = {"i8": 1024, "u8": 32}
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "i32": torch.int32,
-    "i8": torch.int8, "u8": torch.uint8,
+    "i64": torch.int64, "i8": torch.int8, "u8": torch.uint8,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -203,18 +203,18 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """Every configuration of the kernels with a preference for each row, in both weight layouts, planes as above."""
     for (use, config), dtype, conv1d in product(launch.ROWS_CONFIGS.items(), dtypes, (False, True)):
         weight = "fp32" if "wide planes" in use else dtype
-        if (use == "float32") != (dtype == "fp32"):
+        if (use in ("float32", "tf32")) != (dtype == "fp32"):
             continue
         base, deltas = _layer(weight, 3, conv1d)
         x, grad = _empty(dtype, 5, 7, INS), _empty(dtype, 5, 7, OUTS)
-        for kind in _kinds(dtype):
-            name, precision = f"{use}_{_layout(conv1d)}_{kind}", _precision(kind)
-            for piece, part in ((INS, ""), (4 * config.ins, "pieces_")):
-                bias = None if part else _empty(weight, 5, OUTS)
-                _, found = rows_launch(x, base, deltas, _row(5, 3), bias, config, piece, precision)
-                yield describe(f"rows_{part}{name}", found)
-            _, found = rows_weights_grad_launch(grad, x, deltas, config, precision)
-            yield describe(f"rows_weights_grad_{name}", found)
+        kind = "tf32" if use == "tf32" else dtype
+        name, precision = f"{use}_{_layout(conv1d)}_{kind}", _precision(kind)
+        for piece, part in ((INS, ""), (4 * config.ins, "pieces_")):
+            bias = None if part else _empty(weight, 5, OUTS)
+            _, found = rows_launch(x, base, deltas, _row(5, 3), bias, config, piece, precision)
+            yield describe(f"rows_{part}{name}", found)
+        _, found = rows_weights_grad_launch(grad, x, deltas, config, precision)
+        yield describe(f"rows_weights_grad_{name}", found)
 
 
 def lowrank_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:

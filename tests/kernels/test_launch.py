@@ -127,7 +127,7 @@ def test_pieces_cover_the_inputs_and_fill_a_gpu(tiles, ins, step):
     assert pieces * max(1, tiles) <= max(PROGRAMS, tiles)
     if pieces > 1:
         assert piece >= 2 * step
-    if ins >= 2 * step * PROGRAMS:
+    if tiles and ins >= 2 * step * PROGRAMS:
         assert 2 * pieces * tiles >= PROGRAMS
 
 

@@ -40,7 +40,7 @@ def close(found, exact, plain):
 @pytest.mark.parametrize(("conv1d", "ins"), [(False, 530), (True, 81)])
 def test_every_configuration(use, conv1d, ins):
     """Each does any shape and dtype, also those that the size rule would give to another; 530 inputs are cut."""
-    dtype = torch.float32 if use == "float32" else torch.bfloat16
+    dtype = torch.float32 if use in ("float32", "tf32") else torch.bfloat16
     inputs = make(1, batch=5, per=14, outs=70, ins=ins, experts=2, x=dtype, weight=dtype, conv1d=conv1d)
     exact = [t.double() for t in inputs]
     close(
