@@ -152,7 +152,7 @@ def run_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) ->
     return filled(sums_launch(sums, inside, starts, torch.float32))
 
 
-def by_kernel(kernel: object, tensor: Tensor) -> bool:
+def by_triton(kernel: object, tensor: Tensor) -> bool:
     """Whether the kernel does it where the tensor lies: on the CPU the reference does, outside of Triton's interpreter.
 
     Raises:
@@ -171,7 +171,7 @@ def _group_sums(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor)
 
 @_group_sums.register_kernel("cpu")
 def _(partials: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
-    if by_kernel(segment_sums_kernel, partials):
+    if by_triton(segment_sums_kernel, partials):
         return run_sums(partials, order, pieces, starts)
     ends = pieces[starts.long()]  # where each group ends in `order`
     groups = torch.repeat_interleave(torch.arange(len(starts) - 1), ends.diff())
@@ -270,7 +270,7 @@ def grad_partials(
         checks.check_tensor("out", out, (torch.float32,), shape, grad.device)
         checks.check_contiguous("out", out)
     group = tile if scales is None else checks.group_of(n, scales.shape[1], tile)
-    if by_kernel(partials_kernel, grad):
+    if by_triton(partials_kernel, grad):
         config = grad_config(deltas.element_size())
         return filled(partials_launch(grad, deltas, scales, group, block, config, out))
     return out.copy_(block_products_reference(grad, deltas, block, scales=scales, group=group))
@@ -293,6 +293,6 @@ def group_sums(partials: Tensor, plan: GroupPlan) -> Tensor:
         "partials", partials, (torch.float32,), (len(plan.order), partials.shape[-1]), plan.order.device
     )
     checks.check_contiguous("partials", partials)
-    by_kernel(segment_sums_kernel, partials)  # raises where neither it nor the reference can
+    by_triton(segment_sums_kernel, partials)  # raises where neither it nor the reference can
     sums: Tensor = torch.ops.paretofuse.group_sums(partials, plan.order, plan.pieces, plan.starts)
     return sums

@@ -95,7 +95,7 @@ def stub_driver() -> Iterator[StubDriver]:
         with (
             mock.patch.object(driver, "_active", stub),
             mock.patch.object(routed_merge, "require"),
-            mock.patch.object(routed_grad, "by_kernel", always),
+            mock.patch.object(routed_grad, "by_triton", always),
         ):
             yield stub
     finally:

@@ -33,9 +33,10 @@ def entry_point(option: str, text: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports another that is not
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"got {option} {text}, but there is no module {error.name!r} here or among the installed packages; "
-            f"check the spelling, or run the command where {error.name.replace('.', '/')}.py lies"
+            f"check the spelling, or run the command where {error.name.replace('.', '/')}.py lies",
+            name=error.name,
         ) from error
     for part in name.split("."):
         if not hasattr(function, part):

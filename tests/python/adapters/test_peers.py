@@ -249,7 +249,7 @@ def test_what_embeddings_would_lack_is_refused() -> None:
     old = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "word_embedding_dimension": 16}
     assert pooling_of(files(**old)) == Pooling("cls", True)
     for wrong, message in (
-        (files("Dense"), r"a Dense \(2_Last\), expected .*--predict"),
+        (files("Dense"), r"a Dense \(2_Last\), expected .*predict="),
         (files(pooling_mode="weightedmean"), "the pooling weightedmean, expected one of mean"),
         (files(pooling_mode=["cls", "mean"]), "the pooling cls, mean, expected one of"),
         (files(pooling_mode_cls_token=True, pooling_mode_max_tokens=True), "the pooling cls, max"),
