@@ -127,6 +127,11 @@ def rank_correlation(preferences: np.ndarray, values: np.ndarray, larger: Sequen
     )
 
 
+def non_dominated(values: np.ndarray, larger: Sequence[bool]) -> np.ndarray:
+    """[P] booleans: no other point of [P, M] is as good everywhere and better somewhere; all of a tie count."""
+    return np.asarray(moocore.is_nondominated(values, maximise=list(larger), keep_weakly=True), dtype=bool)
+
+
 def share_non_dominated(values: np.ndarray, larger: Sequence[bool], repeats: bool = False) -> float:
     """The share of points that no other dominates.
 

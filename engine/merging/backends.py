@@ -147,6 +147,18 @@ def frugal_merger(
     return merge
 
 
+def by_shape(bind: Callable[[torch.Size], Merger]) -> Merger:
+    """A merge that is bound for each shape of weights when the first ones of that shape come."""
+    bound: dict[torch.Size, Merger] = {}
+
+    def merge(weights: Tensor) -> None:
+        if weights.shape not in bound:
+            bound[weights.shape] = bind(weights.shape)
+        bound[weights.shape](weights)
+
+    return merge
+
+
 def triton_merger(
     inputs: Sequence[FlatInputs],
     out: FlatOutputs,
@@ -169,14 +181,7 @@ def triton_merger(
         for flat in inputs
         if (wanted := tuple(spec for spec in flat.bucket.specs if spec.name in names))
     ]
-    bound: dict[torch.Size, Callable[[Tensor], None]] = {}
-
-    def merge(weights: Tensor) -> None:
-        if weights.shape not in bound:
-            bound[weights.shape] = _bind(parts, weights.shape, weights.shape[1] > groups)
-        bound[weights.shape](weights)
-
-    return merge
+    return by_shape(lambda shape: _bind(parts, shape, shape[1] > groups))
 
 
 def _bind(

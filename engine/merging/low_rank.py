@@ -6,13 +6,13 @@ planes anew for each merge. A tensor that has planes of other formats besides is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from paretofuse.engine.layout import TensorSpec, columns_of, place, rows_of
-from paretofuse.engine.merging.backends import Merger
+from paretofuse.engine.merging.backends import Merger, by_shape
 from paretofuse.engine.merging.flat import FlatOutputs
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
@@ -58,17 +58,10 @@ def low_rank_merger(
             if key not in held:
                 held[key] = Factors(matrices)
             parts.append((matrices, held[key], buffer))
-    bound: dict[torch.Size, Callable[[Tensor], None]] = {}
-
-    def merge(weights: Tensor) -> None:
-        if weights.shape not in bound:
-            bound[weights.shape] = _bind(parts, weights.shape, weights.shape[1] > groups)
-        bound[weights.shape](weights)
-
-    return merge
+    return by_shape(lambda shape: _bind(parts, shape, shape[1] > groups))
 
 
-def _bind(parts: Sequence[Part], shape: torch.Size, by_row: bool) -> Callable[[Tensor], None]:
+def _bind(parts: Sequence[Part], shape: torch.Size, by_row: bool) -> Merger:
     """A merge that reads weights of one shape where they are copied to; nothing is waited for."""
     if not parts:
         return lambda weights: None

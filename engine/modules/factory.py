@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.merging.backends import Merger
 from paretofuse.engine.merging.bound import BoundStack
+from paretofuse.engine.merging.low_rank import all_low_rank
 from paretofuse.engine.modules.live import LiveModule
 from paretofuse.engine.modules.routed.fuse import fuse, fused_layers
 from paretofuse.engine.modules.routed.layers import MixedWeight, RoutedWeight, is_conv1d
@@ -146,6 +147,6 @@ def _mixed_weight(
             "pass materialize=True, or backend='native' on the CPU"
         )
     factors = {j: plane for j, own in enumerate(given) if isinstance(plane := own.get(name), LowRank)}
-    if factors and len(factors) == sum(name in own for own in given):
+    if factors and all_low_rank([own.get(name) for own in given]):
         return LowRankWeight(base, SideBySide.of(factors, transposed), mix, row, transposed, span)
     return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)

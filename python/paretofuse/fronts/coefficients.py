@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import moocore
 import numpy as np
 
 from paretofuse.engine.evaluation import indicators
@@ -106,8 +105,7 @@ class CoefficientFront:
 
     def non_dominated(self) -> np.ndarray:
         """[P] booleans: no other point is as good everywhere and better somewhere; all of a tie count."""
-        mask = moocore.is_nondominated(self.values, maximise=list(self.directions), keep_weakly=True)
-        return np.asarray(mask, dtype=bool)
+        return indicators.non_dominated(self.values, self.directions)
 
     def choose(
         self,
