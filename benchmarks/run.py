@@ -31,6 +31,7 @@ NAMES = (
     "plane_merge",
     "recipes",
     "sweep",
+    "search",
 )
 
 

@@ -16,7 +16,7 @@ from paretofuse.engine.merging.backends import choose_backend
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.merging.disk import merge_store
 from paretofuse.engine.merging.publish import push, stored
-from paretofuse.engine.modules.ahead import merged_ahead
+from paretofuse.engine.modules.ahead import Ahead
 from paretofuse.engine.modules.batched.module import batched_module
 from paretofuse.engine.modules.captured import CapturedSwitch
 from paretofuse.engine.modules.factory import dense_module
@@ -168,8 +168,7 @@ class Engine:
         Raises:
             ValueError: the model is not merged by the Triton kernels of one GPU.
         """
-        made = self._in_place
-        return made.capture(lambda: self._in_place is made)
+        return (made := self._in_place).capture(lambda: self._in_place is made)
 
     def replica(
         self, preference: Preference, *, head: str | None = None, timeout: float | None = None
@@ -220,8 +219,11 @@ class Engine:
 
         While `at_once` of them are used, a thread merges the next in one pass: the memory of 2 x `at_once` models.
         """
-        routing = routing_of(self.routers, preferences, None)
-        return merged_ahead(self._bound, self.blueprint, routing, at_once)
+        return self.ahead(at_once).modules(preferences)
+
+    def ahead(self, at_once: int) -> Ahead:
+        """What has `modules(preferences)` for many calls, one after the other, that all use the same memory."""
+        return Ahead(self._bound, self.blueprint, self.routers, at_once)
 
     def merge(
         self, preference: Preference | None = None, *, weights: Tensor | None = None, head: str | None = None

@@ -6,8 +6,9 @@ deltas once, so that it moves (1 + P + K) / K tensors for each preference instea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +17,67 @@ from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.factory import module_bank
 from paretofuse.engine.modules.heads import bind_heads
 from paretofuse.engine.modules.replicas import Fence
+from paretofuse.engine.routing.routers import Routers
+from paretofuse.engine.routing.weights import routing_of
 from paretofuse.engine.stacking.sources import Blueprint
 
 
-def merged_ahead(
-    bound: BoundStack, blueprint: Blueprint, weights: Tensor, at_once: int
-) -> Iterator[nn.Module]:
-    """A module for each of the routing weights, in their order; each is valid until the next is asked for.
+class Ahead:
+    """Makes a module for each of many preferences; both banks are made when first needed, and kept for later calls.
 
     Args:
         bound: the stack.
         blueprint: builds the modules.
-        weights: [K, G, P], or with row coefficients [K, G + R, P].
+        routers: give the routing weights.
         at_once: how many are merged in one pass, K.
 
     Raises:
-        ValueError: K is no whole number of at least 1, or the tensors are one process's shards; or later: the caller
-            has moved a module, or replaced its tensors.
+        ValueError: K is no whole number of at least 1, or the tensors are one process's shards.
     """
-    bound.check_whole("modules merged ahead")
-    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
-        raise ValueError(f"got at_once={at_once!r}, expected a whole number of at least 1")
-    blocks = list(weights.split(min(at_once, len(weights))))
-    return _take_turns(bound, blueprint, blocks)
 
+    def __init__(self, bound: BoundStack, blueprint: Blueprint, routers: Routers, at_once: int) -> None:
+        bound.check_whole("modules merged ahead")
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(f"got at_once={at_once!r}, expected a whole number of at least 1")
+        self._bound = bound
+        self._blueprint = blueprint
+        self._routers = routers
+        self._at_once = at_once
+        self._banks: list[Bank | None] = [None, None]
 
-def _take_turns(bound: BoundStack, blueprint: Blueprint, blocks: list[Tensor]) -> Iterator[nn.Module]:
-    banks = [Bank(bound, blueprint, block) for block in blocks[:2]]
-    with ThreadPoolExecutor(1, "paretofuse-ahead") as thread:
-        merged = thread.submit(banks[0].merge, blocks[0])
-        for number, block in enumerate(blocks):
-            merged.result()
-            if number + 1 < len(blocks):
-                merged = thread.submit(banks[(number + 1) % 2].merge, blocks[number + 1])
-            bank = banks[number % 2]
-            for module in bank.modules[: len(block)]:
-                with bank.fence.reading():
-                    yield module
+    def modules(self, preferences: Any) -> Generator[nn.Module, None, None]:
+        """A module for each preference [P, M], in their order; each is valid until the next is asked for.
+
+        Let one iterator end, or close it, before the next begins.
+
+        Raises:
+            ValueError: a preference is not valid; or later: the caller has moved a module, or replaced its tensors.
+        """
+        weights = routing_of(self._routers, preferences, None)  # [P, G, planes], or with row coefficients
+        return self._take_turns(weights.split(self._at_once))
+
+    def _take_turns(self, blocks: Sequence[Tensor]) -> Generator[nn.Module, None, None]:
+        # Making a model of some libraries' classes changes global state: the thread only copies it.
+        skeleton = self._blueprint.make()
+        with ThreadPoolExecutor(1, "paretofuse-ahead") as thread:
+            merged = thread.submit(self._merged, 0, skeleton, blocks[0])
+            for number, block in enumerate(blocks):
+                bank = merged.result()
+                if number + 1 < len(blocks):
+                    merged = thread.submit(self._merged, (number + 1) % 2, skeleton, blocks[number + 1])
+                for module in bank.modules[: len(block)]:
+                    with bank.fence.reading():
+                        yield module
+
+    def _merged(self, turn: int, skeleton: nn.Module, weights: Tensor) -> Bank:
+        """One of the banks, merged; made for as many modules as it is first asked for, and anew for more."""
+        bank = self._banks[turn]
+        if bank is None or len(bank.modules) < len(weights):
+            bank = Bank(self._bound, self._blueprint, skeleton, weights)
+        self._banks[turn] = None  # until it is merged: one whose modules were moved is made anew
+        bank.merge(weights)
+        self._banks[turn] = bank
+        return bank
 
 
 class Bank:
@@ -60,12 +85,15 @@ class Bank:
 
     Args:
         bound, blueprint: of the modules.
+        skeleton: the blueprint's.
         weights: [K, G, E], of which the number counts.
     """
 
-    def __init__(self, bound: BoundStack, blueprint: Blueprint, weights: Tensor) -> None:
+    def __init__(
+        self, bound: BoundStack, blueprint: Blueprint, skeleton: nn.Module, weights: Tensor
+    ) -> None:
         self.fence = Fence(weights.device)
-        self._lives, self._merge = module_bank(bound, blueprint.make(), weights)
+        self._lives, self._merge = module_bank(bound, skeleton, weights)
         self._count = len(weights)
         self.modules = [live.module for live in self._lives]
         for module in self.modules:

@@ -41,6 +41,27 @@ def test_they_are_what_switches_make(family: str, points: int, at_once: int) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.state_dict().values(), strict=True))
 
 
+def test_many_calls_share_their_modules() -> None:
+    engine = engine_of()
+    ahead, seen = engine.ahead(2), set[int]()
+    for points in (1, 5, 2, 3, 4):
+        preferences = pf.sample_preferences(3, points, seed=points)
+        for preference, module in zip(preferences, ahead.modules(preferences), strict=True):
+            assert same(module, engine.merge(preference))
+            if points > 1:
+                seen.add(id(module))
+    assert len(seen) == 4
+    with torch.no_grad():
+        engine.routers.output.bias.add_(0.1)  # trained since
+    moved = next(modules := ahead.modules(preferences))
+    assert same(moved, engine.merge(preferences[0]))
+    modules.close()
+    moved.double()
+    with pytest.raises(ValueError, match="rewritten in place"):
+        list(ahead.modules(preferences))
+    assert len(list(ahead.modules(preferences))) == 4  # made anew
+
+
 def test_heads_show_in_them() -> None:
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     engine = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)}, heads=["1"])

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/chunks.h"
@@ -163,39 +162,83 @@ void draw(const Kernels& kernels, const Draw& key, std::int64_t at, std::int64_t
   kernels.loops.draw(start, key.second, count, numbers);
 }
 
-// Ranks a row's elements by their magnitudes, the smallest first, equal ones in the order of their positions:
-// a radix sort, byte by byte, of (magnitude, position).
-class Ranks {
+// Thresholds of a row's elements by rank: the smallest magnitude has rank 0, equal ones come in the order of
+// their positions.
+//
+// Few ranks are needed. Elements of like magnitude share a bin; their ranks are neighbours, and nearly every
+// number lies below or above the thresholds of all of them. Only where one lies between is the bin sorted.
+class RankedRow {
  public:
-  explicit Ranks(std::int64_t columns) : from_(static_cast<std::size_t>(columns)), to_(from_.size()) {}
+  RankedRow(const Kernels& kernels, const std::vector<std::uint32_t>& by_rank)
+      : kernels_(kernels), by_rank_(by_rank), bits_(by_rank.size()), bins_(by_rank.size()) {}
 
-  // Gives each element of a row what belongs to its rank.
-  void give(const float* row, const std::uint32_t* by_rank, std::uint32_t* out) {
-    std::array<std::array<std::uint32_t, 256>, 4> counts{};
-    for (std::size_t i = 0; i < from_.size(); ++i) {
-      const std::uint32_t bits = magnitude(row[i]);
-      from_[i] = {bits, static_cast<std::uint32_t>(i)};
-      for (unsigned byte = 0; byte < 4; ++byte) ++counts[byte][bits >> (8 * byte) & 255u];
+  // Sets for each element a threshold that is above its number where that of its rank is, and only there.
+  void thresholds(const float* row, const std::uint32_t* numbers, std::uint32_t* out) {
+    fill_bins(row);
+    unsure_.clear();
+    for (std::size_t i = 0; i < bins_.size(); ++i) {
+      const Bin& bin = table_[bins_[i]];
+      out[i] = bin.low;
+      if (numbers[i] - bin.low < bin.high - bin.low)
+        unsure_.push_back(bins_[i]);  // unsigned: low <= number < high
     }
-    for (unsigned byte = 0; byte < 4; ++byte) {
-      std::array<std::uint32_t, 256>& ends = counts[byte];
-      if (std::find(ends.begin(), ends.end(), from_.size()) != ends.end()) continue;  // all alike
-      std::uint32_t start = 0;
-      for (std::uint32_t& end : ends) start += std::exchange(end, start);
-      for (const Item& item : from_) to_[ends[item.bits >> (8 * byte) & 255u]++] = item;
-      from_.swap(to_);
+    for (const std::uint16_t number : unsure_) {
+      Bin& bin = table_[number];
+      if (bin.low < bin.high) sort(number, bin, out);
+      bin.high = bin.low;  // once
     }
-    for (std::size_t rank = 0; rank < from_.size(); ++rank) out[from_[rank].index] = by_rank[rank];
   }
 
  private:
-  struct Item {
-    std::uint32_t bits;
-    std::uint32_t index;
+  static constexpr std::int32_t kShift = 17;  // leaves the exponent and six bits
+  static constexpr std::int32_t kBins = 512;  // eight exponents; what is smaller shares the first bin
+
+  // The first of a bin's ranks, and the least and the largest of their thresholds.
+  struct Bin {
+    std::uint32_t first;
+    std::uint32_t low;
+    std::uint32_t high;
   };
 
-  std::vector<Item> from_;
-  std::vector<Item> to_;
+  void fill_bins(const float* row) {
+    kernels_.loops.magnitudes(row, static_cast<std::int64_t>(bits_.size()), bits_.data());
+    const std::int32_t largest = *std::max_element(bits_.begin(), bits_.end());
+    const std::int32_t floor = std::max(0, (largest >> kShift) - (kBins - 1));
+    std::array<std::uint32_t, kBins> counts{};
+    for (std::size_t i = 0; i < bits_.size(); ++i) {
+      const std::int32_t bin = std::max(0, (bits_[i] >> kShift) - floor);
+      bins_[i] = static_cast<std::uint16_t>(bin);
+      ++counts[static_cast<std::size_t>(bin)];
+    }
+    std::uint32_t first = 0;
+    for (std::size_t bin = 0; bin < counts.size(); ++bin) {
+      if (counts[bin] == 0) continue;
+      const std::uint32_t last = first + counts[bin] - 1;
+      const auto [low, high] = std::minmax(by_rank_[first], by_rank_[last]);  // a rise may be negative
+      table_[bin] = {first, low, high};
+      first = last + 1;
+    }
+  }
+
+  // Gives the elements of a bin the thresholds of their ranks.
+  void sort(std::uint16_t number, const Bin& bin, std::uint32_t* out) {
+    members_.clear();
+    for (std::size_t i = 0; i < bins_.size(); ++i) {
+      if (bins_[i] == number) members_.push_back(static_cast<std::uint64_t>(bits_[i]) << 32 | i);
+    }
+    std::sort(members_.begin(), members_.end());
+    for (std::size_t i = 0; i < members_.size(); ++i) {
+      out[members_[i] & 0xffffffffu] = by_rank_[bin.first + i];
+    }
+  }
+
+  const Kernels& kernels_;
+  const std::vector<std::uint32_t>& by_rank_;
+  std::vector<std::int32_t> bits_;
+  std::vector<std::uint16_t> bins_;
+  std::array<Bin, kBins> table_;
+  std::vector<std::uint16_t> unsure_;
+  std::vector<std::uint64_t> members_;  // magnitude and position
 };
 
 }  // namespace
@@ -269,23 +312,22 @@ Kept keep_ranked(const Difference& difference, std::int64_t columns, const Draw&
   parallel_for(run.threads, tasks, [&](int, std::int64_t task) {
     const std::int64_t start = task * task_rows * columns;
     const std::int64_t end = std::min(difference.length, start + task_rows * columns);
-    Ranks ranks(columns);
+    RankedRow ranked(kernels, by_rank);
     std::vector<float> values(static_cast<std::size_t>(end - start));
-    std::vector<std::uint32_t> thresholds(values.size());
+    std::vector<std::uint32_t> numbers(values.size()), thresholds(values.size());
     for (std::int64_t at = start; at < end; at += kChunk) {
       load(kernels, difference.model, difference.base, at, std::min(kChunk, end - at),
            values.data() + (at - start));
     }
+    draw(kernels, key, start, end - start, numbers.data());
     for (std::int64_t row = 0; row < end - start; row += columns) {
-      ranks.give(values.data() + row, by_rank.data(), thresholds.data() + row);
+      ranked.thresholds(values.data() + row, numbers.data() + row, thresholds.data() + row);
     }
     for (std::int64_t at = start; at < end; at += kChunk) {
-      const std::int64_t count = std::min(kChunk, end - at);
-      Marks numbers, kept;
-      draw(kernels, key, at, count, numbers.data());
-      kernels.loops.keep_below(numbers.data(), thresholds.data() + (at - start), count, kept.data());
-      store_mask(kernels, values.data() + (at - start), kept, at, count, mask,
-                 sums[static_cast<std::size_t>(task)]);
+      const std::int64_t count = std::min(kChunk, end - at), place = at - start;
+      Marks kept;
+      kernels.loops.keep_below(numbers.data() + place, thresholds.data() + place, count, kept.data());
+      store_mask(kernels, values.data() + place, kept, at, count, mask, sums[static_cast<std::size_t>(task)]);
     }
   });
   return total(sums);

@@ -35,6 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ahead", type=count, metavar="N",
         help="merge so many models in one pass while those before them are evaluated; takes the memory of 2 N models",
     )  # fmt: skip
+    parser.add_argument(
+        "--chunksize", type=count, metavar="N",
+        help="points that each of --workers is sent at a time; of several it merges the next while it evaluates one, in "
+        "the memory of 4 models",
+    )  # fmt: skip
 
 
 def processes(count: int, threads: int | None) -> Callable[[], ProcessPoolExecutor]:
@@ -49,6 +54,8 @@ def processes(count: int, threads: int | None) -> Callable[[], ProcessPoolExecut
 
 def run(options: argparse.Namespace) -> Result:
     """Evaluate the front; all that can go wrong at the end is tried before the long work."""
+    if options.chunksize and not options.workers:
+        raise ValueError(f"got --chunksize {options.chunksize} without --workers, whom it is for")
     prepare_front_files(options)
     found = find_evaluation(options, minimize=options.minimize)
     logging.getLogger("paretofuse").addHandler(
@@ -64,6 +71,7 @@ def run(options: argparse.Namespace) -> Result:
         maximize=maximize,
         out=options.output,
         ahead=options.ahead,
+        chunksize=options.chunksize or 1,
         executor=processes(options.workers, options.threads) if options.workers else None,
         progress=shows_progress(options),
         on_metrics=lambda metrics: check_front(options, objectives, metrics),

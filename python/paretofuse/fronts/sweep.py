@@ -33,6 +33,7 @@ def sweep(
     out: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
     ahead: int | None = None,
+    chunksize: int = 1,
     progress: bool = True,
     on_metrics: Callable[[tuple[str, ...]], object] | None = None,
 ) -> Front:
@@ -61,6 +62,9 @@ def sweep(
             `evaluate` gets modules of their own, as by `engine.modules`, which take the memory of 2 x `ahead` models.
             With an executor, how many points it is given at a time (64 unless told; at least as many as it has
             workers).
+        chunksize: with an executor, how many points a worker is sent at a time. Of several it merges the next while it
+            evaluates one, in the memory of 4 models instead of 1; their rows come together, and where one of them
+            fails all are done again.
         progress: show a progress bar where stderr is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
 
@@ -80,8 +84,11 @@ def sweep(
     from paretofuse.engine.evaluation.sweep import Rows, evaluate_preferences
 
     check_arguments(engine, evaluate, maximize)
-    if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1):
-        raise ValueError(f"got ahead={ahead!r}, expected a whole number of at least 1")
+    for option, number in (("ahead", 1 if ahead is None else ahead), ("chunksize", chunksize)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"got {option}={number!r}, expected a whole number of at least 1")
+    if executor is None and chunksize != 1:
+        raise ValueError(f"got chunksize={chunksize} without executor=, whose workers it is for")
     objectives = tuple(engine.objectives)
     grid = default_preferences(len(objectives)) if preferences is None else _grid(preferences, objectives)
     kept = None
@@ -102,7 +109,7 @@ def sweep(
             from paretofuse.fronts.workers import evaluate_on_workers
 
             rows = Rows(objectives, grid, check, kept)
-            evaluate_on_workers(executor, ahead or _AHEAD, engine, evaluate, rows, progress)
+            evaluate_on_workers(executor, ahead or _AHEAD, chunksize, engine, evaluate, rows, progress)
             values, metrics = rows.table()
     except BaseException as error:
         if kept is not None and kept.path.exists() and hasattr(error, "add_note"):  # Python 3.11

@@ -60,6 +60,7 @@ def sweep_folder(folder: Path) -> Path:
         (["-o", "f.csv", "--html", "/proc/none/front.html"], "/proc/none/front.html: ", 0),
         (["-o", "f.csv", "--plot", "front.xyz"], "expected a name that ends in one of", 0),
         (["-o", "f.csv", "--plot", "front"], "expected a name that ends in one of", 0),
+        (["-o", "f.csv", "--chunksize", "2"], "got --chunksize 2 without --workers", 0),
         (["-o", "f.csv", "--reference", "cola=nan,sst2=0"], "expected finite numbers", 0),
         (["-o", "f.csv", "--reference", "cola=0,mrpc=0"], "got a reference point for ['cola', 'mrpc']", 1),
         (["-o", "f.csv", "--plot", "f.png", "--evaluate", "evaluation:one"], "expected at least two metrics", 1),
@@ -116,7 +117,8 @@ def test_sweep(tmp_path: Path) -> None:
 
 def test_sweep_in_processes(tmp_path: Path) -> None:
     sweep_folder(tmp_path)
-    words = ["sweep", "s", "--points", "3", "--module", "evaluation:build", "--workers", "1", "-o", "f.csv"]
+    words = ["sweep", "s", "--points", "3", "--module", "evaluation:build", "-o", "f.csv"]
+    words += ["--workers", "1", "--chunksize", "2"]
     done = run([*words, "--evaluate", "evaluation:Results.norms"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     front = paretofuse.Front.from_csv(tmp_path / "f.csv")

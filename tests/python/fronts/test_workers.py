@@ -53,13 +53,16 @@ def process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
+@pytest.mark.parametrize("chunksize", [1, 3])
 def test_processes_give_the_same_front_though_one_dies(
-    engine: Engine, truth: pf.Front, tmp_path: Path
+    chunksize: int, engine: Engine, truth: pf.Front, tmp_path: Path
 ) -> None:
-    mark = tmp_path / "died"
-    front = pf.sweep(engine, deadly(mark), GRID, executor=process, out=tmp_path / "f.csv", progress=False)
+    mark, out = tmp_path / "died", tmp_path / "f.csv"
+    front = pf.sweep(
+        engine, deadly(mark), GRID, executor=process, chunksize=chunksize, out=out, progress=False
+    )
     assert mark.exists()
-    assert front == truth == pf.Front.from_csv(tmp_path / "f.csv")
+    assert front == truth == pf.Front.from_csv(out)
     assert not engine._in_place.built  # nothing was merged here
 
 
@@ -222,28 +225,96 @@ def test_an_executor_has_no_more_points_at_a_time_than_it_may(engine: Engine, tr
             pf.sweep(engine, sums, GRID, executor=Inline(), ahead=wrong)  # type: ignore[arg-type]
 
 
-def test_jobs_with_futures_of_their_own(
-    engine: Engine, truth: pf.Front, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("chunksize", "ahead"), [(2, None), (3, 2), (3, 6), (5, None), (100, None)])
+def test_chunks_give_the_same_front(
+    chunksize: int, ahead: int | None, engine: Engine, truth: pf.Front
 ) -> None:
-    """Such as submitit's: done() and result(), and nobody is called back."""
+    """A worker's thread merges what comes next; the modules of one chunk are those of the next."""
+    pool, seen = Inline(), set[int]()
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        seen.add(id(module))
+        return sums(module)
+
+    front = pf.sweep(
+        engine, evaluate, GRID, executor=pool, chunksize=chunksize, ahead=ahead, progress=False
+    )
+    assert front == truth
+    assert pool.calls == -(-len(GRID) // chunksize)
+    assert len(seen) == min(4, chunksize)
+
+
+def test_of_a_chunk_that_fails_all_is_done_again(engine: Engine, truth: pf.Front, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyError("labels")
+        return sums(module)
+
+    evaluate.__qualname__ = sums.__qualname__  # of the same evaluation
+
+    def swept() -> pf.Front:
+        return pf.sweep(
+            engine, evaluate, GRID, executor=Inline(), chunksize=2, ahead=2, out=tmp_path / "f.csv", progress=False
+        )  # fmt: skip
+
+    with pytest.raises(KeyError, match="labels"):
+        swept()
+    rows = list(csv.reader((tmp_path / "f.partial.csv").read_text().splitlines()))
+    assert len(rows) == 1 + 4
+    assert swept() == truth
+    assert len(calls) == 6 + len(GRID) - 4
+
+
+def test_chunks_are_for_executors(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"got chunksize=2 without executor="):
+        pf.sweep(engine, sums, GRID, chunksize=2, progress=False)
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match=r"got chunksize=.*, expected a whole number of at least 1"):
+            pf.sweep(engine, sums, GRID, executor=Inline(), chunksize=wrong)  # type: ignore[arg-type]
+
+
+class Job:
+    """A future as submitit's: done() and result(), and nobody is called back."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.asked = call, 0
+
+    def done(self) -> bool:
+        self.asked += 1
+        return self.asked > 2
+
+    def result(self) -> Any:
+        return self.call()
+
+
+class Jobs:
+    """An executor of such; the call of a number `dies_at` finds that its worker has died."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.calls, self.dies_at = 0, dies_at
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Job:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            return Job(self.died)
+        return Job(lambda: function(*arguments))
+
+    def died(self) -> Any:
+        raise RuntimeError("has not produced any output")
+
+
+def test_jobs_with_futures_of_their_own(
+    engine: Engine, truth: pf.Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "_POLL", 0.0)
-
-    class Job:
-        def __init__(self, call: Callable[[], Any]) -> None:
-            self.call, self.asked = call, 0
-
-        def done(self) -> bool:
-            self.asked += 1
-            return self.asked > 2
-
-        def result(self) -> Any:
-            return self.call()
-
-    class Jobs:
-        def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Job:
-            return Job(lambda: function(*arguments))
-
     assert pf.sweep(engine, sums, GRID, executor=Jobs(), progress=False) == truth
+    with pytest.raises(RuntimeError, match="has not produced any output"):
+        pf.sweep(engine, sums, GRID, executor=Jobs(dies_at=2), out=tmp_path / "f.csv", progress=False)
+    rows = list(csv.reader((tmp_path / "f.partial.csv").read_text().splitlines()))
+    assert len(rows) == 1 + len(GRID) - 1  # those that were done with it stay, whatever their order
 
 
 def test_the_engine_is_of_a_store(engine: Engine, tmp_path: Path) -> None:
