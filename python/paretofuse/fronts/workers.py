@@ -180,6 +180,8 @@ def evaluate_on_workers(
                         found = future.result()
                     except Exception as error:
                         failed = failed or error
+                        if not isinstance(error, BrokenExecutor):  # after which it is done again
+                            del running[future]
                         continue
                     chunk = running.pop(future)
                     for index, row in zip(chunk, found, strict=True):

@@ -277,7 +277,7 @@ def test_chunks_are_for_executors(engine: Engine) -> None:
 
 
 class Job:
-    """A future as submitit's: done() and result(), and nobody is called back."""
+    """A future as submitit's: nobody is called back, and one that is done cannot be cancelled."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call, self.asked = call, 0
@@ -288,6 +288,9 @@ class Job:
 
     def result(self) -> Any:
         return self.call()
+
+    def cancel(self) -> None:
+        assert self.asked <= 2
 
 
 class Jobs:
