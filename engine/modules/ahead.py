@@ -89,9 +89,7 @@ class Bank:
         weights: [K, G, E], of which the number counts.
     """
 
-    def __init__(
-        self, bound: BoundStack, blueprint: Blueprint, skeleton: nn.Module, weights: Tensor
-    ) -> None:
+    def __init__(self, bound: BoundStack, blueprint: Blueprint, skeleton: nn.Module, weights: Tensor) -> None:
         self.fence = Fence(weights.device)
         self._lives, self._merge = module_bank(bound, skeleton, weights)
         self._count = len(weights)

@@ -37,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--chunksize", type=count, metavar="N",
-        help="points that each of --workers is sent at a time; of several it merges the next while it evaluates one, in "
-        "the memory of 4 models",
+        help="points that each of --workers is sent at a time; of several it merges the next while it evaluates one, "
+        "in the memory of 4 models",
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ _POLL = 0.05
 """Seconds between two looks at futures that nobody can wait for."""
 
 _AT_ONCE = 2
-"""Models that a worker merges in one pass where it is sent a few points: two move some 40 % fewer bytes than one by one,
-and the first of them are soon there."""
+"""Models that a worker merges in one pass where it is sent a few points: fewer bytes are moved for each than one by
+one, and the first two are soon there."""
 
 
 class Pool(Protocol):

@@ -236,9 +236,7 @@ def test_chunks_give_the_same_front(
         seen.add(id(module))
         return sums(module)
 
-    front = pf.sweep(
-        engine, evaluate, GRID, executor=pool, chunksize=chunksize, ahead=ahead, progress=False
-    )
+    front = pf.sweep(engine, evaluate, GRID, executor=pool, chunksize=chunksize, ahead=ahead, progress=False)
     assert front == truth
     assert pool.calls == -(-len(GRID) // chunksize)
     assert len(seen) == min(4, chunksize)
