@@ -51,6 +51,8 @@ class Sizes:
     family_steps: tuple[int, ...] = (75, 400)
 
 
+TUNING = Sizes(train=1500)
+"""Without the documents of the test there are 2014 sentences of one task left to learn from."""
 QUICK = Sizes(24, 12, 8, 1, 4, 8, 1e-3, 2, 4, 3, (2, 3), (3,))
 _LATER = ("learning_batch", "points", "pwemoe_steps", "ours_steps", "family_steps")
 """Sizes that base and experts do not depend on."""
@@ -301,4 +303,4 @@ def load(sizes: Sizes, quick: bool, tuning: bool) -> Experiment:
 
 def make(quick: bool, tuning: bool = False) -> Experiment:
     """The experiment."""
-    return load(QUICK if quick else Sizes(), quick, tuning)
+    return load(QUICK if quick else TUNING if tuning else Sizes(), quick, tuning)

@@ -6,6 +6,9 @@
 
 #include "paretofuse/dtype.h"
 
+// Of what stands in the inner loops: a call would put the sums into memory.
+#define PARETOFUSE_INLINE inline __attribute__((always_inline))
+
 namespace paretofuse {
 
 // Elements that a kernel handles at a time: a multiple of every vector width, and one cache line of 16-bit

@@ -36,6 +36,8 @@ struct Arch {
   using Vec = __m512;
   static constexpr std::int64_t kWidth = 16;
   static constexpr std::int64_t kRows = 4;
+  static constexpr std::int64_t kSteps = 2;
+  static constexpr bool kShuffles = false;
 
   static Vec broadcast(float value) { return _mm512_set1_ps(value); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -57,7 +59,7 @@ struct Arch {
     return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
 
-  static void load_int4(const std::byte* from, Vec* values) {
+  PARETOFUSE_INLINE static void load_int4(const std::byte* from, Vec* values) {
     const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     const __m128i low = _mm_and_si128(pairs, _mm_set1_epi8(15));
     const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), _mm_set1_epi8(15));
@@ -66,7 +68,7 @@ struct Arch {
   }
 
   template <DType D, bool Streaming>
-  static void store(std::byte* to, const Vec* sums) {
+  PARETOFUSE_INLINE static void store(std::byte* to, const Vec* sums) {
     if constexpr (D == DType::F32) {
       put<Streaming>(to, _mm512_castps_si512(sums[0]));
       put<Streaming>(to + 64, _mm512_castps_si512(sums[1]));

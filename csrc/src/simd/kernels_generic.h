@@ -2,10 +2,16 @@
 // its own and includes this file there, below its target pragma: hence no include guard, no includes and no
 // namespace.
 //
-// Arch gives: Vec, kWidth (floats in a Vec), kRows (rows of a tile whose sums fit the registers), broadcast,
-// add, mul, load<DType>(address), load_int8(address), load_int4(address, kStep / kWidth Vecs),
-// store<DType, streaming>(address, kStep / kWidth Vecs), to_floats(float*, Vec), copy_line<streaming>(dst,
-// src). Loads take any address; store and copy_line need a 64-byte boundary when streaming.
+// Arch gives: Vec, kWidth (floats in a Vec), kRows (rows of a tile whose sums fit the registers), kSteps
+// (steps whose sums do), broadcast, add, mul, load<DType>(address), load_int8(address), load_int4(address,
+// kStep / kWidth Vecs), store<DType, streaming>(address, kStep / kWidth Vecs), to_floats(float*, Vec),
+// copy_line<streaming>(dst, src). Loads take any address; store and copy_line need a 64-byte boundary when
+// streaming.
+//
+// Where kShuffles is true, a step may have its elements in another order that is cheaper to load, the same in
+// all its Vecs: load_shuffled<DType>(address, Vecs), load_int8_shuffled<lifted> and
+// load_int4_shuffled<lifted>, store_shuffled<DType, streaming>. Lifted numbers are 2^24 times what they
+// should be.
 
 inline constexpr std::int64_t kVecs = kStep / Arch::kWidth;
 inline constexpr std::int64_t kLine = 64;
@@ -49,7 +55,7 @@ inline float value_at(const Term& term, std::int64_t i) {
 
 // Elements at .. at + kStep without their scale; at is a multiple of kStep unless K is a float.
 template <Kind K>
-inline void values_at(const Term& term, std::int64_t at, typename Arch::Vec* values) {
+PARETOFUSE_INLINE void values_at(const Term& term, std::int64_t at, typename Arch::Vec* values) {
   if constexpr (K == Kind::Int8) {
     const std::byte* from = term.values + at;
     prefetch<kStep>(from);
@@ -71,9 +77,53 @@ inline void values_at(const Term& term, std::int64_t at, typename Arch::Vec* val
 template <Kind K>
 inline constexpr bool kScaled = K == Kind::Int8 || K == Kind::Int4;
 
+// Bytes of the elements of a step.
+template <Kind K>
+inline constexpr std::int64_t kStepBytes = K == Kind::Int4   ? kStep / 2
+                                           : K == Kind::Int8 ? kStep
+                                                             : kStep * item_size(kDTypeOf<K>);
+
+// The same in the shuffled order; numbers that have a scale may be lifted. A is Arch, here and below: a
+// parameter, so that those without the order need not have its functions.
+template <typename A, Kind K, bool Lifted>
+PARETOFUSE_INLINE void values_shuffled(const std::byte* from, typename A::Vec* values) {
+  if constexpr (K == Kind::Int8) {
+    A::template load_int8_shuffled<Lifted>(from, values);
+  } else if constexpr (K == Kind::Int4) {
+    A::template load_int4_shuffled<Lifted>(from, values);
+  } else {
+    A::template load_shuffled<kDTypeOf<K>>(from, values);
+  }
+}
+
+// sums += weight * elements at .. at + kStep, in the shuffled order; `ahead`: whether to prefetch.
+template <typename A, Kind K>
+PARETOFUSE_INLINE void add_step_shuffled(const Term& term, float weight, std::int64_t at, bool ahead,
+                                         typename Arch::Vec* sums) {
+  const std::byte* from = term.values + at / kStep * kStepBytes<K>;
+  if constexpr (!kScaled<K>) from = term.values + at * item_size(kDTypeOf<K>);
+  if (ahead) prefetch<kStepBytes<K>>(from);
+  typename Arch::Vec values[kVecs];
+  if constexpr (kScaled<K>) {
+    weight *= scale_at(term, at);
+    // What is lifted costs an instruction less. Lowering the factor instead is exact, unless it would become
+    // subnormal: factors near that, zero and NaN take the numbers as they are.
+    if (__builtin_expect(__builtin_fabsf(weight) >= 0x1p-100f, 1)) {
+      weight *= 0x1p-24f;
+      values_shuffled<A, K, true>(from, values);
+    } else {
+      values_shuffled<A, K, false>(from, values);
+    }
+  } else {
+    values_shuffled<A, K, false>(from, values);
+  }
+  const typename Arch::Vec factor = Arch::broadcast(weight);
+  for (std::int64_t v = 0; v < kVecs; ++v) sums[v] = Arch::add(sums[v], Arch::mul(factor, values[v]));
+}
+
 // sums += weight * elements at .. at + kStep
 template <Kind K>
-inline void add_step(const Term& term, float weight, std::int64_t at, typename Arch::Vec* sums) {
+PARETOFUSE_INLINE void add_step(const Term& term, float weight, std::int64_t at, typename Arch::Vec* sums) {
   if constexpr (K == Kind::Mixed) {
     switch (term.kind) {
       case Kind::F32:
@@ -119,7 +169,7 @@ inline float weighted_at(const Term& term, float weight, std::int64_t i) {
 }
 
 template <DType Base>
-inline void load_step(const std::byte* base, std::int64_t at, typename Arch::Vec* sums) {
+PARETOFUSE_INLINE void load_step(const std::byte* base, std::int64_t at, typename Arch::Vec* sums) {
   const std::byte* from = base + at * item_size(Base);
   prefetch<kStep * item_size(Base)>(from);
   for (std::int64_t v = 0; v < kVecs; ++v) {
@@ -127,13 +177,44 @@ inline void load_step(const std::byte* base, std::int64_t at, typename Arch::Vec
   }
 }
 
-template <DType Base, Kind K, DType Out, bool Streaming>
-inline void merge_step(const std::byte* base, const Term* terms, const float* weights, std::int64_t count,
-                       std::int64_t at, std::byte* out) {
-  typename Arch::Vec sums[kVecs];
-  load_step<Base>(base, at, sums);
-  for (std::int64_t t = 0; t < count; ++t) add_step<K>(terms[t], weights[t], at, sums);
-  Arch::template store<Out, Streaming>(out + at * item_size(Out), sums);
+// float32 has no lanes to cross, and float16's conversion crosses them by itself.
+template <Kind K>
+inline constexpr bool kShuffled = Arch::kShuffles && (K == Kind::BF16 || K == Kind::Int8 || K == Kind::Int4);
+
+// Several steps at once: each term's address and weight are then read once for all of them, and each cache
+// line is asked for once.
+template <typename A, DType Base, Kind K, DType Out, bool Streaming, std::int64_t Steps>
+PARETOFUSE_INLINE void merge_step(const std::byte* base, const Term* terms, const float* weights,
+                                  std::int64_t count, std::int64_t at, std::byte* out) {
+  typename Arch::Vec sums[Steps][kVecs];
+  for (std::int64_t s = 0; s < Steps; ++s) {
+    const std::int64_t first = at + s * kStep;
+    if constexpr (kShuffled<K>) {
+      const std::byte* from = base + first * item_size(Base);
+      prefetch<kStep * item_size(Base)>(from);
+      A::template load_shuffled<Base>(from, sums[s]);
+    } else {
+      load_step<Base>(base, first, sums[s]);
+    }
+  }
+  for (std::int64_t t = 0; t < count; ++t) {
+    for (std::int64_t s = 0; s < Steps; ++s) {
+      if constexpr (kShuffled<K>) {
+        const bool ahead = s * kStepBytes<K> % kLine == 0;
+        add_step_shuffled<A, K>(terms[t], weights[t], at + s * kStep, ahead, sums[s]);
+      } else {
+        add_step<K>(terms[t], weights[t], at + s * kStep, sums[s]);
+      }
+    }
+  }
+  for (std::int64_t s = 0; s < Steps; ++s) {
+    std::byte* to = out + (at + s * kStep) * item_size(Out);
+    if constexpr (kShuffled<K>) {
+      A::template store_shuffled<Out, Streaming>(to, sums[s]);
+    } else {
+      Arch::template store<Out, Streaming>(to, sums[s]);
+    }
+  }
 }
 
 template <DType Base, Kind K, DType Out>
@@ -150,11 +231,15 @@ inline void merge_one_by_one(const std::byte* base, const Term* terms, const flo
 template <DType Base, Kind K, DType Out>
 inline std::int64_t merge_steps(const std::byte* base, const Term* terms, const float* weights,
                                 std::int64_t count, std::int64_t begin, std::int64_t end, std::byte* out) {
+  constexpr std::int64_t some = K == Kind::Mixed ? 1 : Arch::kSteps;
   std::int64_t i = begin;
   if (elements_to_line(out + i * item_size(Out), item_size(Out)) == 0) {
-    for (; i + kStep <= end; i += kStep) merge_step<Base, K, Out, true>(base, terms, weights, count, i, out);
-  } else {
-    for (; i + kStep <= end; i += kStep) merge_step<Base, K, Out, false>(base, terms, weights, count, i, out);
+    for (; i + some * kStep <= end; i += some * kStep) {
+      merge_step<Arch, Base, K, Out, true, some>(base, terms, weights, count, i, out);
+    }
+  }
+  for (; i + kStep <= end; i += kStep) {
+    merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, i, out);
   }
   return i;
 }
@@ -176,9 +261,9 @@ void merge(const std::byte* base, const Term* terms, const float* weights, std::
     // depend on the step that computes it, and inputs never overlap outputs.
     const std::int64_t skip =
         std::max<std::int64_t>(0, elements_to_line(out + begin * item_size(Out), item_size(Out)));
-    if (skip > 0) merge_step<Base, K, Out, false>(base, terms, weights, count, begin, out);
+    if (skip > 0) merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, begin, out);
     const std::int64_t last = merge_steps<Base, K, Out>(base, terms, weights, count, begin + skip, end, out);
-    if (last < end) merge_step<Base, K, Out, false>(base, terms, weights, count, end - kStep, out);
+    if (last < end) merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, end - kStep, out);
   }
 }
 

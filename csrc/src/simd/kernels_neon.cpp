@@ -19,6 +19,8 @@ struct Arch {
   using Vec = float32x4_t;
   static constexpr std::int64_t kWidth = 4;
   static constexpr std::int64_t kRows = 2;
+  static constexpr std::int64_t kSteps = 1;
+  static constexpr bool kShuffles = false;
 
   static Vec broadcast(float value) { return vdupq_n_f32(value); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -44,7 +46,7 @@ struct Arch {
     return from_int16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))));
   }
 
-  static void load_int4(const std::byte* from, Vec* values) {
+  PARETOFUSE_INLINE static void load_int4(const std::byte* from, Vec* values) {
     const uint8x16_t pairs = vld1q_u8(reinterpret_cast<const std::uint8_t*>(from));
     const uint8x16_t low = vandq_u8(pairs, vdupq_n_u8(15));
     const uint8x16_t high = vshrq_n_u8(pairs, 4);
@@ -61,7 +63,7 @@ struct Arch {
   }
 
   template <DType D, bool Streaming>
-  static void store(std::byte* to, const Vec* sums) {
+  PARETOFUSE_INLINE static void store(std::byte* to, const Vec* sums) {
     if constexpr (D == DType::F32) {
       for (int v = 0; v < 8; v += 2) {
         put<Streaming>(to + v * 16, vreinterpretq_u8_f32(sums[v]), vreinterpretq_u8_f32(sums[v + 1]));

@@ -14,6 +14,8 @@ struct Arch {
   using Vec = float;
   static constexpr std::int64_t kWidth = 1;
   static constexpr std::int64_t kRows = 2;
+  static constexpr std::int64_t kSteps = 1;
+  static constexpr bool kShuffles = false;
 
   static float broadcast(float value) { return value; }
   static float add(float a, float b) { return a + b; }
@@ -29,7 +31,7 @@ struct Arch {
     return static_cast<float>(static_cast<std::int8_t>(*from));
   }
 
-  static void load_int4(const std::byte* from, float* values) {
+  PARETOFUSE_INLINE static void load_int4(const std::byte* from, float* values) {
     for (std::int64_t i = 0; i < kStep; ++i) {
       const auto pair = std::to_integer<int>(from[i / 2]);
       values[i] = static_cast<float>((i % 2 != 0 ? pair >> 4 : pair & 15) - 8);
@@ -37,7 +39,7 @@ struct Arch {
   }
 
   template <DType D, bool Streaming>
-  static void store(std::byte* to, const float* values) {
+  PARETOFUSE_INLINE static void store(std::byte* to, const float* values) {
     for (std::int64_t i = 0; i < kStep; ++i) store_one<D>(to + i * item_size(D), values[i]);
   }
 
