@@ -23,8 +23,8 @@ from paretofuse.kernels.pieces import add_pieces_launch
 from paretofuse.kernels.routed_grad import MAX_BLOCK, partials_launch, sums_launch
 from paretofuse.kernels.routed_linear import linear_launch, weights_grad_launch
 from paretofuse.kernels.routed_merge import merge_launch
-from paretofuse.kernels.routed_rows import rows_launch
-from paretofuse.kernels.routed_rows import weights_grad_launch as rows_weights_grad_launch
+from paretofuse.kernels.rows_kernels import rows_launch
+from paretofuse.kernels.rows_kernels import weights_grad_launch as rows_weights_grad_launch
 
 FLOATS = ("fp32", "bf16", "fp16")
 QUANTIZED = {"i8": 1024, "u8": 32}

@@ -12,7 +12,7 @@ from paretofuse.kernels import (
     routed_grad,
     routed_linear,
     routed_merge,
-    routed_rows,
+    rows_kernels,
 )
 from paretofuse.kernels.aot import build, variants
 
@@ -73,7 +73,7 @@ def test_every_configuration_is_among_the_variants():
 def test_every_kernel_is_among_the_variants():
     """What a launcher can launch has a variant: the functions that Triton compiles and are named kernels."""
     described = {variant.kernel.fn.__name__ for make in STREAMING + LINEAR for variant in make()}
-    modules = (layer_merge, lowrank_merge, pieces, routed_grad, routed_linear, routed_merge, routed_rows)
+    modules = (layer_merge, lowrank_merge, pieces, routed_grad, routed_linear, routed_merge, rows_kernels)
     defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert described == defined
     assert len(defined) == 10
