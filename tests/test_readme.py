@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import paretofuse as pf
+from tests.support.command import call
 from tests.support.models import perturbed, tiny_gpt2
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,9 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.slow
-def test_the_shell_lines(tmp_path: Path) -> None:
+def test_the_shell_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They stack, train, sweep and merge: the headline, in a directory with what they name."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^    (paretofuse \S.*)$", text, re.M)
@@ -57,16 +59,14 @@ def test_the_shell_lines(tmp_path: Path) -> None:
     for name in ("news", "poems", "news-test", "poems-test"):
         numbers = torch.randint(0, 100, (70,), generator=generator).tolist()
         (tmp_path / f"{name}.txt").write_text(" ".join(f"w{number}" for number in numbers), encoding="utf-8")
-    program = tmp_path / "bin" / "paretofuse"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m paretofuse "$@"\n')
-    program.chmod(0o755)
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", "-e", "-c", "\n".join(lines)], cwd=tmp_path, env={**os.environ, "PATH": path},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        for line in lines:
+            code, _, err = call(capsys, *shlex.split(line)[1:])
+            assert code == 0, err
+    finally:
+        sys.modules.pop("tasks", None)
 
     assert len(pf.Front.from_csv(tmp_path / "front.csv")) == 11
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")

@@ -83,8 +83,8 @@ def models(quick: bool, device: torch.device) -> Iterator[tuple[str, Callable[[]
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
+        image_size=16,
+        patch_size=8,
     )
     tiny_gpt2 = GPT2Config(
         n_layer=1, n_embd=16, n_head=2, vocab_size=51, n_positions=8, bos_token_id=0, eos_token_id=0

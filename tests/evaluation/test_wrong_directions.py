@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.evaluation.test_kept_rows import GRID, line
 from tests.training.test_fit import problem
 
 
-def test_losses_taken_for_scores(caplog: pytest.LogCaptureFixture) -> None:
+def test_losses_taken_for_scores(logged: list[logging.LogRecord]) -> None:
     def losses(module: nn.Module) -> list[float]:
         return [-float(module.w[0]), -float(module.w[1])]
 
@@ -21,10 +22,10 @@ def test_losses_taken_for_scores(caplog: pytest.LogCaptureFixture) -> None:
     (note,) = front.notes
     assert "['x', 'y'] get worse" in note
     assert "pass maximize=False" in note
-    assert [record.getMessage() for record in caplog.records] == [f"sweep: {note}"]
-    caplog.clear()
+    assert [record.getMessage() for record in logged] == [f"sweep: {note}"]
+    logged.clear()
     assert pf.sweep(line(), losses, GRID, maximize=False, progress=False).notes == ()
-    assert caplog.records == []
+    assert logged == []
 
 
 def test_one_wrong_direction_is_named() -> None:
@@ -51,10 +52,10 @@ def test_few_preferences_have_no_note() -> None:
     assert front.notes == ()
 
 
-def test_a_validation_tells_before_training(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_validation_tells_before_training(logged: list[logging.LogRecord]) -> None:
     engine, objectives = problem()
     validation = pf.Validation(lambda module: pf.evaluate(module, objectives), every=1)
     pf.fit(engine, objectives, steps=2, validation=validation, progress=False)
-    (record,) = caplog.records
+    (record,) = logged
     assert "['left', 'right'] get worse" in record.getMessage()
     assert "pass maximize=False" in record.getMessage()

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import paretofuse as pf
 from paretofuse.engine.store.atomic import Fresh, fresh, fresh_named, write_file
 from tests.support.process import python, run
 
@@ -247,36 +250,32 @@ with fresh({str(tmp_path / "out" / "x")!r}, directory={directory}) as path:
 
 @pytest.mark.parametrize("what", ["stack", "save", "merge", "checkpoint"])
 def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(shim: Path, tmp_path: Path, what: str) -> None:
+    models = {name: {"w": torch.full((5000,), float(size))} for size, name in enumerate(("base", "a", "b"))}
+    for name, tensors in models.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    pf.stack(models["base"], {"a": models["a"], "b": models["b"]}, route="tensor").save(tmp_path / "store")
     script = f"""
 import sys
+from paretofuse.cli import main
+folder = {str(tmp_path)!r}
+if {what!r} == "stack":
+    words = [f"{{folder}}/base.safetensors", "--expert", f"a={{folder}}/a.safetensors"]
+    sys.exit(main(["stack", *words, "-o", f"{{folder}}/new"]))
+if {what!r} == "merge":
+    sys.exit(main(["merge", f"{{folder}}/store", "--preference", "a=1", "-o", f"{{folder}}/new"]))
 import torch, paretofuse as pf
 from paretofuse.engine.training.checkpoint import write_checkpoint
-from safetensors.torch import save_file
-folder = {str(tmp_path)!r}
-models = {{name: {{"w": torch.full((5000,), float(size))}} for size, name in enumerate(("base", "a", "b"))}}
-if sys.argv[1] == "prepare":
-    for name, tensors in models.items():
-        save_file(tensors, f"{{folder}}/{{name}}.safetensors")
-    pf.stack(models.pop("base"), models, route="tensor").save(f"{{folder}}/store")
-else:
-    from paretofuse.cli import main
-    if {what!r} == "stack":
-        words = [f"{{folder}}/base.safetensors", "--expert", f"a={{folder}}/a.safetensors"]
-        sys.exit(main(["stack", *words, "-o", f"{{folder}}/new"]))
-    if {what!r} == "merge":
-        sys.exit(main(["merge", f"{{folder}}/store", "--preference", "a=1", "-o", f"{{folder}}/new"]))
-    try:
-        if {what!r} == "save":
-            pf.load(f"{{folder}}/store").save(f"{{folder}}/new")
-        else:
-            write_checkpoint(f"{{folder}}/new", models["a"], {{"step": 1}})
-    except OSError as error:
-        print(f"{{error.filename}}: {{error.strerror}}")
-        sys.exit(1)
+try:
+    if {what!r} == "save":
+        pf.load(f"{{folder}}/store").save(f"{{folder}}/new")
+    else:
+        write_checkpoint(f"{{folder}}/new", {{"w": torch.full((5000,), 1.0)}}, {{"step": 1}})
+except OSError as error:
+    print(f"{{error.filename}}: {{error.strerror}}")
+    sys.exit(1)
 """
-    python(script, "prepare")
     before = names(tmp_path)
-    said = python(script, "run", code=1, LD_PRELOAD=str(shim), VICTIM=str(tmp_path), FULL="1")
+    said = python(script, code=1, LD_PRELOAD=str(shim), VICTIM=str(tmp_path), FULL="1")
     assert "No space left on device" in said
     assert str(tmp_path) in said
     assert "new" in said.replace(str(tmp_path), "")

@@ -27,8 +27,6 @@ CHECKED = ("-DCMAKE_BUILD_TYPE=Debug",)
 BUILDS = {
     "release": ("-DCMAKE_BUILD_TYPE=Release", TESTS),
     "asan": (*CHECKED, TESTS, "-DPARETOFUSE_SANITIZE=address,undefined"),
-    # The core alone, with OpenMP, which the fuzzers' build has not.
-    "asan-core": (*CHECKED, TESTS, "-DPARETOFUSE_LIBRARY=OFF", "-DPARETOFUSE_SANITIZE=address,undefined"),
     # The thread sanitizer follows std::thread but not libgomp, which synchronizes by means it cannot see.
     "tsan": (*CHECKED, TESTS, "-DPARETOFUSE_STD_THREADS=ON", "-DPARETOFUSE_SANITIZE=thread"),
     "fuzz": (
@@ -98,8 +96,12 @@ def build_for_leaks(*targets: str) -> Path:
     return build("fuzz" if has_fuzzer() else "asan", *targets)
 
 
-def build_source(name: str, source: Path, options: Sequence[str], *targets: str) -> Path:
-    """Build a source incrementally in the folder of that name, which all test processes share; returns the folder."""
+@cache
+def build_source(name: str, source: Path, options: tuple[str, ...], *targets: str) -> Path:
+    """Build a source incrementally in the folder of that name, which all test processes share; returns the folder.
+
+    Once in a process: to see that all is up to date takes seconds.
+    """
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:

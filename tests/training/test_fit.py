@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import sys
 from datetime import datetime, timezone
@@ -393,14 +394,14 @@ def test_random_states_of_gpus_that_are_not_in_use_are_left_alone(monkeypatch: p
     assert asked == [[]] * 4  # the run, and three validations
 
 
-def test_steps_that_are_too_large_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_that_are_too_large_are_told(logged: list[logging.LogRecord]) -> None:
     engine, objectives = problem(route="tensor")
     pf.fit(engine, objectives, steps=40, lr=0.05, progress=False)
-    assert not caplog.records
+    assert not logged
     engine, objectives = problem(route="tensor")
     records = pf.fit(engine, objectives, steps=40, lr=20.0, row_lr=20.0, progress=False)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    text = caplog.text
+    assert [record.levelname for record in logged] == ["WARNING"]
+    text = logged[0].getMessage()
     assert "every loss rose" in text
     assert "give a smaller lr=" in text
     for name in engine.objectives:
