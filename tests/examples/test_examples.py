@@ -27,10 +27,7 @@ SOURCES = ROOT / "examples" / "cpp"
 
 def build(prefix: Path, target: str) -> Path:
     torch_folder = Path(torch.__file__).parent
-    # Torch's headers take long to compile; fewer optimizations, and they take less.
-    options = (
-        f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPARETOFUSE_TORCH={torch_folder}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
-    )  # fmt: skip
+    options = (f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPARETOFUSE_TORCH={torch_folder}")
     return cpplib.build_source("examples", SOURCES, options, target) / target
 
 

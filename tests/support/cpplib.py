@@ -27,6 +27,8 @@ CHECKED = ("-DCMAKE_BUILD_TYPE=Debug",)
 BUILDS = {
     "release": ("-DCMAKE_BUILD_TYPE=Release", TESTS),
     "asan": (*CHECKED, TESTS, "-DPARETOFUSE_SANITIZE=address,undefined"),
+    # The core alone, with OpenMP, which the fuzzers' build has not.
+    "asan-core": (*CHECKED, TESTS, "-DPARETOFUSE_LIBRARY=OFF", "-DPARETOFUSE_SANITIZE=address,undefined"),
     # The thread sanitizer follows std::thread but not libgomp, which synchronizes by means it cannot see.
     "tsan": (*CHECKED, TESTS, "-DPARETOFUSE_STD_THREADS=ON", "-DPARETOFUSE_SANITIZE=thread"),
     "fuzz": (
