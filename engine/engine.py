@@ -405,15 +405,9 @@ class Engine:
             merge_store(store, preference, path, head=head)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        preference: Preference,
-        *,
-        head: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> str:
+        self, repo_id: str, preference: Preference, *, head: str | None = None, private: bool | None = None,
+        revision: str | None = None, token: str | None = None,
+    ) -> str:  # fmt: skip
         """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address.
 
         Raises as it does, OSError also where the Hub refuses it, ImportError without huggingface_hub.
@@ -438,6 +432,13 @@ class Engine:
         at = "given as weights" if self._in_place.at_weights else self._in_place.preference
         what = f"{self.layout.summary()}, {self.routers.size}, backend={self.backend!r}"
         return f"Engine({what}, device={str(self.device)!r}, preference={at})"
+
+    def __reduce__(self) -> str:
+        """Refuse to be pickled or copied: it would take with it every tensor that processes otherwise share."""
+        raise TypeError(
+            "got an engine to pickle or copy, expected the path of its store; engine.save(path) here, and "
+            "pf.load(path) in the other process"
+        )
 
     def set_family(self, family: str) -> None:
         """Give the routers row coefficients ("rows"), zero so that merges stay as they are, or none ("scalar").

@@ -5,12 +5,13 @@ fine-tuned and once LoRAs of rank 8. Server and clients are processes of their o
 tokens, so that no tokenizer's time is in it, and answers are greedy.
 
 - the first answer: from the start of the process, beside one that only imports torch and the model's class
-- a request at a preference that is merged, for one token, beside a forward pass of the module in this process
+- a request at a preference that is merged, for one token, beside a forward pass of the module in this process; also of
+  a model of two layers, whose passes take so little that nothing else is in the difference
 - a request at a preference that is not, beside that forward pass and a switch
 - 16 clients, each with its own preference, beside a server that takes a lock, switches and generates one by one
 - 16 clients at one preference, beside transformers' `generate` on a batch of their 16 prompts
 
-Answers are compared first: each is what the merged model generates alone.
+Answers are compared first: each is what the server that switches and generates says, token by token.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,58 +48,67 @@ class Sizes:
 
     vocabulary: int
     tokens: int
-    each: int
+
+
+SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 101, "n_positions": 64}
 
 
 def run(options: Options) -> list[Row]:
     """Measure all of it."""
     torch.set_num_threads(options.threads)
-    sizes = Sizes(101, 4, 1) if options.quick else Sizes(50257, 16, 2)
+    sizes, small = Sizes(50257, 16), Sizes(SMALL["vocab_size"], 4)
+    if options.quick:
+        sizes = small
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="paretofuse-") as name:
+        rows += _overhead(_store(Path(name, "small"), "dense", True), options, small)
         for kind in ("dense", "LoRA"):
             store = _store(Path(name), kind, options.quick)
-            rows += _alone(store, options, sizes) if kind == "dense" else []
+            if kind == "dense":
+                rows += _first(store, options, sizes)
+                rows += _alone(store, options, sizes)
             rows += _together(store, kind, options, sizes)
     return rows
 
 
-def _alone(store: Path, options: Options, sizes: Sizes) -> list[Row]:
-    """One client: the first answer, hits and misses."""
-    engine = pf.load(store)
-    prompt = _prompts(sizes)[0]
-    tokens = torch.tensor([prompt])
+def _overhead(store: Path, options: Options, sizes: Sizes) -> list[Row]:
+    """What a request costs beside the module, where the module costs nearly nothing."""
+    times = _one_client(store, options, sizes, options.repeat(300), ("hit", "module"))
+    return [
+        Row(
+            "a request where it is merged, 2 layers", "ours less module", "time", "ms",
+            milliseconds([a - b for a, b in zip(times["hit"], times["module"], strict=True)]), target="<= 1",
+        ),
+        Row("a forward pass, 2 layers", "module", "time", "ms", milliseconds(times["module"])),
+    ]  # fmt: skip
+
+
+def _first(store: Path, options: Options, sizes: Sizes) -> list[Row]:
+    """From the start of a process to its first answer."""
+    least = [sys.executable, "-c", "import torch; from transformers import GPT2LMHeadModel"]
     first: list[float] = []
     imports: list[float] = []
-    least = [sys.executable, "-c", "import torch; from transformers import GPT2LMHeadModel"]
     for _ in range(options.repeat(3)):
         imports.append(_timed(lambda: subprocess.run(least, check=True, stderr=subprocess.DEVNULL)))
         started = time.perf_counter()
         with _ours(store, options) as port:
-            _ask(port, prompt, 1, _shares(0.3))
+            _ask(port, _prompts(sizes)[0], 1, _shares(0.5))
             first.append(time.perf_counter() - started)
-    times: dict[str, list[float]] = {"hit": [], "module": [], "miss": [], "switch": []}
-    with _ours(store, options) as port, torch.no_grad():
-        client = http.client.HTTPConnection("127.0.0.1", port)
-        engine.switch(_shares(0.5))
-        engine.module(tokens)
-        for number in range(options.repeat(15) + 1):
-            shares = _shares((number + 1) / 100)
-            found = {
-                "miss": _timed(lambda at=shares: _ask(port, prompt, 1, at, client)),
-                "hit": _timed(lambda at=shares: _ask(port, prompt, 1, at, client)),
-            }
-            found["switch"] = _timed(lambda at=shares: engine.switch(at))
-            found["module"] = _timed(lambda: engine.module(tokens))
-            if number:
-                for word, seconds in found.items():
-                    times[word].append(seconds)
-    added = [1e3 * (hit - module) for hit, module in zip(times["hit"], times["module"], strict=True)]
-    missed = [miss - hit for miss, hit in zip(times["miss"], times["hit"], strict=True)]
     return [
         Row("first answer of a new process", "paretofuse serve", "time", "s", first, target="<= 5"),
         Row("the imports of a new process", "torch and GPT2LMHeadModel", "time", "s", imports),
-        Row("a request where it is merged", "ours less module", "time", "ms", added, target="<= 1"),
+    ]
+
+
+def _alone(store: Path, options: Options, sizes: Sizes) -> list[Row]:
+    """One client: hits and misses."""
+    times = _one_client(store, options, sizes, options.repeat(25), ("miss", "hit", "switch", "module"))
+    missed = [miss - hit for miss, hit in zip(times["miss"], times["hit"], strict=True)]
+    return [
+        Row(
+            "a request where it is merged", "ours less module", "time", "ms",
+            milliseconds([a - b for a, b in zip(times["hit"], times["module"], strict=True)]), target="<= 1",
+        ),
         Row("a forward pass", "module", "time", "ms", milliseconds(times["module"])),
         Row(
             "a switch within a request", "ours", "time", "ms", milliseconds(missed),
@@ -108,32 +118,57 @@ def _alone(store: Path, options: Options, sizes: Sizes) -> list[Row]:
     ]  # fmt: skip
 
 
+def _one_client(
+    store: Path, options: Options, sizes: Sizes, rounds: int, wanted: Sequence[str]
+) -> dict[str, list[float]]:
+    """Seconds of each thing that is wanted, in turn: requests for one token, and what the module here takes."""
+    engine, prompt = pf.load(store), _prompts(sizes)[0]
+    tokens = torch.tensor([prompt])
+    times: dict[str, list[float]] = {word: [] for word in wanted}
+    with _ours(store, options) as port, torch.inference_mode():
+        client = http.client.HTTPConnection("127.0.0.1", port)
+        for number in range(rounds + 1):
+            shares = _shares((number + 1) / (rounds + 2) if "miss" in wanted else 0.3)
+            things: dict[str, Callable[[], object]] = {
+                "miss": lambda at=shares: _ask(port, prompt, 1, at, client),  # type: ignore[misc]
+                "hit": lambda at=shares: _ask(port, prompt, 1, at, client),  # type: ignore[misc]
+                "switch": lambda at=shares: engine.switch(at),  # type: ignore[misc]
+                "module": lambda: engine.module(tokens),
+            }
+            for word in wanted:
+                seconds = _timed(things[word])
+                if number:
+                    times[word].append(seconds)
+    return times
+
+
 def _together(store: Path, kind: str, options: Options, sizes: Sizes) -> list[Row]:
-    """Sixteen clients."""
-    prompts, engine = _prompts(sizes), pf.load(store)
+    """Sixteen clients, one request each, in every round."""
+    prompts = _prompts(sizes)
     different = [_shares((number + 0.5) / CLIENTS) for number in range(CLIENTS)]
-    truth = [_generated(engine.merge(own), [p], sizes)[0] for own, p in zip(different, prompts, strict=True)]
+    same = [different[0]] * CLIENTS
     ours: dict[str, list[float]] = {"different": [], "same": [], "p99 / p50": []}
     rival: list[float] = []
     plain: list[float] = []
-    rounds = options.repeat(3)
-    with _ours(store, options) as port:
-        _check(port, prompts, different, truth, sizes)
-        for _ in range(rounds):
-            seconds, latencies = _load(port, prompts, different, sizes)
-            ours["different"].append(seconds)
-            ranked = sorted(latencies)
+    module = pf.load(store).merge(different[0])
+    with _ours(store, options) as port, _rival(store, options) as other:
+        for number in range(options.repeat(3) + 1):
+            alone = _load(other, prompts, different, sizes)
+            found = _load(port, prompts, different, sizes)
+            at_one = _load(port, prompts, same, sizes)
+            if number == 0:  # which warms up
+                _check(found, [answer["tokens"] for answer in alone.answers])
+                _check(at_one, _generated(module, prompts, sizes))
+                continue
+            rival.append(alone.seconds)
+            ours["different"].append(found.seconds)
+            ours["same"].append(at_one.seconds)
+            ranked = sorted(found.latencies)
             ours["p99 / p50"].append(ranked[int(0.99 * (len(ranked) - 1))] / statistics.median(ranked))
-            ours["same"].append(_load(port, prompts, [different[0]] * CLIENTS, sizes)[0])
-    with _rival(store, options) as port:
-        for _ in range(rounds):
-            rival.append(_load(port, prompts, different, sizes)[0])
-    module = engine.merge(different[0])
-    for _ in range(rounds):
-        plain.append(_timed(lambda: [_generated(module, prompts, sizes) for _ in range(sizes.each)]))
+            plain.append(_timed(lambda: _generated(module, prompts, sizes)))
 
     def rates(seconds: list[float]) -> list[float]:
-        return [CLIENTS * sizes.each / value for value in seconds]
+        return [CLIENTS / value for value in seconds]
 
     return [
         Row(
@@ -153,37 +188,40 @@ def _together(store: Path, kind: str, options: Options, sizes: Sizes) -> list[Ro
     ]  # fmt: skip
 
 
-def _load(port: int, prompts: Any, shares: Any, sizes: Sizes) -> tuple[float, list[float]]:
-    """All clients at once, each `sizes.each` requests: the seconds in all, and those of each request."""
+@dataclass(frozen=True)
+class Load:
+    """All clients' requests at once: the seconds in all, those of each, and the answers."""
 
-    def client(number: int) -> list[float]:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        return [
-            _timed(lambda: _ask(port, prompts[number], sizes.tokens, shares[number], connection))
-            for _ in range(sizes.each)
-        ]
+    seconds: float
+    latencies: list[float]
+    answers: list[Any]
 
-    started = time.perf_counter()
+
+def _load(port: int, prompts: Any, shares: Any, sizes: Sizes) -> Load:
+    """A request of each client."""
+
+    def client(number: int) -> tuple[float, Any]:
+        began = time.perf_counter()
+        answer = _ask(port, prompts[number], sizes.tokens, shares[number])
+        return time.perf_counter() - began, answer
+
     with ThreadPoolExecutor(CLIENTS) as pool:
-        found = [seconds for own in pool.map(client, range(CLIENTS)) for seconds in own]
-    return time.perf_counter() - started, found
+        started = time.perf_counter()
+        found = list(pool.map(client, range(CLIENTS)))
+        seconds = time.perf_counter() - started
+    return Load(seconds, [own for own, _ in found], [answer for _, answer in found])
 
 
-def _check(port: int, prompts: Any, shares: Any, truth: Any, sizes: Sizes) -> None:
-    """Every answer, asked for at once, is the merged model's."""
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(
-            pool.map(
-                lambda i: _ask(port, prompts[i], sizes.tokens, shares[i])["choices"][0]["text"],
-                range(CLIENTS),
-            )
-        )
+def _check(load: Load, truth: list[list[int]]) -> None:
+    """Every answer is the merged model's."""
+    answers = [answer["choices"][0]["text"] for answer in load.answers]
     expected = ["".join(f"{token} " for token in own) for own in truth]
     wrong = sum(a != b for a, b in zip(answers, expected, strict=True))
     check(wrong == 0, f"{wrong} of {CLIENTS} answers are not the merged model's")
 
 
 def _generated(module: Any, prompts: list[list[int]], sizes: Sizes) -> list[list[int]]:
+    """What a batch of prompts is followed by."""
     tokens = torch.tensor(prompts)
     found = module.generate(
         tokens,
@@ -234,8 +272,7 @@ def _store(folder: Path, kind: str, quick: bool) -> Path:
 
     config = GPT2Config(eos_token_id=None)
     if quick:
-        small = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 101, "n_positions": 64}
-        config = GPT2Config(**small, bos_token_id=0, eos_token_id=None)
+        config = GPT2Config(**SMALL, bos_token_id=0, eos_token_id=None)
     torch.manual_seed(0)
     base = GPT2LMHeadModel(config).eval()
     words = {f"{number} ": number for number in range(config.vocab_size)}

@@ -108,6 +108,10 @@ class ReplicaPool:
         """Whether a replica holds this merge, finished."""
         return self._slots.has(merge.key)
 
+    def merged(self) -> int:
+        """How many replicas hold a merge, finished."""
+        return self._slots.ready()
+
     @contextmanager
     def acquire(self, merge: Merge, timeout: float | None) -> Iterator[nn.Module]:
         """The module of a merge, pinned inside the `with` block.

@@ -161,6 +161,11 @@ class Slots:
         with self._lock:
             return any(slot.key == key and not slot.filling for slot in self._slots)
 
+    def ready(self) -> int:
+        """How many slots have a content now."""
+        with self._lock:
+            return sum(slot.key is not None and not slot.filling for slot in self._slots)
+
     def give_up(self, request: Request, timeout: float | None) -> None:
         """Raise TimeoutError, unless the slot was given in the last moment."""
         with self._lock:

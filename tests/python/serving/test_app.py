@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import paretofuse as pf
 from tests.support.served import text_store
+from tests.support.waiting import until
 
 fastapi_client = pytest.importorskip("starlette.testclient", reason="the server comes with the extra `serve`")
 
@@ -107,3 +109,58 @@ def test_unknown_addresses_and_broken_bodies(client: Any) -> None:
     assert "expected" in client.get("/v1/completions").json()["error"]["message"]
     broken = client.post("/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_model_without_a_chat_template_refuses_chats(client: Any) -> None:
+    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_chat_template")
+    assert "ask /v1/completions" in answer.json()["error"]["message"]
+
+
+def test_metrics_are_prometheus_and_tell_what_happened(tmp_path: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from paretofuse.serving import create_app
+
+    engine = pf.load(text_store(tmp_path), replicas=2)
+    with fastapi_client.TestClient(create_app(engine)) as client:
+
+        def number(name: str, **labels: str) -> float:
+            families = text_string_to_metric_families(client.get("/metrics").text)
+            found = [
+                sample.value
+                for family in families
+                for sample in family.samples
+                if sample.name == f"paretofuse_{name}" and sample.labels == labels
+            ]
+            return found[0] if found else 0.0
+
+        until(lambda: number("merge_seconds_count") == 1)  # the default preference, ahead of any request
+        assert engine.is_merged({"news": 0.5, "poems": 0.5})
+        body = {"prompt": "The sea", "max_tokens": 3, "preference": {"news": 0.9, "poems": 0.1}}
+        for _ in range(3):
+            assert client.post("/v1/completions", json=body).status_code == 200
+        assert client.post("/v1/completions", json={**body, "n": 0}).status_code == 400
+        path = "/v1/completions"
+        assert number("requests_total", path=path, status="200") == 3
+        assert number("requests_total", path=path, status="400") == 1
+        assert number("request_seconds_count", merged="no") == 1
+        assert number("request_seconds_count", merged="yes") == 2
+        assert number("merge_seconds_count") == number("replicas_merged") == engine.pool.merged() == 2
+        assert number("merge_bytes_per_second") > 0
+        assert number("model_bytes") == sum(4 * spec.numel for spec in engine.layout.tensors)
+        assert 3 <= number("tokens_total") <= 9
+        assert number("batch_rows_count", kind="merged") == number("tokens_total")  # a row in each
+        until(lambda: number("active_rows") == 0)
+        assert number("queue_rows") == number("refused_total") == number("cancelled_total") == 0
+
+
+def test_who_shuts_down_says_so(engine: pf.Engine) -> None:
+    from paretofuse.serving import create_app
+
+    app = create_app(engine)
+    with fastapi_client.TestClient(app) as client:
+        app.state.serving.stop()
+        for answer in (client.get("/readyz"), client.post("/v1/completions", json={"prompt": "a"})):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        assert client.get("/healthz").status_code == 200

@@ -214,6 +214,34 @@ def test_a_model_that_cannot_be_mixed_takes_turns(monkeypatch: pytest.MonkeyPatc
     check_all(engine, Limits(max_batch=8), random_jobs(12, 2, [0.1, 0.5, 0.6, 0.8, 0.9]))
 
 
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_rare_preference_is_not_starved(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request behind thirty of another preference ends among the first, whether they share steps or take turns."""
+    engine = engine_of(tiny_gpt2(), replicas=1)
+    if not mixes:
+        monkeypatch.setattr(engine, "batched", None)
+    ended: list[int] = []
+
+    async def ask() -> None:
+        jobs = [*(job(0.2, [3], 5) for _ in range(30)), job(0.9, [3], 5)]
+        worker.put(jobs)
+
+        async def read(number: int) -> None:
+            async for _ in pieces(jobs[number]):
+                pass
+            ended.append(number)
+
+        await asyncio.gather(*map(read, range(31)))
+
+    worker = Worker(served(engine), Limits(max_batch=4), Metrics(1, 1))
+    try:
+        asyncio.run(ask())
+    finally:
+        worker.stop(60)
+    assert ended.index(30) < 8
+    assert worker._modules.can_mix is mixes
+
+
 def test_cancellations_leave_the_others_alone() -> None:
     engine = engine_of(tiny_gpt2())
     wanted = random_jobs(30, 3, [0.0, 0.2, 0.5, 1.0])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,17 @@ def test_processes_share_the_pages_of_a_store(tmp_path: Path) -> None:
                 resident, part = memory(number, store)
                 assert resident >= 0.9 * files
                 assert part == pytest.approx(resident / len(processes), rel=0.05)
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_spawned_process_opens_the_store_itself(take: Callable[[object], object]) -> None:
+    """What multiprocessing would send it is refused with words."""
+    base = nn.Linear(4, 3)
+    engine = pf.stack(base, {"a": perturbed(base, 1), "b": perturbed(base, 2)})
+    with pytest.raises(
+        TypeError, match=r"expected the path of its store.*pf\.load\(path\) in the other process"
+    ):
+        take(engine)
 
 
 FORKED = """

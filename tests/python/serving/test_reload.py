@@ -168,10 +168,49 @@ def test_the_command(tmp_path: Path) -> None:
                 "/v1/completions", json={**BODY, "preference": {"news": 0.58, "poems": 0.42}}
             )
             assert answer.json()["preference"] == {"news": 0.6, "poems": 0.4}  # on the grid
-        process.send_signal(signal.SIGTERM)
+            many = {**BODY, "n": 40, "max_tokens": 50, "stream": True}
+            with client.stream("POST", "/v1/completions", json=many) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]  # what is in work ends first
+            assert rest[-1] == "data: [DONE]"
+            assert sum('"finish_reason":null' not in line for line in rest[:-1]) in (39, 40)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         assert "no longer served" in out
+
+
+def test_a_new_version_is_taken_up_unasked_and_a_bad_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from paretofuse.serving import create_app, server
+
+    store = text_store(tmp_path)
+    app = create_app(pf.load(store))
+    monkeypatch.setattr(server, "_LOOK_EVERY", 0.01)
+
+    def served_now() -> pf.Engine:
+        engine: pf.Engine = app.state.serving.model.engine
+        return engine
+
+    async def watched() -> None:
+        watching = asyncio.create_task(server._watch(app, asyncio.Event(), store, lambda: pf.load(store)))
+        await asyncio.sleep(0)  # it has seen the first version
+        first = served_now()
+        truth = greedy(other_version(store))
+        while served_now() is first:
+            await asyncio.sleep(0.01)
+        second = served_now()
+        assert greedy(second) == truth
+        (store / "manifest.json").write_text("{}")
+        while "cannot be served" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert served_now() is second
+        watching.cancel()
+
+    asyncio.run(asyncio.wait_for(watched(), 120))
+    app.state.serving.stop()
 
 
 ENDLESS = """

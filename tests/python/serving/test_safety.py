@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -45,6 +46,27 @@ def test_keys(engine: pf.Engine) -> None:
     for wrong_keys in ("first", [""], [3]):
         with pytest.raises(TypeError, match="api_keys"):
             client_of(engine, api_keys=wrong_keys)
+
+
+def test_a_key_is_compared_with_all_of_them_whichever_it_is(
+    engine: pf.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the time tells nothing: each comparison is hmac's, of digests of one length."""
+    import hmac
+
+    seen: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def counting(a: bytes, b: bytes) -> bool:
+        seen.append((len(a), len(b)))
+        return compare(a, b)
+
+    client = client_of(engine, api_keys=["first", "the second", "x" * 100])
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    for key in ("first", "the second", "f", "y" * 1000):
+        client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert seen == [(32, 32)] * 3
+        seen.clear()
 
 
 def test_hosts_and_headers(engine: pf.Engine) -> None:
@@ -132,6 +154,22 @@ def test_an_adapter_loads_with_peft(tmp_path: Path) -> None:
         truth = engine.merge(preference)(ids).logits
         found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     torch.testing.assert_close(found, truth, atol=1e-4, rtol=1e-4)
+
+
+def test_no_code_of_a_stores_runs(tmp_path: Path) -> None:
+    """A base directory whose files name classes of a file beside them, which nobody has been told to trust."""
+    text_store(tmp_path)
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    for name, word in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        document = json.loads((base / name).read_text())
+        document["auto_map"] = {word: "evil.Evil" if word == "AutoConfig" else ["evil.Evil", "evil.Evil"]}
+        (base / name).write_text(json.dumps(document))
+    pf.stack(base, {name: tmp_path / name for name in ("news", "poems")}).save(tmp_path / "evil.store")
+    assert not list((tmp_path / "evil.store").rglob("*.py"))
+    with client_of(pf.load(tmp_path / "evil.store")) as client:
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert not ran.exists()
 
 
 def test_docs_need_no_network(engine: pf.Engine) -> None:

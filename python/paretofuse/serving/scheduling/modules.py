@@ -62,6 +62,7 @@ class Modules:
                 self._held[key, head] = stack.pop_all(), module
             if not hit:
                 self._metrics.merged(time.perf_counter() - started)
+                self._metrics.replicas.set(self._engine.pool.merged())
         return self._held[key, head][1]
 
     def mixed(self, keys: Sequence[Key], head: str | None = None) -> nn.Module:

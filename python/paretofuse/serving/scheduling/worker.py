@@ -98,12 +98,13 @@ class Worker:
                 ) from None
             for job in jobs:
                 self._count(job.key)
+            self._metrics.queue.set(len(self._queue))
             self._changed.notify_all()
 
     def wish(self, key: Key) -> None:
         """Merge a preference when there is time, as if many asked for it."""
         with self._changed:
-            self._popularity[key] = max([*self._popularity.values(), 0]) + 1
+            self._popularity[key] = max([*self._popularity.values(), 1]) + 1
             self._changed.notify_all()
 
     def popular(self) -> list[Key]:
