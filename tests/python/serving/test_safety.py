@@ -157,7 +157,7 @@ def test_an_adapter_loads_with_peft(tmp_path: Path) -> None:
 
 
 def test_no_code_of_a_stores_runs(tmp_path: Path) -> None:
-    """A base directory whose files name classes of a file beside them, which nobody has been told to trust."""
+    """A base directory whose files name classes of a file beside them: a store keeps it, as text."""
     text_store(tmp_path)
     base, ran = tmp_path / "base", tmp_path / "ran"
     (base / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
@@ -166,7 +166,6 @@ def test_no_code_of_a_stores_runs(tmp_path: Path) -> None:
         document["auto_map"] = {word: "evil.Evil" if word == "AutoConfig" else ["evil.Evil", "evil.Evil"]}
         (base / name).write_text(json.dumps(document))
     pf.stack(base, {name: tmp_path / name for name in ("news", "poems")}).save(tmp_path / "evil.store")
-    assert not list((tmp_path / "evil.store").rglob("*.py"))
     with client_of(pf.load(tmp_path / "evil.store")) as client:
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
     assert not ran.exists()
