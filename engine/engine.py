@@ -435,7 +435,9 @@ class Engine:
 
     def __reduce__(self) -> str:
         """Refuse to be pickled or copied: it would take with it every tensor that processes otherwise share."""
-        raise TypeError("got an engine to pickle or copy, expected its store's path; pf.load(path) in the other process")
+        raise TypeError(
+            "got an engine to pickle or copy, expected its store's path; pf.load(path) in the other process"
+        )
 
     def set_family(self, family: str) -> None:
         """Give the routers row coefficients ("rows"), zero so that merges stay as they are, or none ("scalar").
