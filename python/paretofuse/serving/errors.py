@@ -150,8 +150,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     param = ".".join(where) or None
     if found["type"] == "json_invalid":
         return ApiError(400, f"got a body that is no JSON ({found['ctx']['error']}), expected a JSON object")
-    if found["type"] == "missing" and not where:
-        return ApiError(400, "got no body, expected a JSON object with Content-Type application/json")
+    if not where and found["type"] in ("missing", "model_attributes_type"):
+        got = "no body" if found["type"] == "missing" else "a body that is not read as a JSON object"
+        return ApiError(400, f"got {got}, expected a JSON object with Content-Type application/json")
     if found["type"] == "missing":
         return ApiError(400, f"got no {param!r}, which is required; add it", param=param)
     if found["type"] == "extra_forbidden":

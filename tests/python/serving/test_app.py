@@ -109,6 +109,16 @@ def test_unknown_addresses_and_broken_bodies(client: Any) -> None:
     assert "expected" in client.get("/v1/completions").json()["error"]["message"]
     broken = client.post("/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
+    for body, kind in (
+        (b'{"prompt": "a"}', "text/plain"),
+        (b"[]", "application/json"),
+        (b"", "application/json"),
+    ):
+        answer = client.post("/v1/completions", content=body, headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        assert (
+            "expected a JSON object with Content-Type application/json" in answer.json()["error"]["message"]
+        )
 
 
 def test_a_model_without_a_chat_template_refuses_chats(client: Any) -> None:
