@@ -29,7 +29,7 @@ from benchmarks.speed.disk_merge import SHARES, write_models
 ALONE = "evaluations alone"
 AHEAD = 1
 """Two modules take turns: of more, the first bank alone takes longer to make than all evaluations could hide."""
-CHUNK = 8
+CHUNK = 16
 """Points that a worker is sent at a time, so that it merges some while it evaluates others."""
 
 READ = {"first": "transformer.h.0.mlp.c_fc.weight", "second": "transformer.h.1.attn.c_proj.weight"}

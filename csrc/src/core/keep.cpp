@@ -170,7 +170,11 @@ void draw(const Kernels& kernels, const Draw& key, std::int64_t at, std::int64_t
 class RankedRow {
  public:
   RankedRow(const Kernels& kernels, const std::vector<std::uint32_t>& by_rank)
-      : kernels_(kernels), by_rank_(by_rank), bits_(by_rank.size()), bins_(by_rank.size()) {}
+      : kernels_(kernels),
+        by_rank_(by_rank),
+        bits_(by_rank.size()),
+        bins_(by_rank.size()),
+        ordered_(by_rank.size()) {}
 
   // Sets for each element a threshold that is above its number where that of its rank is, and only there.
   void thresholds(const float* row, const std::uint32_t* numbers, std::uint32_t* out) {
@@ -182,9 +186,11 @@ class RankedRow {
       if (numbers[i] - bin.low < bin.high - bin.low)
         unsure_.push_back(bins_[i]);  // unsigned: low <= number < high
     }
+    if (unsure_.empty()) return;
+    order_by_bin();
     for (const std::uint16_t number : unsure_) {
       Bin& bin = table_[number];
-      if (bin.low < bin.high) sort(number, bin, out);
+      if (bin.low < bin.high) sort(bin, out);
       bin.high = bin.low;  // once
     }
   }
@@ -193,42 +199,49 @@ class RankedRow {
   static constexpr std::int32_t kShift = 17;  // leaves the exponent and six bits
   static constexpr std::int32_t kBins = 512;  // eight exponents; what is smaller shares the first bin
 
-  // The first of a bin's ranks, and the least and the largest of their thresholds.
+  // A bin's ranks first .. end, and the least and the largest of their thresholds.
   struct Bin {
     std::uint32_t first;
+    std::uint32_t end;
     std::uint32_t low;
     std::uint32_t high;
   };
 
   void fill_bins(const float* row) {
     kernels_.loops.magnitudes(row, static_cast<std::int64_t>(bits_.size()), bits_.data());
-    const std::int32_t largest = *std::max_element(bits_.begin(), bits_.end());
+    std::int32_t largest = 0;
+    for (const std::int32_t bits : bits_) largest = std::max(largest, bits);
     const std::int32_t floor = std::max(0, (largest >> kShift) - (kBins - 1));
-    std::array<std::uint32_t, kBins> counts{};
     for (std::size_t i = 0; i < bits_.size(); ++i) {
-      const std::int32_t bin = std::max(0, (bits_[i] >> kShift) - floor);
-      bins_[i] = static_cast<std::uint16_t>(bin);
-      ++counts[static_cast<std::size_t>(bin)];
+      bins_[i] = static_cast<std::uint16_t>(std::max(0, (bits_[i] >> kShift) - floor));
     }
+    std::array<std::uint32_t, kBins> counts{}, odd{};  // two take turns, as in histogram()
+    for (std::size_t i = 0; i < bins_.size(); ++i) ++(i % 2 != 0 ? odd : counts)[bins_[i]];
     std::uint32_t first = 0;
     for (std::size_t bin = 0; bin < counts.size(); ++bin) {
-      if (counts[bin] == 0) continue;
-      const std::uint32_t last = first + counts[bin] - 1;
-      const auto [low, high] = std::minmax(by_rank_[first], by_rank_[last]);  // a rise may be negative
-      table_[bin] = {first, low, high};
-      first = last + 1;
+      const std::uint32_t end = first + counts[bin] + odd[bin];
+      if (end == first) continue;
+      const auto [low, high] = std::minmax(by_rank_[first], by_rank_[end - 1]);  // a rise may be negative
+      table_[bin] = {first, end, low, high};
+      first = end;
     }
   }
 
-  // Gives the elements of a bin the thresholds of their ranks.
-  void sort(std::uint16_t number, const Bin& bin, std::uint32_t* out) {
-    members_.clear();
+  // Brings magnitudes and positions into the order of the bins; in each, positions rise.
+  void order_by_bin() {
+    std::array<std::uint32_t, kBins> next;
+    for (std::size_t bin = 0; bin < next.size(); ++bin) next[bin] = table_[bin].first;
     for (std::size_t i = 0; i < bins_.size(); ++i) {
-      if (bins_[i] == number) members_.push_back(static_cast<std::uint64_t>(bits_[i]) << 32 | i);
+      ordered_[next[bins_[i]]++] = static_cast<std::uint64_t>(bits_[i]) << 32 | i;
     }
-    std::sort(members_.begin(), members_.end());
-    for (std::size_t i = 0; i < members_.size(); ++i) {
-      out[members_[i] & 0xffffffffu] = by_rank_[bin.first + i];
+  }
+
+  // Gives the elements of a bin the thresholds of their ranks. Often they are all alike, and in order.
+  void sort(const Bin& bin, std::uint32_t* out) {
+    const auto begin = ordered_.begin() + bin.first, end = ordered_.begin() + bin.end;
+    if (!std::is_sorted(begin, end)) std::sort(begin, end);
+    for (std::uint32_t rank = bin.first; rank < bin.end; ++rank) {
+      out[ordered_[rank] & 0xffffffffu] = by_rank_[rank];
     }
   }
 
@@ -236,9 +249,9 @@ class RankedRow {
   const std::vector<std::uint32_t>& by_rank_;
   std::vector<std::int32_t> bits_;
   std::vector<std::uint16_t> bins_;
-  std::array<Bin, kBins> table_;
+  std::array<Bin, kBins> table_{};
   std::vector<std::uint16_t> unsure_;
-  std::vector<std::uint64_t> members_;  // magnitude and position
+  std::vector<std::uint64_t> ordered_;  // magnitude and position
 };
 
 }  // namespace
