@@ -246,7 +246,7 @@ def _checked(pool: Any, evaluate: Evaluate) -> Any:
     return pool
 
 
-def _some_done(running: Mapping[Any, int]) -> list[Any]:
+def _some_done(running: Mapping[Any, range]) -> list[Any]:
     """Wait until a future is done: all that are."""
     while True:
         if all(isinstance(future, Future) for future in running):
