@@ -33,9 +33,8 @@ SHAPES = [(2, 11, 2), (3, 5, 3), (3, 4, 2), (3, 4, 1), (5, 3, 5), (2, 5, 4), (12
 
 
 @pytest.mark.parametrize(("objectives", "points", "metrics"), SHAPES)
-@pytest.mark.parametrize(
-    ("suffix", "maximize"), [("png", True), ("png", False), ("svg", False), ("pdf", True)]
-)
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_every_kind_is_saved(
     tmp_path: Path, objectives: int, points: int, metrics: int, maximize: bool, suffix: str
 ) -> None:
