@@ -43,6 +43,13 @@ PARETOFUSE_INLINE void merge_step(const std::byte* base, const Term* terms, cons
   }
 }
 
+// One step, at any address. A function of its own: with so many mixes of formats the library's size counts.
+template <DType Base, Kind K, DType Out>
+__attribute__((noinline)) void merge_one_step(const std::byte* base, const Term* terms, const float* weights,
+                                              std::int64_t count, std::int64_t at, std::byte* out) {
+  merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, at, out);
+}
+
 template <DType Base, Kind K, DType Out>
 inline void merge_one_by_one(const std::byte* base, const Term* terms, const float* weights,
                              std::int64_t count, std::int64_t begin, std::int64_t end, std::byte* out) {
@@ -65,7 +72,7 @@ inline std::int64_t merge_steps(const std::byte* base, const Term* terms, const 
     }
   }
   for (; i + kStep <= end; i += kStep) {
-    merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, i, out);
+    merge_one_step<Base, K, Out>(base, terms, weights, count, i, out);
   }
   return i;
 }
@@ -87,9 +94,9 @@ void merge(const std::byte* base, const Term* terms, const float* weights, std::
     // depend on the step that computes it, and inputs never overlap outputs.
     const std::int64_t skip =
         std::max<std::int64_t>(0, elements_to_line(out + begin * item_size(Out), item_size(Out)));
-    if (skip > 0) merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, begin, out);
+    if (skip > 0) merge_one_step<Base, K, Out>(base, terms, weights, count, begin, out);
     const std::int64_t last = merge_steps<Base, K, Out>(base, terms, weights, count, begin + skip, end, out);
-    if (last < end) merge_step<Arch, Base, K, Out, false, 1>(base, terms, weights, count, end - kStep, out);
+    if (last < end) merge_one_step<Base, K, Out>(base, terms, weights, count, end - kStep, out);
   }
 }
 
