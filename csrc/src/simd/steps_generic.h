@@ -20,10 +20,14 @@ inline constexpr std::int64_t kLine = 64;
 // 7 % in float32 and 35 % in bfloat16 over none; from 192 on the hardware's own prefetching suffers.
 inline constexpr std::int64_t kAhead = 128;
 
-// Asks for the `bytes` bytes that lie kAhead after `from`. Asking beyond the end of the data is harmless.
-template <std::int64_t bytes>
+// The same for quantized numbers, which the loads pass more slowly: on Zen 3, 256 gives a fifth in int8 over
+// 128.
+inline constexpr std::int64_t kAheadQuantized = 256;
+
+// Asks for the `bytes` bytes that lie `ahead` after `from`. Asking beyond the end of the data is harmless.
+template <std::int64_t bytes, std::int64_t ahead = kAhead>
 inline void prefetch(const std::byte* from) {
-  for (std::int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(from + kAhead + line);
+  for (std::int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(from + ahead + line);
 }
 
 // Elements from `address` to the next cache line, or -1 where no element starts on one.
@@ -103,10 +107,11 @@ template <typename A, Kind K>
 PARETOFUSE_INLINE void add_step_shuffled(const Term& term, float weight, std::int64_t at, bool ahead,
                                          typename Arch::Vec* sums) {
   const std::byte* from = address_of<K>(term, at);
-  if (ahead) prefetch<kStepBytes<K>>(from);
+  if (ahead) prefetch<kStepBytes<K>, kScaled<K> ? kAheadQuantized : kAhead>(from);
   typename Arch::Vec values[kVecs];
   if constexpr (kScaled<K>) {
     weight *= scale_at(term, at);
+    if (ahead) prefetch<1, kLine>(term.scales + (at >> term.shift) * 4);
     // What is lifted costs an instruction less. Lowering the factor instead is exact, unless it would become
     // subnormal: factors near that, zero and NaN take the numbers as they are.
     if (__builtin_expect(__builtin_fabsf(weight) >= 0x1p-100f, 1)) {
