@@ -102,8 +102,8 @@ def test_random_shapes_forward_and_backward(seed):
     pick = random.Random(seed)
     dtype = pick.choice(FLOATS)
     inputs = make(
-        seed, rows=pick.randint(1, 80), outs=pick.randint(1, 80), ins=pick.randint(1, 80),
-        experts=pick.choice((1, 2, 3, 7, 12, 33)), x=dtype, weight=pick.choice(FLOATS), delta=pick.choice(FLOATS),
+        seed, rows=pick.randint(1, 150), outs=pick.randint(1, 100), ins=pick.randint(1, 100),
+        experts=pick.choice((1, 2, 3, 7, 12, 64)), x=dtype, weight=pick.choice(FLOATS), delta=pick.choice(FLOATS),
         conv1d=pick.random() < 0.5,
     )  # fmt: skip
     x, base, deltas, weights, bias = inputs
