@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
@@ -26,6 +28,9 @@ _HEARTBEAT = 60
 
 _ATTEMPTS = 5
 """To open a database: processes that make its tables at the same time get in each other's way."""
+
+_LOCKED = 60
+"""Seconds that a process waits for another's transaction on an SQLite file, or for what another begins a study with."""
 
 
 class SearchedStudy:
@@ -67,7 +72,7 @@ class SearchedStudy:
         identity = self._identity()
         found = opened is not None and name in optuna.get_all_study_names(opened)
         if found:
-            self._study = optuna.load_study(study_name=name, storage=opened)
+            self._study = _begun_study(name, opened)
             self.metrics: tuple[str, ...] = tuple(self._study.user_attrs["metrics"])
         else:
             self.metrics = metric_names(self._measure(space.starts[0]), engine.objectives)
@@ -80,11 +85,11 @@ class SearchedStudy:
             try:
                 self._study = optuna.create_study(study_name=name, storage=opened, directions=ways)
                 self._study.set_user_attr("engine", identity)
-                self._study.set_user_attr("metrics", list(self.metrics))
                 for start in space.starts:
                     self._study.enqueue_trial(samplers.parameters(start, space))
+                self._study.set_user_attr("metrics", list(self.metrics))  # tells the others that all is there
             except optuna.exceptions.DuplicatedStudyError:  # another process was faster
-                self._study = optuna.load_study(study_name=name, storage=opened)
+                self._study = _begun_study(name, opened)
         theirs = [way.name.lower() for way in self._study.directions]
         if self._study.user_attrs.get("engine", identity) != identity or theirs != ways:
             raise ValueError(
@@ -177,22 +182,45 @@ def bounds_of(
     return bounds
 
 
+def _begun_study(name: str, storage: Any) -> optuna.Study:
+    """A study of another call's, once its first trials are there.
+
+    Raises:
+        ValueError: it is no search's, or the process that began it died while it did.
+    """
+    study = optuna.load_study(study_name=name, storage=storage)
+    end = time.monotonic() + _LOCKED
+    while "metrics" not in study.user_attrs:
+        if time.monotonic() > end or ("engine" not in study.user_attrs and study.get_trials(deepcopy=False)):
+            raise ValueError(
+                f"got name={name!r}, a study in this storage that no search began, or whose first process died before "
+                "its first trial; give another name=, or remove it with Optuna (`optuna.delete_study`)"
+            )
+        time.sleep(0.1)
+    return study
+
+
 def _storage(url: str) -> Any:
     """A storage by URL, in which trials of processes that died are found out.
 
     Raises:
         ValueError: that is no URL of a database that SQLAlchemy can open here.
     """
+    sqlite = url.startswith("sqlite")
     attempt = 1
     while True:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
-                return optuna.storages.RDBStorage(
+                storage = optuna.storages.RDBStorage(
                     url,
                     heartbeat_interval=_HEARTBEAT,
                     heartbeat_stale_trial_callback=lambda study, trial: study.enqueue_trial(trial.params),
+                    engine_kwargs={"connect_args": {"timeout": _LOCKED}} if sqlite else None,
                 )
+            if sqlite:
+                _take_turns(storage.engine)
+            return storage
         except Exception as error:  # of SQLAlchemy and of each database's driver, as many kinds as there are
             if not isinstance(error, DBAPIError) or attempt == _ATTEMPTS:
                 raise ValueError(
@@ -201,3 +229,18 @@ def _storage(url: str) -> Any:
                 ) from error
             attempt += 1
             time.sleep(0.2)
+
+
+def _take_turns(engine: sqlalchemy.Engine) -> None:
+    """Have each transaction lock the SQLite database from its first read on.
+
+    Optuna reads that a trial waits and then writes that it runs, and counts on the row being locked in between; SQLite
+    locks no rows, and its driver begins a transaction only at the first write: two processes took the same trial.
+    """
+
+    def no_transactions_of_the_driver(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None
+
+    sqlalchemy.event.listen(engine, "connect", no_transactions_of_the_driver)
+    sqlalchemy.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    engine.dispose()  # connections from before this

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,58 @@ def test_two_processes_share_a_search(tmp_path: Path) -> None:
     assert sum(asked) == len(done) + 1
     assert min(asked) >= 2
     assert len({tuple(trial.params.values()) for trial in done}) == len(done)
+
+
+TAKER = """
+import sys
+import optuna
+from paretofuse.fronts.study import _storage
+
+study = optuna.load_study(study_name="taken", storage=_storage(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(study.ask().number for _ in range(20)))
+"""
+
+
+def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
+    """Optuna alone lets two processes take one trial of an SQLite file: 14 of 80 where this was found."""
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    study = optuna.create_study(study_name="taken", storage=url)
+    for number in range(40):
+        study.enqueue_trial({"x": number})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TAKER, url], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    taken = " ".join(process.communicate()[0] for process in processes).split()
+    assert sorted(map(int, taken)) == list(range(40))
+
+
+def test_a_study_that_is_no_search(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    optuna.create_study(study_name="mine", storage=storage).ask()
+    evaluation = Evaluation()
+    with pytest.raises(ValueError, match=r"got name='mine', a study in this storage that no search began"):
+        pf.search(dial(), evaluation, 5, storage=storage, name="mine", progress=False)
+    assert evaluation.asked == []
+
+
+def test_a_study_whose_process_died_before_its_first_trial(tmp_path: Path, monkeypatch: Any) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    optuna.create_study(study_name="paretofuse", storage=storage)
+    monkeypatch.setattr("paretofuse.fronts.study._LOCKED", 0.0)
+    with pytest.raises(ValueError, match=r"whose first process died .* remove it with Optuna"):
+        pf.search(dial(), Evaluation(), 5, storage=storage, progress=False)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
