@@ -37,7 +37,7 @@ class Chooser:
     """
 
     def __init__(self, model: ServedModel, sampling: Sampling, prompt: list[int], max_tokens: int) -> None:
-        config = copy.deepcopy(model.generation)
+        config = copy.copy(model.generation)  # `update` sets attributes and changes none
         config.update(
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or None,
