@@ -101,7 +101,7 @@ def fit(
         row_lr: learning rate of the row coefficients at the start, half of `lr` unless told; it falls as `lr` does.
         row_shrinkage: each step takes this share, times their learning rate, of the row coefficients away; 0 unless
             told. Against overfitting where data is small.
-        plane_lr: learning rate of trained planes (`pf.add_planes`) at the start, 0.01 unless told; it falls as `lr`
+        plane_lr: learning rate of trained planes (`pf.add_planes`) at the start, 0.003 unless told; it falls as `lr`
             does.
         plane_shrinkage: each step takes this share, times their learning rate, of the trained planes away; 0 unless
             told.
@@ -156,7 +156,7 @@ def fit(
         family=_default_family(engine) if family is None else family,
         row_lr=lr / 2 if row_lr is None else row_lr,
         row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
-        plane_lr=1e-2 if plane_lr is None else plane_lr,
+        plane_lr=3e-3 if plane_lr is None else plane_lr,
         plane_shrinkage=0.0 if plane_shrinkage is None else plane_shrinkage,
         sketch=sketch,
     )

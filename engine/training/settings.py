@@ -36,7 +36,7 @@ class Settings:
     family: str = "scalar"
     row_lr: float = 3e-2
     row_shrinkage: float = 0.0
-    plane_lr: float = 1e-2
+    plane_lr: float = 3e-3
     plane_shrinkage: float = 0.0
     sketch: int | None = None
 

@@ -27,7 +27,7 @@ CHOSEN = (
     "rewarded soups",
     "PWEMoE-LS module 0.6",
     "ours (scalar), 3 steps",
-    "ours (rank 4), 3 steps",
+    "ours (rows and rank 4), 3 steps",
     "ours, 3 steps of 4 preferences",
     "ours, 3 steps",
 )
@@ -64,7 +64,7 @@ def test_every_contender_is_measured_as_it_says(plan, results):
     for name, family, rank in (
         ("ours", "rows", None),
         ("ours (scalar)", "scalar", None),
-        ("ours (rank 4)", "scalar", 4),
+        ("ours (rows and rank 4)", "rows", 4),
     ):
         found = next(r for r in results if r.contender == f"{name}, 3 steps")
         engine = pf.stack(models.base(), models.experts(), **found.settings["stack"], family=family)

@@ -387,7 +387,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="plane_lr=0"):
         pf.fit(engine, tasks(), plane_lr=0)
     with pytest.raises(ValueError, match="expected at most 1 / plane_lr"):
-        pf.fit(engine, tasks(), plane_shrinkage=101)
+        pf.fit(engine, tasks(), plane_shrinkage=334)
     reference = small(backend="reference")
     with pytest.raises(ValueError, match="materialize=False with trained planes and the reference backend"):
         pf.fit(reference, tasks(), steps=1, materialize=False, progress=False)
