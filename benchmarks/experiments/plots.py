@@ -128,10 +128,15 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def runs_of_ours(names: Sequence[str]) -> list[str]:
-    """Ours with so many steps, of one preference or of several: hundreds of numbers first, then the shortest first."""
-    pattern = r"ours( \(scalar\))?, \d+ steps( of \d+ preferences)?"
+    """Ours with so many steps, of one preference or of several: other families first, then the shortest first."""
+    pattern = r"ours( \([^)]+\))?, \d+ steps( of \d+ preferences)?"
     found = [name for name in names if re.fullmatch(pattern, name)]
-    return sorted(found, key=lambda name: ("(" not in name, [int(n) for n in re.findall(r"\d+", name)]))
+    return sorted(found, key=lambda name: ("(" not in name, numbers_of(name)))
+
+
+def numbers_of(run: str) -> list[int]:
+    """How long one of `runs_of_ours` is: its steps, and the preferences of each if there are several."""
+    return [int(number) for number in re.findall(r"\d+", run.partition(", ")[2])]
 
 
 def longest(names: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.experiments import ablation, plots
-from benchmarks.experiments.plots import Fronts, chosen, mean, runs_of_ours
+from benchmarks.experiments.plots import Fronts, chosen, mean, numbers_of, runs_of_ours
 from benchmarks.experiments.tables import Row, markdown, read, read_points, shown, spread_of
 
 ORDER = ("vision", "vision3", "text", "language", "openclip")
@@ -140,7 +139,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
     theirs = [name for name in names if name.startswith("PWEMoE")]
     trained = [name for name in names if name.startswith("dense")]
     said = []
-    for name in [n for n in ours if "preferences" in n or n in ours[-2:]]:
+    for name in [n for n in ours if "preferences" in n or "rank" in n or n in ours[-2:]]:
         said.append(
             "Hypervolume above every baseline that shares the experts: "
             + _compared(rows, name, _hardest(rows, name, shared))
@@ -152,7 +151,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
             )
     for name in ours:
         rival = _hardest(rows, name, theirs)
-        passes = math.prod(int(number) for number in re.findall(r"\d+", name))
+        passes = math.prod(numbers_of(name))
         if passes * 10 <= next(row.steps or 0 for row in rows if row.contender == rival):
             said.append(
                 f"PWEMoE's final value in at most 1/10 of its passes: {_compared(rows, name, rival, equal=True)}"
