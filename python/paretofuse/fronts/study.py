@@ -206,7 +206,11 @@ def _storage(url: str) -> Any:
     Raises:
         ValueError: that is no URL of a database that SQLAlchemy can open here.
     """
-    sqlite = url.startswith("sqlite")
+    alone = url in (
+        "sqlite://",
+        "sqlite:///:memory:",
+    )  # no process shares it, nor does a thread of heartbeats
+    file = url.startswith("sqlite") and not alone
     attempt = 1
     while True:
         try:
@@ -214,11 +218,11 @@ def _storage(url: str) -> Any:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
                 storage = optuna.storages.RDBStorage(
                     url,
-                    heartbeat_interval=_HEARTBEAT,
+                    heartbeat_interval=None if alone else _HEARTBEAT,
                     heartbeat_stale_trial_callback=lambda study, trial: study.enqueue_trial(trial.params),
-                    engine_kwargs={"connect_args": {"timeout": _LOCKED}} if sqlite else None,
+                    engine_kwargs={"connect_args": {"timeout": _LOCKED}} if file else None,
                 )
-            if sqlite:
+            if file:
                 _take_turns(storage.engine)
             return storage
         except Exception as error:  # of SQLAlchemy and of each database's driver, as many kinds as there are

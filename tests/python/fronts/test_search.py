@@ -235,6 +235,10 @@ def test_a_study_whose_process_died_before_its_first_trial(tmp_path: Path, monke
         pf.search(dial(), Evaluation(), 5, storage=storage, progress=False)
 
 
+def test_a_database_in_memory() -> None:
+    assert len(pf.search(dial(), Evaluation(), 4, storage="sqlite:///:memory:", progress=False)) == 4
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     evaluation = Evaluation()
     for budget in (0, True, 2.5):
