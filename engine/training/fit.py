@@ -156,7 +156,7 @@ def fit(
         family=_default_family(engine) if family is None else family,
         row_lr=lr / 2 if row_lr is None else row_lr,
         row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
-        plane_lr=3e-3 if plane_lr is None else plane_lr,
+        plane_lr=Settings.plane_lr if plane_lr is None else plane_lr,
         plane_shrinkage=0.0 if plane_shrinkage is None else plane_shrinkage,
         sketch=sketch,
     )

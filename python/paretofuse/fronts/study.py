@@ -32,6 +32,9 @@ _ATTEMPTS = 5
 _LOCKED = 60
 """Seconds that a process waits for another's transaction on an SQLite file, or for what another begins a study with."""
 
+_IN_MEMORY = ("sqlite://", "sqlite:///:memory:")
+"""URLs of databases that no process shares, nor a thread of heartbeats."""
+
 
 class SearchedStudy:
     """The study of a search, made or found.
@@ -206,10 +209,7 @@ def _storage(url: str) -> Any:
     Raises:
         ValueError: that is no URL of a database that SQLAlchemy can open here.
     """
-    alone = url in (
-        "sqlite://",
-        "sqlite:///:memory:",
-    )  # no process shares it, nor does a thread of heartbeats
+    alone = url in _IN_MEMORY
     file = url.startswith("sqlite") and not alone
     attempt = 1
     while True:

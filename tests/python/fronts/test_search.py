@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -227,7 +226,9 @@ def test_a_study_that_is_no_search(tmp_path: Path) -> None:
     assert evaluation.asked == []
 
 
-def test_a_study_whose_process_died_before_its_first_trial(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_study_whose_process_died_before_its_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = f"sqlite:///{tmp_path / 'search.db'}"
     optuna.create_study(study_name="paretofuse", storage=storage)
     monkeypatch.setattr("paretofuse.fronts.study._LOCKED", 0.0)
