@@ -1,6 +1,6 @@
 # Each target works alone in a fresh clone: it creates .venv and installs what it needs, and nothing else.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 PY := $(VENV)/bin/python
 
 # How pip installs PyTorch. The default is what the tests run on, for CPU and CUDA; CONTRIBUTING.md has the small CPU build.

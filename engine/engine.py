@@ -214,12 +214,22 @@ class Engine:
         """Whether a replica holds this preference now, so that `replica` would give it without a merge."""
         return self.pool.holds(self._in_place.replica_of(preference, None))
 
-    def modules(self, preferences: Any, *, at_once: int = 4) -> Iterator[nn.Module]:
+    def modules(self, preferences: Any, *, at_once: int = 4, live: bool = False) -> Iterator[nn.Module]:
         """A module for each preference [P, E], valid until the next is asked for; the live module stays as it is.
 
         While `at_once` of them are used, a thread merges the next in one pass: the memory of 2 x `at_once` models.
+
+        Args:
+            preferences: as an array or a tensor.
+            at_once: how many are merged in one pass.
+            live: True, with at_once=1, to let the live module be one of the two that take turns: the memory of one
+                model more. It is left at the last preference, or where the caller stopped or went no further than.
+
+        Raises:
+            ValueError: a preference or `at_once` is not valid, or the tensors are one process's shards.
         """
-        return self.ahead(at_once).modules(preferences)
+        made = Ahead(self._bound, self.blueprint, self.routers, at_once, self._in_place if live else None)
+        return made.modules(preferences)
 
     def ahead(self, at_once: int) -> Ahead:
         """What has `modules(preferences)` for many calls, one after the other, that all use the same memory."""

@@ -56,7 +56,8 @@ def evaluate_preferences(
         progress: show a progress bar on stderr where that is a terminal.
         on_metrics: called with the metrics' names after the first evaluation; what it raises ends the sweep there.
         kept: where rows are kept as they come; a preference that is there already, of the same model, is not evaluated.
-        ahead: evaluate modules that are merged ahead, so many at once (`Engine.modules`), in the place of the live one.
+        ahead: evaluate modules that are merged ahead, so many at once (`Engine.modules`): the live one and another in
+            turn with 1, in the place of the live one, which stays as it is, with more.
 
     Returns:
         The values [P, M] in float64 and the names of the M metrics. If the names are those of the objectives,
@@ -104,7 +105,8 @@ def _merged_ahead(
         )
     if not preferences:  # of more processes than points
         return iter(())
-    return engine.modules(np.array(preferences), at_once=at_once)  # type: ignore[no-any-return]
+    ahead: Iterator[torch.nn.Module] = engine.modules(np.array(preferences), at_once=at_once, live=at_once == 1)
+    return ahead
 
 
 Known = Mapping[str, dict[str, float]]

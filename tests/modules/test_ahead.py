@@ -41,6 +41,33 @@ def test_they_are_what_switches_make(family: str, points: int, at_once: int) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("family", ["scalar", "rows"])
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_the_live_module_can_take_turns_and_ends_at_the_last(family: str, points: int) -> None:
+    engine = engine_of(family)
+    preferences = pf.sample_preferences(3, points, seed=points)
+    turns = []
+    for preference, module in zip(preferences, engine.modules(preferences, at_once=1, live=True), strict=True):
+        assert same(module, engine.merge(preference))
+        turns.append(module is engine.module)
+    assert turns == [(points - 1 - index) % 2 == 0 for index in range(points)]
+    assert engine.preference == dict(zip("abc", preferences[-1].tolist(), strict=True))
+    assert same(engine.module, engine.merge(preferences[-1]))
+    one = list(engine.modules({"a": 1.0, "b": 0.0, "c": 0.0}, at_once=1, live=True))
+    assert one == [engine.module]
+    assert engine.preference == {"a": 1.0, "b": 0.0, "c": 0.0}
+
+
+def test_a_caller_that_stops_early_is_told_what_the_live_module_is_merged_for() -> None:
+    engine = engine_of()
+    modules = engine.modules(pf.simplex_grid(3, 5), at_once=1, live=True)
+    for _ in range(4):
+        next(modules)
+    modules.close()  # type: ignore[attr-defined]
+    assert engine.preference is not None
+    assert same(engine.module, engine.merge(engine.preference))
+
+
 def test_many_calls_share_their_modules() -> None:
     engine = engine_of()
     ahead, seen = engine.ahead(2), set[int]()
@@ -94,6 +121,8 @@ def test_wrong_arguments() -> None:
             engine.modules(pf.simplex_grid(3, 3), at_once=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preference"):
         engine.modules([[0.5, 0.6, 0.7]])
+    with pytest.raises(ValueError, match=r"got at_once=2 with live=True, expected 1"):
+        engine.modules(pf.simplex_grid(3, 3), at_once=2, live=True)
 
 
 def test_sweeps_take_them() -> None:
@@ -107,7 +136,11 @@ def test_sweeps_take_them() -> None:
     grid = pf.simplex_grid(3, 4)
     truth = pf.sweep(engine, evaluate, grid, progress=False)
     assert pf.sweep(engine, evaluate, grid, ahead=3, progress=False) == truth
-    assert engine.preference == dict(zip("abc", grid[-1].tolist(), strict=True))  # left where it was
+    engine.switch(grid[3])
+    assert pf.sweep(engine, evaluate, grid, ahead=3, progress=False) == truth
+    assert engine.preference == dict(zip("abc", grid[3].tolist(), strict=True))  # left where it was
+    assert pf.sweep(engine, evaluate, grid, ahead=1, progress=False) == truth
+    assert engine.preference == dict(zip("abc", grid[-1].tolist(), strict=True))
 
     class Bare:
         objectives, module = engine.objectives, engine.module

@@ -33,7 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--ahead", type=count, metavar="N",
-        help="merge so many models in one pass while those before them are evaluated; takes the memory of 2 N models",
+        help="merge so many models in one pass while those before them are evaluated; takes the memory of 2 N models, "
+        "with N = 1 of one more",
     )  # fmt: skip
     parser.add_argument(
         "--chunksize", type=count, metavar="N",
