@@ -217,23 +217,13 @@ class Engine:
     def modules(self, preferences: Any, *, at_once: int = 4, live: bool = False) -> Iterator[nn.Module]:
         """A module for each preference [P, E], valid until the next is asked for; the live module stays as it is.
 
-        While `at_once` of them are used, a thread merges the next in one pass: the memory of 2 x `at_once` models.
+        While `at_once` are used, a thread merges the next in one pass: the memory of 2 x `at_once` models. With
+        at_once=1 and live=True the live module takes turns with one other, and is left at the last preference."""
+        return self.ahead(at_once, live=live).modules(preferences)
 
-        Args:
-            preferences: as an array or a tensor.
-            at_once: how many are merged in one pass.
-            live: True, with at_once=1, to let the live module be one of the two that take turns: the memory of one
-                model more. It is left at the last preference, or where the caller stopped or went no further than.
-
-        Raises:
-            ValueError: a preference or `at_once` is not valid, or the tensors are one process's shards.
-        """
-        made = Ahead(self._bound, self.blueprint, self.routers, at_once, self._in_place if live else None)
-        return made.modules(preferences)
-
-    def ahead(self, at_once: int) -> Ahead:
+    def ahead(self, at_once: int, *, live: bool = False) -> Ahead:
         """What has `modules(preferences)` for many calls, one after the other, that all use the same memory."""
-        return Ahead(self._bound, self.blueprint, self.routers, at_once)
+        return Ahead(self._bound, self.blueprint, self.routers, at_once, self._in_place if live else None)
 
     def merge(
         self, preference: Preference | None = None, *, weights: Tensor | None = None, head: str | None = None

@@ -99,8 +99,8 @@ class MergeConfig:
 
 MERGE_CONFIGS = {
     **{f"at most {e}": MergeConfig(e_chunk=e, one_chunk=True) for e in (1, 2, 4, 8, 16)},
-    "any": MergeConfig(e_chunk=8, one_chunk=False),
-    "packed": MergeConfig(e_chunk=4, one_chunk=False),
+    "any": MergeConfig(e_chunk=4, one_chunk=False),
+    "packed": MergeConfig(e_chunk=2, one_chunk=False),
     "any row": MergeConfig(e_chunk=1, one_chunk=False, block=512),
 }
 """Every configuration of the merge kernel, by the experts that it takes. More than 16 chunks of 16 bytes spill."""
@@ -110,8 +110,9 @@ def merge_config(experts: int, itemsize: int, *, packed: bool = False, any_row: 
     """The configuration for so many experts with deltas of `itemsize` bytes, whatever the number of preferences.
 
     The smallest that holds them all. 16 bytes of int8 deltas are 16 sums, too many registers to keep chunks besides; of
-    int4 (`packed`) they are 32, beside four experts. With a coefficient for each element (`any_row`) registers hold
-    those of one expert.
+    int4 (`packed`) they are 32, beside two experts. Where they loop, four at a time keep nearly as much in flight as
+    eight, in more programs, and spill with no Triton from 3.6 on. With a coefficient for each element (`any_row`)
+    registers hold those of one expert.
     """
     fitting = (config for config in MERGE_CONFIGS.values() if config.one_chunk and config.e_chunk >= experts)
     if any_row:

@@ -105,7 +105,9 @@ def _merged_ahead(
         )
     if not preferences:  # of more processes than points
         return iter(())
-    ahead: Iterator[torch.nn.Module] = engine.modules(np.array(preferences), at_once=at_once, live=at_once == 1)
+    ahead: Iterator[torch.nn.Module] = engine.modules(
+        np.array(preferences), at_once=at_once, live=at_once == 1
+    )
     return ahead
 
 

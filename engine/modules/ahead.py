@@ -52,7 +52,9 @@ class Ahead:
         if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
             raise ValueError(f"got at_once={at_once!r}, expected a whole number of at least 1")
         if live is not None and at_once != 1:
-            raise ValueError(f"got at_once={at_once} with live=True, expected 1: the live module is one module")
+            raise ValueError(
+                f"got at_once={at_once} with live=True, expected 1: the live module is one module"
+            )
         self._bound = bound
         self._blueprint = blueprint
         self._routers = routers

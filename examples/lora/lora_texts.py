@@ -32,7 +32,9 @@ def rows(name: str, *, held_out: bool) -> Tensor:
         documents = [topics[topic] for topic in sorted(topics)]
     else:
         library = Path(sysconfig.get_path("stdlib"))
-        documents = [(library / f"{module}.py").read_text(encoding="utf-8") for module in MODULES]
+        # Python 3.12 made a package of zipfile.
+        files = [(library / f"{module}.py", library / module / "__init__.py") for module in MODULES]
+        documents = [(own if own.exists() else package).read_text(encoding="utf-8") for own, package in files]
     text = "".join(text for at, text in enumerate(documents) if (at % 5 == 4) == held_out)
     tokens = torch.tensor(list(text.encode()))
     found = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -408,6 +409,28 @@ def test_misaligned_constants_are_copied(library: Library, store: Path, tmp_path
         view = engine.view(name)
         assert view.data % tensor.element_size() == 0, name
         assert view.array().tobytes() == bits(tensor).tobytes(), name
+
+
+def test_structures_have_the_fields_of_the_header() -> None:
+    """A structure that is shorter here than there would be read beyond its end."""
+    header = (cpplib.ROOT / "csrc" / "include" / "paretofuse" / "paretofuse.h").read_text()
+    told = {}
+    for body, name in re.findall(r"typedef struct {(.*?)} (\w+);", header, re.DOTALL):
+        told[name] = re.findall(r"(\w+);", re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL))
+    here = (cpplib.View, cpplib.Options, cpplib.Target, cpplib.CudaOptions)
+    assert told == {s.__doc__.rstrip("."): [field[0] for field in s._fields_] for s in here if s.__doc__}
+
+
+def test_verify_reads_every_file(library: Library, store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(store, path)
+    library.open(path, verify=True)
+    content = bytearray((path / "base.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "base.safetensors").write_bytes(content)
+    library.open(path)
+    with pytest.raises(LibraryError, match=r"base.safetensors: its checksum is not the manifest's"):
+        library.open(path, verify=True)
 
 
 def test_the_core_tests_pass_in_this_build(release: Path) -> None:

@@ -47,7 +47,9 @@ def test_the_live_module_can_take_turns_and_ends_at_the_last(family: str, points
     engine = engine_of(family)
     preferences = pf.sample_preferences(3, points, seed=points)
     turns = []
-    for preference, module in zip(preferences, engine.modules(preferences, at_once=1, live=True), strict=True):
+    for preference, module in zip(
+        preferences, engine.modules(preferences, at_once=1, live=True), strict=True
+    ):
         assert same(module, engine.merge(preference))
         turns.append(module is engine.module)
     assert turns == [(points - 1 - index) % 2 == 0 for index in range(points)]

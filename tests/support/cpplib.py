@@ -159,7 +159,12 @@ class View(ctypes.Structure):
 class Options(ctypes.Structure):
     """paretofuse_options."""
 
-    _fields_ = (("threads", ctypes.c_int32), ("replicas", ctypes.c_int32), ("isa", ctypes.c_char_p))
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("replicas", ctypes.c_int32),
+        ("isa", ctypes.c_char_p),
+        ("verify", ctypes.c_int32),
+    )
 
 
 class Target(ctypes.Structure):
@@ -194,9 +199,11 @@ class Library:
         if status != 0:
             raise LibraryError(status, self.c.paretofuse_last_error().decode())
 
-    def open(self, store: Path, threads: int = 0, replicas: int = 0, isa: str | None = None) -> Engine:
+    def open(
+        self, store: Path, threads: int = 0, replicas: int = 0, isa: str | None = None, verify: bool = False
+    ) -> Engine:
         """Open a store."""
-        options = Options(threads, replicas, isa.encode() if isa else None)
+        options = Options(threads, replicas, isa.encode() if isa else None, verify)
         handle = ctypes.c_void_p()
         self.call("open", str(store).encode(), ctypes.byref(options), ctypes.byref(handle))
         return Engine(self, handle)

@@ -59,9 +59,9 @@ def sweep(
             is called again where a dead worker has broken it. Each worker opens the store that the engine was loaded
             from or saved to, and is sent `evaluate` with each point.
         ahead: merge so many preferences in one pass, in a thread, while those before them are evaluated:
-            `evaluate` gets modules of their own, as by `engine.modules`, which take the memory of 2 x `ahead` models. With
-            1 the live module takes turns with another, in the memory of one model more. With an executor, how many points it is
-            given at a time (64 unless told; at least as many as it has workers).
+            `evaluate` gets modules of their own, as by `engine.modules`, which take the memory of 2 x `ahead` models.
+            With 1 the live module takes turns with another, in the memory of one model more. With an executor, how many
+            points it is given at a time (64 unless told; at least as many as it has workers).
         chunksize: with an executor, how many points a worker is sent at a time. Of several it merges the next while it
             evaluates one, in the memory of 4 models instead of 1; their rows come together, and where one of them
             fails all are done again.

@@ -17,8 +17,8 @@ function curvePanels(front) {
     const shade = points.map(share);
     const scale = { cmin: 0, cmax: 1, colorscale: "Viridis" };
     const bar = {
-      title: { text: `preference for ${label(first)}`, side: "top" }, orientation: "h", thickness: 9, len: 0.7, x: 0.5,
-      y: 1.02, yanchor: "bottom", outlinewidth: 0, tickvals: [0, 0.25, 0.5, 0.75, 1],
+      orientation: "h", thickness: 9, len: 0.7, x: 0.5, y: 1.02, yanchor: "bottom", outlinewidth: 0,
+      tickvals: [0, 0.25, 0.5, 0.75, 1],
     };
     const marker = hollow
       ? { size: 9, symbol: "circle-open", color: shade, ...scale, line: { width: 2 } }
@@ -58,8 +58,13 @@ function curvePanels(front) {
     return named(front, [best.share, 1 - best.share]);
   }
   const title = (metric) => ({ text: `${label(metric)}<br>(${direction(front, metric)})`, standoff: 8 });
+  // The bar's own title would lie half below the bar.
+  const above = {
+    xref: "paper", yref: "paper", x: 0.5, y: 1.02, yanchor: "bottom", yshift: 34, showarrow: false,
+    text: `preference for ${label(first)}`,
+  };
   const layout = plainLayout({
-    margin: { l: 76, r: 16, t: 56, b: 64, autoexpand: false },
+    margin: { l: 76, r: 16, t: 64, b: 64, autoexpand: false }, annotations: [above],
     xaxis: { title: title(across), range: ranges[0] }, yaxis: { title: title(up), range: ranges[1] },
   });
   const description = `The front as a curve: ${across} and ${up} at ${front.points.length} measured preferences. The sliders and the table of measured points say the same.`;
