@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -157,25 +158,30 @@ def _each(
     work: Sequence[tuple[Callable[..., None], tuple[Any, ...]]],
     done: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Run each call in a process of its own, `jobs` at a time; after a failure no further one begins."""
+    """Run each call in a process of its own, `jobs` at a time; after a failure no further one begins.
+
+    All from one thread: starting a process looks after those that ended, and would take the exit code that another
+    thread waits for.
+    """
     spawner = multiprocessing.get_context("forkserver")
     spawner.set_forkserver_preload(["benchmarks.experiments.contenders"])
-    failed: list[str] = []
-
-    def one(number: int) -> None:
-        target, arguments = work[number]
-        if failed:
-            return
-        process = spawner.Process(target=target, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode:
-            failed.append(f"{target.__name__.strip('_')} {arguments[2:]}: exit code {process.exitcode}")
-        else:
-            done(number)
-
-    with ThreadPoolExecutor(max(1, plan.jobs)) as pool:
-        list(pool.map(one, range(len(work))))
+    waiting, failed = deque(range(len(work))), list[str]()
+    running: dict[Any, tuple[int, Any]] = {}
+    while running or (waiting and not failed):
+        while waiting and not failed and len(running) < max(1, plan.jobs):
+            number = waiting.popleft()
+            target, arguments = work[number]
+            process = spawner.Process(target=target, args=arguments)
+            process.start()
+            running[process.sentinel] = number, process
+        for sentinel in wait(list(running)):
+            number, process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                target, arguments = work[number]
+                failed.append(f"{target.__name__.strip('_')} {arguments[2:]}: exit code {process.exitcode}")
+            else:
+                done(number)
     if failed:
         raise BenchmarkError("; ".join(failed))
 

@@ -40,9 +40,15 @@ def directory(name: str, label: str) -> Path:
             "a model on the Hugging Face Hub, such as org/name or org/name@revision"
         )
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
-        return Path(snapshot_download(found["id"], revision=found["revision"], ignore_patterns=_UNREAD))
+        # Told, not left to it: version 1 asks the Hub for a commit's files even offline.
+        offline = constants.HF_HUB_OFFLINE
+        return Path(
+            snapshot_download(
+                found["id"], revision=found["revision"], ignore_patterns=_UNREAD, local_files_only=offline
+            )
+        )
     except (
         ImportError,
         OSError,

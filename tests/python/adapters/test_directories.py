@@ -245,6 +245,9 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_online_the_hub_is_asked_for_safetensors_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked: list[tuple[str, dict[str, Any]]] = []
     tiny_gpt2().save_pretrained(tmp_path / "downloaded")  # type: ignore[operator]
 
@@ -259,7 +262,7 @@ def test_online_the_hub_is_asked_for_safetensors_alone(
         ("org/name", None),
     ]
     assert "*.bin" in asked[0][1]["ignore_patterns"]
-    assert "local_files_only" not in asked[0][1]
+    assert not asked[0][1]["local_files_only"]
 
 
 @pytest.mark.parametrize(
