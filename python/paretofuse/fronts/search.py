@@ -153,7 +153,7 @@ def _searched(
     except ImportError as error:
         raise ImportError("a search needs Optuna; pip install 'paretofuse[search]'") from error
     from paretofuse.engine.evaluation.kept_rows import KeptRows
-    from paretofuse.fronts.study import SearchedStudy
+    from paretofuse.fronts.study import SearchedStudy, storage_at
 
     if ref is not None:
         plain_point(ref)
@@ -163,22 +163,12 @@ def _searched(
     if out is not None:
         prepare_table(out, space.kind)
         kept = KeptRows(Path(out), space.names, space.kind)
-    study = SearchedStudy(
-        engine,
-        evaluate,
-        space,
-        kept,
-        maximize,
-        at_most or {},
-        at_least or {},
-        ref,
-        sampler,
-        seed,
-        storage,
-        name,
-    )
-    study.run(budget, progress)
-    points, values = study.table()
+    with storage_at(storage) as opened:
+        study = SearchedStudy(
+            engine, evaluate, space, kept, maximize, at_most or {}, at_least or {}, ref, sampler, seed, opened, name
+        )  # fmt: skip
+        study.run(budget, progress)
+        points, values = study.table()
     found = files.Table(points, values, space.names, study.metrics, directions(maximize, study.metrics))
     if kept is not None and out is not None:
         files.write_table(out, space.kind, found)

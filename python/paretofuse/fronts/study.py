@@ -6,7 +6,8 @@ import hashlib
 import sqlite3
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,7 @@ class SearchedStudy:
 
     What metrics there are is known only once something was evaluated: a new study begins with the first of its starts.
 
-    Args: as `pf.search`'s; `space`: where the points lie; `kept`: where rows are kept.
+    Args: as `pf.search`'s; `space`: where the points lie; `kept`: where rows are kept; `opened`: the storage.
 
     Attributes:
         metrics: the M metrics' names.
@@ -62,7 +63,7 @@ class SearchedStudy:
         ref: Point | None,
         sampler: str | optuna.samplers.BaseSampler,
         seed: int,
-        storage: str | None,
+        opened: optuna.storages.RDBStorage | None,
         name: str,
     ) -> None:
         self._engine = engine
@@ -71,7 +72,6 @@ class SearchedStudy:
         self._space = space
         self._measured: dict[tuple[float, ...], dict[str, float]] = {}
         samplers.check_choice(sampler)
-        opened: Any = None if storage is None else _storage(storage)
         identity = self._identity()
         found = opened is not None and name in optuna.get_all_study_names(opened)
         if found:
@@ -96,8 +96,9 @@ class SearchedStudy:
         theirs = [way.name.lower() for way in self._study.directions]
         if self._study.user_attrs.get("engine", identity) != identity or theirs != ways:
             raise ValueError(
-                f"got storage={storage!r}, whose study {name!r} is of another engine, another evaluation or other "
-                f"directions ({theirs}), or of other coefficients; give another name=, or another storage"
+                f"got storage={getattr(opened, 'url', None)!r}, whose study {name!r} is of another engine, another "
+                f"evaluation or other directions ({theirs}), or of other coefficients; give another name=, or another "
+                "storage"
             )
         self._study.sampler = samplers.make_sampler(sampler, space, larger, self._bounds, point, seed)
 
@@ -203,7 +204,23 @@ def _begun_study(name: str, storage: Any) -> optuna.Study:
     return study
 
 
-def _storage(url: str) -> Any:
+@contextmanager
+def storage_at(url: str | None) -> Iterator[optuna.storages.RDBStorage | None]:
+    """A storage by URL while it lasts, its connections closed then; None for none.
+
+    Raises:
+        ValueError: that is no URL of a database that SQLAlchemy can open here.
+    """
+    opened = None if url is None else _storage(url)
+    try:
+        yield opened
+    finally:
+        if opened is not None:
+            opened.remove_session()
+            opened.engine.dispose()
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
     """A storage by URL, in which trials of processes that died are found out.
 
     Raises:

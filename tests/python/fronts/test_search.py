@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.fronts.samplers import CHOICES
+from paretofuse.fronts.study import storage_at
 from tests.support.process import ROOT
 
 optuna = pytest.importorskip("optuna")
@@ -173,8 +175,9 @@ def test_two_processes_share_a_search(tmp_path: Path) -> None:
     told = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     asked = [int(out.split()[0]) for out, _ in told]
-    study = optuna.load_study(study_name="paretofuse", storage=f"sqlite:///{tmp_path / 'search.db'}")
-    done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    with storage_at(f"sqlite:///{tmp_path / 'search.db'}") as opened:
+        study = optuna.load_study(study_name="paretofuse", storage=opened)
+        done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     assert len(done) in (9, 10)  # both may have begun the last one
     # Both measured the first expert, which was to tell the metrics; trial 0 took one of the two.
     assert sum(asked) == len(done) + 1
@@ -185,21 +188,23 @@ def test_two_processes_share_a_search(tmp_path: Path) -> None:
 TAKER = """
 import sys
 import optuna
-from paretofuse.fronts.study import _storage
+from paretofuse.fronts.study import storage_at
 
-study = optuna.load_study(study_name="taken", storage=_storage(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.readline()
-print(*(study.ask().number for _ in range(20)))
+with storage_at(sys.argv[1]) as storage:
+    study = optuna.load_study(study_name="taken", storage=storage)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(*(study.ask().number for _ in range(20)))
 """
 
 
 def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
     """Optuna alone lets two processes take one trial of an SQLite file: 14 of 80 where this was found."""
     url = f"sqlite:///{tmp_path / 'search.db'}"
-    study = optuna.create_study(study_name="taken", storage=url)
-    for number in range(40):
-        study.enqueue_trial({"x": number})
+    with storage_at(url) as opened:
+        study = optuna.create_study(study_name="taken", storage=opened)
+        for number in range(40):
+            study.enqueue_trial({"x": number})
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TAKER, url], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -219,7 +224,8 @@ def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
 
 def test_a_study_that_is_no_search(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'search.db'}"
-    optuna.create_study(study_name="mine", storage=storage).ask()
+    with storage_at(storage) as opened:
+        optuna.create_study(study_name="mine", storage=opened).enqueue_trial({"x": 1})
     evaluation = Evaluation()
     with pytest.raises(ValueError, match=r"got name='mine', a study in this storage that no search began"):
         pf.search(dial(), evaluation, 5, storage=storage, name="mine", progress=False)
@@ -230,10 +236,29 @@ def test_a_study_whose_process_died_before_its_first_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = f"sqlite:///{tmp_path / 'search.db'}"
-    optuna.create_study(study_name="paretofuse", storage=storage)
+    with storage_at(storage) as opened:
+        optuna.create_study(study_name="paretofuse", storage=opened)
     monkeypatch.setattr("paretofuse.fronts.study._LOCKED", 0.0)
     with pytest.raises(ValueError, match=r"whose first process died .* remove it with Optuna"):
         pf.search(dial(), Evaluation(), 5, storage=storage, progress=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_no_connection_stays_open(tmp_path: Path) -> None:
+    """Python 3.13 warns of those that garbage collection finds."""
+    database = tmp_path / "search.db"
+    held = []
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        held.append(open_files().count(str(database)))
+        return Evaluation()(module)
+
+    def open_files() -> list[str]:
+        return [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+
+    pf.search(dial(), evaluate, 4, storage=f"sqlite:///{database}", progress=False)
+    assert max(held) > 0
+    assert str(database) not in open_files()
 
 
 def test_a_database_in_memory() -> None:
