@@ -145,6 +145,8 @@ class LiveBank:
         self._live = live
         self._preferences = preferences
         self.modules = [live.live().module]
+        with self.fence.reading():  # what the caller has queued on it comes before the first merge
+            pass
 
     def merge(self, weights: Tensor) -> None:
         """Merge at its next preference, whose weights these are."""
