@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,4 +120,12 @@ def build(plan: Plan, device: torch.device | None) -> Stack:
         for objective, names in plan.heads.items()
         if names
     }
+    _give_back()
     return Stack(plan.layout, base, tuple(planes), heads)
+
+
+def _give_back() -> None:
+    """Hand the memory of temporary tensors back to the system; glibc would keep what lies between lasting ones."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
