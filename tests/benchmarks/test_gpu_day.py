@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import PARTS
 from benchmarks.gpu.record import COLUMNS
 from tests.support.process import ROOT, run
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
 SCRIPT = ROOT / "benchmarks" / "gpu_day.sh"
 
 

@@ -382,7 +382,7 @@ def test_wrong_arguments_reach_no_driver(
 
 
 def test_real_kernels_are_chosen_from_a_real_export(library: Library, driver: Driver, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
     kernels = build.export("sm_90", tmp_path / "kernels", ("bf16",)).parent
     engine = library.open(net_store(tmp_path / "store", dtype=torch.bfloat16))
     cuda = engine.cuda(kernels, driver.path)

@@ -16,7 +16,7 @@ from paretofuse.kernels import (
 )
 from paretofuse.kernels.aot import build, variants
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
 
 STREAMING = (
     variants.merge_variants,

@@ -16,7 +16,7 @@ import torch
 from paretofuse.kernels import launch, routed_grad, routed_merge
 from paretofuse.kernels.aot import build, variants
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
 
 SIZES = {"i32": 4, "i64": 8}
 PARAMETERS_START = 0x210

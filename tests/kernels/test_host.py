@@ -17,7 +17,7 @@ from benchmarks.gpu.host import StubDriver, stub_driver, stub_graphs
 from paretofuse.kernels import launch, routed_merge
 from tests.support.models import net_and_experts
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
 
 
 @pytest.fixture(scope="module")

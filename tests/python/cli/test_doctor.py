@@ -13,13 +13,13 @@ from paretofuse.cli import doctor
         (
             "transformers",
             "4.57.3",
-            "transformers 4.57.3 is older than 5.0; pip install -U 'transformers>=5.0'",
+            "transformers 4.57.3 is older than 5.20; pip install -U 'transformers>=5.20'",
         ),
         ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is older than 2.6"),
         ("peft", "0.9.0", "peft 0.9.0 is older than"),
         ("matplotlib", "3.7", "matplotlib 3.7 is older than"),
         ("numpy", "1.26.0", None),
-        ("transformers", "5.0.0rc1", None),
+        ("transformers", "5.20.0rc1", None),
         ("transformers", "10.1", None),
     ],
 )
