@@ -31,6 +31,8 @@ def test_torch_compile_sees_each_switch() -> None:
     for r in ([1.0, 0.0, 0.0], R, [0.0, 0.0, 1.0]):
         engine.switch(r)
         torch.testing.assert_close(compiled(x), engine.merge(r)(x))
+    if torch.__version__ < (2, 7):
+        pytest.skip("what torch 2.6 has compiled does not see that parameters begin to need gradients")
     torch.testing.assert_close(jacobian_of(engine, compiled, x), jacobian_of(engine, engine.module, x))
 
 
