@@ -110,9 +110,9 @@ def merge_config(experts: int, itemsize: int, *, packed: bool = False, any_row: 
     """The configuration for so many experts with deltas of `itemsize` bytes, whatever the number of preferences.
 
     The smallest that holds them all. 16 bytes of int8 deltas are 16 sums, too many registers to keep chunks besides; of
-    int4 (`packed`) they are 32, beside two experts. Where they loop, four at a time keep nearly as much in flight as
-    eight, in more programs, and spill with no Triton from 3.6 on. With a coefficient for each element (`any_row`)
-    registers hold those of one expert.
+    int4 (`packed`) they are 32, beside two experts. Where they loop, four at a time, in more programs, have about three
+    quarters of what eight would have in flight, and spill with no Triton from 3.6 on. With a coefficient for each
+    element (`any_row`) registers hold those of one expert.
     """
     fitting = (config for config in MERGE_CONFIGS.values() if config.one_chunk and config.e_chunk >= experts)
     if any_row:
