@@ -94,10 +94,9 @@ def test_the_transformer_classifies_as_python_does(
             assert float(found[5]) == pytest.approx(int(found[3]) / len(logits), abs=1e-4)
             rates[task.name, share] = right / len(logits)
     first, second = pair
-    assert (
-        rates[first.name, 1.0] > 0.5
-    )  # of ten classes: the models learned something, and the preference matters
-    assert rates[second.name, 0.0] > 0.5
+    # The models learned something, and the preference matters. With torch 2.6 the tiny model ends at 0.688.
+    assert rates[first.name, 1.0] > 0.65
+    assert rates[second.name, 0.0] > 0.65
     assert rates[first.name, 0.0] < rates[first.name, 1.0]
 
 

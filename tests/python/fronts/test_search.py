@@ -16,11 +16,10 @@ from torch import nn
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.fronts.samplers import CHOICES
-from paretofuse.fronts.study import storage_at
 from tests.support.process import ROOT
 
 optuna = pytest.importorskip("optuna")
-
+from paretofuse.fronts.study import storage_at  # noqa: E402  imports it
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
