@@ -33,7 +33,10 @@ ROWS: Mapping[str, Any] = {"family": "rows"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes."""
+    """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes.
+
+    `merged` names the recipe's method whose merge of all experts is one more plane, of no objective.
+    """
 
     name: str
     stack: Mapping[str, Any] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Setting:
     longer: float = 1.0
     stop: bool = False
     rank: int | None = None
+    merged: str | None = None
 
 
 SETTINGS = (
@@ -65,8 +69,12 @@ SETTINGS = (
     Setting("rows, stopped by a validation", ROWS, stop=True),
     *(Setting(f"rows, sketch {rank}", ROWS, {"sketch": rank}) for rank in (16, 8, 4)),
     Setting("rows, shrinkage 0.3", ROWS, {"row_shrinkage": 0.3}),
+    *(
+        Setting(f"rows, {method} plane", ROWS, merged=method)
+        for method in ("ties", "dare_linear", "tsv", "iso_c")
+    ),
 )
-"""What is asked: fineness of coefficients, trained planes, learning rates, shrinkage, corners, validation, sketches."""
+"""What is asked: fineness, trained and consensus planes, learning rates, shrinkage, corners, validation, sketches."""
 
 HELD_OUT_BATCHES = 20
 """Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""
@@ -86,9 +94,11 @@ def listed(experiment: Experiment) -> list[Contender]:
             stack, fit = {**PLAIN_STACK, **setting.stack}, {**PLAIN_FIT, **setting.fit}
             taken = max(1, round(steps * setting.longer))
             settings: dict[str, Any] = {"steps": taken, "stack": stack, "fit": fit}
-            run = learned(taken, stack, fit, setting.rank)
+            run = learned(taken, stack, fit, setting.rank, setting.merged)
             if setting.rank is not None:
                 settings |= {"rank": setting.rank}
+            if setting.merged is not None:
+                settings |= {"merged": setting.merged}
             if setting.stop:
                 settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE]}
                 run = stopping(taken, stack, fit)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from benchmarks.experiments import rivals
+from benchmarks.experiments.consensus import consensus
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, trainable
 from benchmarks.models import pwemoe
 
@@ -111,16 +112,26 @@ def _ours(steps: int, family: str | None = None, several: int = 1) -> Contender:
     return Contender(name, learned(steps, OURS_STACK, fit, rank), steps * several / 75, settings)
 
 
-def learned(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any], rank: int | None = None) -> Contend:
-    """Ours with some settings: arguments of pf.stack and of pf.fit, and the rank of trained planes."""
+def learned(
+    steps: int,
+    stack: Mapping[str, Any],
+    fit: Mapping[str, Any],
+    rank: int | None = None,
+    merged: str | None = None,
+) -> Contend:
+    """Ours with some settings: arguments of pf.stack and of pf.fit, the rank of trained planes, a consensus plane."""
 
     def run(context: Context) -> Outcome:
         with context.meter:
-            engine = pf.stack(context.models.base(), context.models.experts(), **stack)
+            experts, objectives = context.models.experts(), None
+            if merged is not None:
+                objectives = {name: [name] for name in experts}
+                experts[merged] = consensus(context.models.base(), experts, merged, context.seed)
+            engine = pf.stack(context.models.base(), experts, objectives=objectives, **stack)
             if rank is not None:
                 pf.add_planes(engine, rank)
-            objectives = context.experiment.objectives
-            pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **fit)
+            learning = context.experiment.objectives
+            pf.fit(engine, learning, steps=steps, seed=context.seed, progress=False, **fit)
         return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
 
     return run

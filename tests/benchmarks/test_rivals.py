@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft.utils import merge_utils
 from torch import Tensor, nn
 
 import paretofuse as pf
-from benchmarks.experiments import rivals, vision
+from benchmarks.experiments import consensus, rivals, vision
 from benchmarks.experiments.contenders import contenders
 from benchmarks.experiments.experiment import Context, Meter, Models
 
@@ -117,3 +118,16 @@ def test_they_are_listed_once_and_entropies_only_where_there_are_classes(context
     assert "entropy, no labels" in names
     none = [c.name for c in contenders(replace(context.experiment, unlabelled=()))]
     assert set(names) - set(none) == {"entropy, no labels"}
+
+
+def test_a_consensus_of_ties_is_pefts_merge_of_each_tensor():
+    torch.manual_seed(5)
+    base, a, b = (nn.Sequential(nn.Linear(20, 15), nn.LayerNorm(15)) for _ in range(3))
+    wanted = {}
+    for name, parameter in base.named_parameters():
+        deltas = [dict(m.named_parameters())[name].detach() - parameter.detach() for m in (a, b)]
+        merged = merge_utils.ties(deltas, torch.ones(2), consensus.DENSITY)
+        wanted[name] = parameter.detach() + merged
+    found = dict(consensus.consensus(base, {"a": a, "b": b}, "ties", 0).named_parameters())
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].detach(), tensor)
