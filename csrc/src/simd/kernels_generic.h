@@ -17,7 +17,7 @@ PARETOFUSE_INLINE void merge_step(const std::byte* base, const Term* terms, cons
     const std::int64_t first = at + s * kStep;
     if constexpr (kShuffled<K>) {
       const std::byte* from = base + first * item_size(Base);
-      prefetch<kStep * item_size(Base), kAhead<item_size(Base)>>(from);
+      prefetch<kStep * item_size(Base)>(from);
       A::template load_shuffled<Base>(from, sums[s]);
     } else {
       load_step<Base>(base, first, sums[s]);
