@@ -12,7 +12,7 @@ from paretofuse.engine.methods.numbers import Numbers
 from paretofuse.engine.methods.registry import by_name
 
 DENSITY = 0.2
-"""Share of each difference that ties and dare keep, as in the experiments' rivals."""
+"""Share of each difference that TIES keeps, and that DARE keeps and rescales: TIES's own; here and as rivals."""
 
 
 def consensus(base: nn.Module, experts: Mapping[str, nn.Module], method: str, seed: int) -> nn.Module:

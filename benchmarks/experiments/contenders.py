@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from benchmarks.experiments import rivals
-from benchmarks.experiments.consensus import consensus
+from benchmarks.experiments.consensus import DENSITY, consensus
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, trainable
 from benchmarks.models import pwemoe
 
@@ -30,8 +30,6 @@ FAMILIES: Mapping[str, tuple[Mapping[str, Any], int | None]] = {
 SEVERAL = 4
 """Preferences in one step of the second of our short runs, which so costs as much as that many of the first."""
 
-DENSITY = 0.2
-"""Share of each delta that TIES keeps, and that DARE keeps and rescales: TIES's own."""
 COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 """Tried by every merge that has one; the best is chosen on the test data, in that merge's favour."""
 
