@@ -18,7 +18,7 @@ from torch import nn
 import paretofuse as pf
 from benchmarks.demo import as_text
 from benchmarks.experiments import tables
-from benchmarks.experiments.contenders import Contender, contenders, learned
+from benchmarks.experiments.contenders import DENSITY, Contender, contenders, learned
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
 from benchmarks.experiments.run import Load, Plan, run_contenders
 from benchmarks.experiments.tables import Row, shown, spread_of
@@ -35,7 +35,7 @@ ROWS: Mapping[str, Any] = {"family": "rows"}
 class Setting:
     """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes.
 
-    `merged` names the recipe's method whose merge of all experts is one more plane, of no objective.
+    `merged` is the method of `pf.add_consensus`, whose merge of all experts is one more plane, of no objective.
     """
 
     name: str
@@ -70,8 +70,8 @@ SETTINGS = (
     *(Setting(f"rows, sketch {rank}", ROWS, {"sketch": rank}) for rank in (16, 8, 4)),
     Setting("rows, shrinkage 0.3", ROWS, {"row_shrinkage": 0.3}),
     *(
-        Setting(f"rows, {method} plane", ROWS, merged=method)
-        for method in ("ties", "dare_linear", "tsv", "iso_c")
+        Setting(f"rows, {method.partition(':')[0]} plane", ROWS, merged=method)
+        for method in (f"ties:density={DENSITY}", f"dare_linear:density={DENSITY}", "tsv", "iso_c", "regmean")
     ),
 )
 """What is asked: fineness, trained and consensus planes, learning rates, shrinkage, corners, validation, sketches."""

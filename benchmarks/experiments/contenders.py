@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import paretofuse as pf
 from benchmarks.experiments import rivals
-from benchmarks.experiments.consensus import DENSITY, consensus
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, trainable
 from benchmarks.models import pwemoe
 
@@ -30,6 +29,8 @@ FAMILIES: Mapping[str, tuple[Mapping[str, Any], int | None]] = {
 SEVERAL = 4
 """Preferences in one step of the second of our short runs, which so costs as much as that many of the first."""
 
+DENSITY = 0.2
+"""Share of each difference that TIES keeps, and that DARE keeps and rescales: TIES's own."""
 COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 """Tried by every merge that has one; the best is chosen on the test data, in that merge's favour."""
 
@@ -64,6 +65,10 @@ def contenders(experiment: Experiment) -> list[Contender]:
         Contender("task arithmetic", task_arithmetic, 1.5, tried),
         Contender("TIES", _pruned(_ties), 1.5, {**tried, "density": DENSITY}),
         Contender("DARE", _pruned(_dare), 1.5, {**tried, "density": DENSITY}),
+        *(
+            Contender(name, _merged(method), 1.5, {**tried, "method": method})
+            for name, method in (("TSV", "tsv"), ("Iso-C", "iso_c"), ("RegMean", "regmean"))
+        ),
         Contender("rewarded soups", rewarded_soups, 1.5),
     ]
     for method, mode, start in product(("ls", "epo"), experiment.pwemoe_routes, pwemoe.STARTS):
@@ -78,6 +83,9 @@ def contenders(experiment: Experiment) -> list[Contender]:
     found += _at_our_cost(experiment)
     for steps, family in product(experiment.family_steps, FAMILIES):
         found.append(_ours(steps, family))
+    longest = max(experiment.ours_steps)
+    if longest > max(experiment.family_steps):
+        found.append(_ours(longest, "rows and rank 4"))
     found.append(_ours(min(experiment.family_steps), several=SEVERAL))
     found += [_ours(steps) for steps in experiment.ours_steps]
     return [replace(c, every_seed=not c.name.startswith(experiment.first_seed_only)) for c in found]
@@ -121,11 +129,9 @@ def learned(
 
     def run(context: Context) -> Outcome:
         with context.meter:
-            experts, objectives = context.models.experts(), None
+            engine = pf.stack(context.models.base(), context.models.experts(), **stack)
             if merged is not None:
-                objectives = {name: [name] for name in experts}
-                experts[merged] = consensus(context.models.base(), experts, merged, context.seed)
-            engine = pf.stack(context.models.base(), experts, objectives=objectives, **stack)
+                add_consensus(context, engine, merged)
             if rank is not None:
                 pf.add_planes(engine, rank)
             learning = context.experiment.objectives
@@ -133,6 +139,12 @@ def learned(
         return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
 
     return run
+
+
+def add_consensus(context: Context, engine: pf.Engine, method: str) -> None:
+    """Give an engine the plane that a method makes of the experts, from the experiment's data if it reads any."""
+    reads = method.startswith("regmean")
+    pf.add_consensus(engine, method, objectives=context.experiment.objectives if reads else None)
 
 
 def plain_average(context: Context) -> Outcome:
@@ -145,6 +157,19 @@ def task_arithmetic(context: Context) -> Outcome:
     """Base + c * (sum of deltas), the best c."""
     engine = pf.stack(context.models.base(), context.models.experts())
     return _best_coefficient(context, lambda c: engine.merge(weights=_uniform(engine, c)))
+
+
+def _merged(method: str) -> Contend:
+    """A method's merge of all experts, tensor by tensor, at the best coefficient."""
+
+    def run(context: Context) -> Outcome:
+        engine = pf.stack(context.models.base(), context.models.experts())
+        add_consensus(context, engine, method)
+        weights = torch.zeros(len(engine.groups), len(engine.experts))
+        weights[:, -1] = 1
+        return _best_coefficient(context, lambda c: engine.merge(weights=c * weights))
+
+    return run
 
 
 def rewarded_soups(context: Context) -> Outcome:

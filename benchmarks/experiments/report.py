@@ -33,10 +33,11 @@ goes on where it was stopped.
   number in its name; Dirichlet(1) preferences) on this engine's arithmetic: its seconds are this engine's, not its own
   code's. *mlp* routes the MLPs and merges the rest, a shared head too, at that constant; *module* routes every module,
   which is kinder than their own.
-- Task arithmetic, TIES and DARE (PEFT's, density 0.2) take the best of ten coefficients, chosen on the test data in
-  their favour. *Dense scalarization* fine-tunes a whole model from the base for each of a few preferences: it does not
-  share the experts, and is the bound to look at rather than a rival. *dense, from ...* does the same for as many steps
-  from the experts' average, or from the expert with the largest share.
+- Task arithmetic, TIES and DARE (PEFT's, density 0.2), TSV, Iso-C and RegMean (`pf.add_consensus`, RegMean from eight
+  training batches of each objective) take the best of ten coefficients, chosen on the test data in their favour.
+  *Dense scalarization* fine-tunes a whole model from the base for each of a few preferences: it does not share the
+  experts, and is the bound to look at rather than a rival. *dense, from ...* does the same for as many steps from the
+  experts' average, or from the expert with the largest share.
 - *MGDA* is our scalar family for 400 steps with the multiple-gradient solver, which looks at no preference in its
   steps. *entropy, no labels* trains the same family on the entropies of predictions (`pf.entropy_loss`, after
   AdaMerging). *NSGA-II* is Optuna's, population 20, over one coefficient for each module and expert: 400 candidates,

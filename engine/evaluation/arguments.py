@@ -64,6 +64,18 @@ def check_function(name: str, given: Any, expected: str) -> None:
         raise TypeError(f"got {name}={given!r} ({type(given).__name__}), expected a function {expected}")
 
 
+def check_writable(kind: str, names: Sequence[str]) -> None:
+    """Check names of objectives or metrics, which stand in tables.
+
+    Raises:
+        ValueError: one holds a zero byte, which no table of text can.
+    """
+    if any("\0" in name for name in names):
+        raise ValueError(
+            f"got {kind} {list(names)}, expected names without a zero byte; rename the one that has it"
+        )
+
+
 def plain_point(point: Any) -> float | list[float] | dict[str, float]:
     """Check the kind of a reference point; tensors and arrays become numbers.
 

@@ -66,3 +66,17 @@ def as_objectives(given: Objectives) -> list[Objective]:
         if not isinstance(one, Objective):
             raise TypeError(f"got an objective of type {type(one).__name__}, {form}")
     return list(given)
+
+
+def in_order(objectives: Sequence[Objective], names: tuple[str, ...]) -> list[Objective]:
+    """The objectives in an engine's order.
+
+    Raises:
+        ValueError: they are not one for each name.
+    """
+    given = {objective.name: objective for objective in objectives}
+    if set(given) != set(names) or len(given) != len(objectives):
+        raise ValueError(
+            f"got objectives {[o.name for o in objectives]}, expected one for each of {list(names)}"
+        )
+    return [given[name] for name in names]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from paretofuse.engine.distributed import names_of_first_rank, rank_and_size, sum_over_ranks
+from paretofuse.engine.evaluation.arguments import check_writable
 from paretofuse.engine.evaluation.evaluate import eval_mode
 from paretofuse.engine.evaluation.kept_rows import KeptRows, model_digest
 from paretofuse.engine.evaluation.progress import progress_bar
@@ -234,6 +235,7 @@ def _named_numbers(result: Any, objectives: tuple[str, ...], at: str) -> dict[st
         )
     if not named:
         raise ValueError(f"got no metrics from evaluate at {at}, expected at least one number")
+    check_writable("metrics", list(named))
     numbers = {}
     for name, value in named.items():
         try:

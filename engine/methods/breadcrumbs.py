@@ -24,7 +24,7 @@ class Breadcrumbs(DeltaMethod):
     name = "breadcrumbs"
     parameters = (
         *DeltaMethod.common(normalize=False, rescale=False),
-        Parameter("gamma", float, 0.01, each=True),
+        Parameter("gamma", float, 0.01, each=True, low=0.0, high=1.0),
     )
 
     def keep(self, delta: Floats, options: Mapping[str, Any], key: Key) -> Mask | None:

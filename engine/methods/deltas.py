@@ -41,7 +41,7 @@ class DeltaMethod(Method):
         """The parameters that all of them have. int8_mask is how mergekit saves memory; here no mask is stored."""
         return (
             Parameter("weight", float, each=True, required=True),
-            Parameter("density", float, 1.0, each=True),
+            Parameter("density", float, 1.0, each=True, low=0.0, high=1.0),
             Parameter("normalize", bool, normalize),
             Parameter("rescale", bool, rescale),
             Parameter("lambda", float, 1.0),

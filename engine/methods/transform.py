@@ -17,6 +17,7 @@ from paretofuse.engine.methods.numbers import Floats
 from paretofuse.engine.methods.random import key_of
 from paretofuse.engine.methods.registry import METHODS
 from paretofuse.engine.methods.tsv import Tsv, tsv_shares
+from paretofuse.engine.methods.words import parse_words
 
 _OWN = ("density", "rescale", "gamma", "epsilon")
 """Parameters that concern one difference; weights, and what is made of the sum, are the routers' business."""
@@ -93,26 +94,9 @@ def parse_transform(text: str) -> Transform:
         TypeError: no text.
         ValueError: a method that changes no single difference, a parameter that it lacks, or a value out of range.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"got transform={text!r}, expected a text such as 'ties:density=0.2'")
-    name, _, rest = text.partition(":")
-    if name not in TRANSFORMS:
-        raise ValueError(
-            f"got transform={text!r}, expected one of {', '.join(TRANSFORMS)}, such as ties:density=0.2"
-        )
-    method = TRANSFORMS[name]
-    own = {parameter.name: parameter for parameter in method.parameters if parameter.name in _OWN}
-    options = {key: parameter.default for key, parameter in own.items()}
-    seed = 0
-    for part in filter(None, rest.split(",")):
-        key, equals, value = (word.strip() for word in part.partition("="))
-        if key == "seed" and value.isdecimal():
-            seed = int(value)
-        elif key not in own or not equals:
-            raise ValueError(
-                f"got transform={text!r}, but {name} has no {part.strip()!r}; expected NAME=VALUE of "
-                f"{', '.join(own)}, seed"
-            )
-        else:
-            options[key] = own[key].value(value)
-    return Transform(method, options, seed)
+    choices = {
+        name: {parameter.name: parameter for parameter in method.parameters if parameter.name in _OWN}
+        for name, method in TRANSFORMS.items()
+    }
+    name, options, seed = parse_words("transform", text, choices)
+    return Transform(TRANSFORMS[name], options, seed)

@@ -165,9 +165,9 @@ class Routers(nn.Module):
     def append(self, members: Sequence[Member]) -> None:
         """Have more planes, behind the others; each starts with its share, and all other weights stay as they are."""
         for member in members:
-            if member.objective not in self.objectives:
+            if member.objective not in (*self.objectives, None):
                 raise ValueError(
-                    f"got a plane of {member.objective!r}, expected one of {', '.join(self.objectives)}"
+                    f"got a plane of {member.objective!r}, expected one of {', '.join(self.objectives)}, or None"
                 )
         count, old = len(members), len(self.members)
         self.members += tuple(members)

@@ -84,7 +84,7 @@ def make_plan(
     heads = tuple(heads or ())
     names, members = members_of(tuple(experts), objectives)
     for kind, given in (("expert", tuple(experts)), ("objective", names)):
-        if any(not name or "\n" in name for name in given):
+        if any(not name or set(name) & set("\n\r\0") for name in given):
             raise ValueError(f"got {kind} names {list(given)}, expected non-empty single lines")
     if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):
         raise ValueError(f"got static_weight={static_weight!r}, expected a finite number such as 0.3")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ import torch
 from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.arguments import check_function
-from paretofuse.engine.evaluation.objective import Objective, Objectives, as_objectives
+from paretofuse.engine.evaluation.objective import Objectives, as_objectives, in_order
 from paretofuse.engine.evaluation.progress import progress_bar
 from paretofuse.engine.routing.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
@@ -178,7 +178,7 @@ def fit(
         )
     if callback is not None:
         check_function("callback", callback, "callback(record)")
-    matched = _match(as_objectives(objectives), engine.objectives)
+    matched = in_order(as_objectives(objectives), engine.objectives)
     solver = get_solver(method, options)
     path = _checkpoint_path(checkpoint)
     before, asked = engine.routers.family, engine.routers.family_asked
@@ -238,16 +238,6 @@ def _default_family(engine: Engine) -> str:
     """What is trained unless told: the family that the engine was asked for, else "rows" where they can be merged."""
     routers = engine.routers
     return routers.family_asked or ("rows" if engine._bound.reads_rows else routers.family)
-
-
-def _match(objectives: Sequence[Objective], names: tuple[str, ...]) -> list[Objective]:
-    """The objectives in the engine's order."""
-    given = {objective.name: objective for objective in objectives}
-    if set(given) != set(names) or len(given) != len(objectives):
-        raise ValueError(
-            f"got objectives {[o.name for o in objectives]}, expected one for each of {list(names)}"
-        )
-    return [given[name] for name in names]
 
 
 def _checkpoint_path(checkpoint: str | os.PathLike[str] | None) -> Path | None:

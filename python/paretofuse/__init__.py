@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paretofuse.engine.evaluation.objective import Objective
     from paretofuse.engine.routing.preference import simplex_grid
     from paretofuse.engine.routing.sampling import layered_grid, sample_preferences
+    from paretofuse.engine.training.consensus import add_consensus
     from paretofuse.engine.training.fit import fit
     from paretofuse.engine.training.losses import entropy_loss
     from paretofuse.engine.training.planes import add_planes
@@ -44,6 +45,7 @@ _HOMES = {
     "evaluate": "paretofuse.engine.evaluation.evaluate",
     "with_head": "paretofuse.engine.modules.heads",
     "export": "paretofuse.exporting",
+    "add_consensus": "paretofuse.engine.training.consensus",
     "add_planes": "paretofuse.engine.training.planes",
     "fit": "paretofuse.engine.training.fit",
     "simplex_grid": "paretofuse.engine.routing.preference",
@@ -60,9 +62,9 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "CoefficientFront", "Engine", "Front", "Objective", "StoreError", "TrainerCallbacks",
-    "Validation", "__version__", "add_planes", "entropy_loss", "evaluate", "export", "fit", "layered_grid",
-    "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "search_coefficients", "simplex_grid",
-    "stack", "sweep", "with_head",
+    "Validation", "__version__", "add_consensus", "add_planes", "entropy_loss", "evaluate", "export", "fit",
+    "layered_grid", "lm_eval_metrics", "load", "run_recipe", "sample_preferences", "search", "search_coefficients",
+    "simplex_grid", "stack", "sweep", "with_head",
 ]  # fmt: skip
 
 

@@ -324,6 +324,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": ({"news": ["z"]}, ValueError, "got expert 'z' for objective 'news'"),
     "twice": ({"news": ["a"], "poems": ["a"]}, ValueError, "for objective 'news' and for 'poems'"),
     "twice in one": ({"news": ["a", "a"]}, ValueError, "expected it once"),
+    "a name of two lines": ({"a\rb": ["a"]}, ValueError, "non-empty single lines"),
+    "a zero byte": ({"a\0": ["a"]}, ValueError, "non-empty single lines"),
     "an empty name": ({"": ["a"]}, ValueError, "non-empty single lines"),
     "names that are one text": ({1: ["a"], "1": ["b"]}, ValueError, "names that differ"),
 }

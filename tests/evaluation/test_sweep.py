@@ -59,6 +59,11 @@ def test_other_metrics_keep_their_own_names_and_order() -> None:
     assert evaluate_preferences(Dial(), lambda m: [1, 2, 3], GRID, progress=False)[1][2] == "metric 3"
 
 
+def test_a_metrics_name_must_fit_into_a_table_of_text() -> None:
+    with pytest.raises(ValueError, match="without a zero byte; rename"):
+        evaluate_preferences(Dial(), lambda m: {"f\0": 1.0, "g": 2.0}, GRID, progress=False)
+
+
 def test_eval_mode_without_gradients_and_modes_restored() -> None:
     engine = Dial()
     engine.module.train()

@@ -60,11 +60,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="share of the row coefficients, times their rate, that each step takes away (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--add-consensus", metavar="METHOD:NAME=VALUE,...",
+        help="a merge of all experts as one more plane, by a merge method such as iso_c or ties:density=0.2, or "
+        "regmean, which looks at 8 batches of each objective (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--add-planes", type=count, metavar="RANK",
         help="train a plane of this rank for each objective besides, over every routed matrix (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--plane-lr", type=float, metavar="RATE", help="learning rate of trained planes (default: 0.01)"
+        "--plane-lr", type=float, metavar="RATE", help="learning rate of trained planes (default: 0.003)"
     )
     parser.add_argument(
         "--plane-shrinkage", type=float, metavar="SHARE",
@@ -99,6 +104,9 @@ def run(options: argparse.Namespace) -> Result:
     engine = load_engine(options)
     output = options.output or options.store
     prepare_store(output, engine, force=options.force)
+    if options.add_consensus is not None:
+        read = objectives if options.add_consensus.partition(":")[0] == "regmean" else None
+        paretofuse.add_consensus(engine, options.add_consensus, objectives=read, planes="auto")
     if options.add_planes is not None:
         paretofuse.add_planes(engine, options.add_planes, seed=options.seed)
     started = time.perf_counter()

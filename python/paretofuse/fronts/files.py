@@ -62,8 +62,11 @@ def read_table(path: str | os.PathLike[str], kind: str) -> Table:
     Raises:
         ValueError: the file is not such a table; names the line.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except csv.Error as error:
+        raise ValueError(f"got {str(path)!r}, expected a CSV file that to_csv wrote: {error}") from error
     columns = [tuple(cell.split(":", 1)) for cell in rows[0]] if rows else []
     kinds = [column[0] for column in columns]
     share = kinds.count(kind)

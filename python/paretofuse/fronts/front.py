@@ -12,6 +12,7 @@ import numpy as np
 from paretofuse.engine.evaluation import indicators
 from paretofuse.engine.evaluation.arguments import (
     Point,
+    check_writable,
     directions,
     reference_point,
 )
@@ -55,6 +56,7 @@ class Front:
                 f"got {len(preferences)} preferences and {len(values)} rows of values, expected equal numbers"
             )
         for kind, names in (("objectives", objectives), ("metrics", metrics)):
+            check_writable(kind, names)
             if len(set(names)) != len(names):
                 raise ValueError(
                     f"got {kind} {list(names)}, expected different names; rename the repeated ones"

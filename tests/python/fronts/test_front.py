@@ -75,7 +75,10 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 @given(
     rows=st.lists(st.tuples(st.floats(0, 1), finite, finite), min_size=1, max_size=6),
     names=st.lists(
-        st.text(st.characters(codec="utf-8"), min_size=0, max_size=6), min_size=4, max_size=4, unique=True
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=0, max_size=6),
+        min_size=4,
+        max_size=4,
+        unique=True,
     ),
     maximize=st.sampled_from([True, False, (True, False)]),
 )
@@ -94,6 +97,17 @@ def test_csv_is_an_exact_round_trip(
     assert again == front
     assert again.values.tobytes() == front.values.tobytes()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_names_that_no_table_of_text_holds_are_refused(tmp_path: Path) -> None:
+    shares = np.ones((1, 2)) / 2
+    for objectives, metrics in ((("a\0", "b"), ("m", "n")), (("a", "b"), ("m", "\0"))):
+        with pytest.raises(ValueError, match="without a zero byte; rename"):
+            Front(shares, shares, objectives, metrics)
+    broken = tmp_path / "broken.csv"
+    broken.write_text("preference:" + "a" * 200_000 + "\n", encoding="utf-8")  # longer than csv reads a cell
+    with pytest.raises(ValueError, match=r"broken\.csv', expected a CSV file that to_csv wrote"):
+        Front.from_csv(broken)
 
 
 def test_csv_makes_missing_parents(tmp_path: Path) -> None:
