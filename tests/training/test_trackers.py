@@ -98,6 +98,7 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run.finish()
     fit("wandb")
     assert wandb.run is None
+    wandb.teardown()  # waits for the process that writes: a run's file may be whole a while after its finish
     files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert all(b"loss/b" in file.read_bytes() and b"equal/a" in file.read_bytes() for file in files)
