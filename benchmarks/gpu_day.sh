@@ -10,7 +10,7 @@
 #   library   libparetofuse on the real driver: its own kernels for this device, bits equal to the CPU's
 #   merge     benchmarks.gpu.bench merge: every kernel and plane format, PyTorch, PWEMoE
 #   products  benchmarks.gpu.bench products: routed_linear, routed_rows and their rivals over rows
-#   models    benchmarks.gpu.bench models: from preference to model by the clock, a router step
+#   models    benchmarks.gpu.bench models: from preference to model by the clock, PEFT, AOTInductor, a router step
 #   plot      the picture of what was measured
 #
 # A part that fails does not keep the others from running; the exit status tells how many did. gpu_bench.csv,
@@ -54,6 +54,7 @@ part() {
       if [ -n "$wheels" ]; then from=(--no-index --find-links "$wheels"); fi
       "$python" -m pip install "${from[@]}" "setuptools>=77" pybind11 nlohmann-json cmake ninja pytest \
         moocore safetensors numpy argcomplete tqdm transformers matplotlib &&
+        { "$python" -m pip install "${from[@]}" peft || echo "no PEFT: its merges are left out"; } &&
         "$python" -m pip install --no-deps --no-build-isolation "${from[@]}" --editable . &&
         "$python" -m paretofuse doctor
       ;;

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.cases import Call, Case, Tools, grad_case, merge_case
+from benchmarks.gpu.peers import lora_case, package_case
 from benchmarks.gpu.products import linear_case, rows_case
 from benchmarks.gpu.record import Line, Times, append, context
 from benchmarks.gpu.whole import step_case, switch_case
@@ -120,6 +121,15 @@ def models(quick: bool, device: torch.device) -> Iterator[tuple[str, Callable[[]
     yield "a layer of Llama 3 8B", make(lambda config: LlamaDecoderLayer(config, 0), llama, half), 8
 
 
+def whole(
+    quick: bool, device: torch.device
+) -> tuple[str, Callable[[], nn.Module], tuple[torch.Tensor, ...], int]:
+    """(name, maker, example, experts) of the vision model in float32 that is compiled as a package."""
+    name, maker, experts = [found for found in models(quick, device) if "CLIP" in found[0]][0 if quick else 3]
+    size = 16 if quick else 224
+    return name, lambda: maker().float(), (torch.ones(2, 3, size, size, device=device),), experts
+
+
 Maker = Callable[[], Iterable[Case]]
 
 
@@ -158,6 +168,9 @@ def cases(part: str, quick: bool, tools: Tools) -> Iterator[Maker]:
             yield one(switch_case, name, maker, experts)
             if "CLIP" in name and experts <= 8:
                 yield one(step_case, name, maker, experts, 2 if quick else 32)
+            if "GPT-2" in name:
+                yield one(lora_case, name, maker, ("c_attn", "c_proj", "c_fc"), experts, 2 if quick else 16)
+        yield one(package_case, *whole(quick, tools.device))
 
 
 def gpu_tools(device: torch.device) -> Tools:

@@ -36,7 +36,7 @@ def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
     assert all(float(row["median_ms"]) > 0 and float(row["bytes"]) > 0 for row in rows)
     assert {row["device"] for row in rows} == {"CPU, Triton's interpreter"}
     begins = {row["case"].split()[0] for row in rows}
-    assert begins == {"merge", "grad", "linear", "rows", "switch", "router"}
+    assert begins == {"merge", "grad", "linear", "rows", "switch", "router", "package"}
     assert (tmp_path / "gpu_bench.png").stat().st_size > 10_000
     assert all(f"{part}: appended" in (tmp_path / f"{part}.log").read_text() for part in PARTS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import bench
 from benchmarks.gpu.cases import Case, Contender, Tools, grad_case, merge_case
+from benchmarks.gpu.peers import lora_case
 from benchmarks.gpu.record import COLUMNS
 from benchmarks.harness.record import MissingContender
 
@@ -84,6 +86,21 @@ def test_who_is_wrong_raises_or_is_missing_is_told_and_the_others_go_on(
     assert rows["wrong"]["median_ms"] == rows["raises"]["median_ms"] == ""
     assert float(rows["ours"]["median_ms"]) == 2.0
     assert "FAILED before any contender ran: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
+def test_peft_beside_ours_and_left_out_where_it_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, maker, experts = list(bench.models(True, torch.device("cpu")))[1]
+    words = (name, maker, ("c_attn", "c_fc"), experts, 2, tools(lambda: LikePWEMoE))
+    case = lora_case(*words)
+    for label in ("engine.switch(preference)", "PEFT, add_weighted_adapter and merge"):
+        for _ in range(2):  # PEFT takes its last mixture out again
+            case.verify(label)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert list(lora_case(*words).contenders) == ["engine.switch(preference)"]
+    assert "PEFT is left out: " in capsys.readouterr().out
 
 
 def test_no_case_is_begun_when_the_time_is_up(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from paretofuse.engine.stacking.sources import Source, TensorInfo
 
 def is_live(module: nn.Module) -> bool:
     """Whether PEFT has taken hold of a module (get_peft_model, inject_adapter_in_model, add_adapter)."""
-    if "peft" not in sys.modules:  # whoever has done so has imported it; importing it takes seconds
+    if sys.modules.get("peft") is None:  # whoever has done so has imported it; importing it takes seconds
         return False
     from peft import PeftMixedModel, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
