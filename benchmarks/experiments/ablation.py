@@ -63,6 +63,8 @@ SETTINGS = (
     Setting("rows and rank 4, lr_end 0.02", ROWS, {"lr_end": 0.02}, rank=4),
     Setting("rows and rank 4, plane_lr 0.01", ROWS, {"plane_lr": 1e-2}, rank=4),
     Setting("rows and rank 4, shrinkage 1", ROWS, {"row_shrinkage": 1.0, "plane_shrinkage": 1.0}, rank=4),
+    Setting("rows and rank 4, orthogonality 1", ROWS, {"plane_orthogonality": 1.0}, rank=4),
+    Setting("rows and rank 4, orthogonality 30", ROWS, {"plane_orthogonality": 30.0}, rank=4),
     Setting("rows, corner every 4", ROWS, {"corner_every": 4}),
     Setting("rows and rank 4, corner every 4", ROWS, {"corner_every": 4}, rank=4),
     Setting("rows, 4 preferences a step, a quarter of the steps", ROWS, {"preferences_per_step": 4}, 0.25),

@@ -23,7 +23,7 @@ OURS_FIT: Mapping[str, Any] = {"family": "rows", "row_lr": 0.03, "lr": 0.06, "sa
 """The same of pf.fit: its defaults, written out, so that a result belongs to them."""
 FAMILIES: Mapping[str, tuple[Mapping[str, Any], int | None]] = {
     "scalar": ({**rivals.SCALAR_FIT, "family": "scalar"}, None),
-    "rows shrunk": ({**OURS_FIT, "row_shrinkage": 1.0}, None),
+    "rows shrunk": ({**OURS_FIT, "row_shrinkage": 0.3}, None),
     "rows and rank 4": ({**OURS_FIT, "plane_lr": 0.003}, 4),
 }
 """The other families by name: arguments of pf.fit, and the rank of trained planes."""

@@ -83,6 +83,25 @@ class TrainedPlanes(nn.Module):
         for b in list(self.factors)[::2]:
             b.mul_(1 - share)
 
+    @torch.no_grad()
+    def turn_apart(self, share: float) -> None:
+        """Turn the planes of each tensor apart: a step down the squares of all <row of A_i, row of A_j>, i not j.
+
+        A_i -= share * sum over j != i of C_ij A_j      C_ij = A_i A_j^T, over the norm of all C where that exceeds 1
+
+        Planes whose A are orthogonal look at different directions of a layer's input (LORPMAN, arXiv 2407.20734).
+        """
+        count, tensors, right = len(self.planes), len(self.planes[0]), list(self.factors)[1::2]
+        for tensor in range(tensors):
+            own = right[tensor::tensors]  # of every plane
+            size = len(own[0])
+            rows = torch.cat([a.detach() for a in own])  # [planes rank, columns]
+            plane = torch.arange(count, device=rows.device).repeat_interleave(size)
+            products = (rows @ rows.T) * (plane[:, None] != plane)
+            step = share * products @ rows / products.norm().clamp(min=1.0)
+            for a, part in zip(own, step.split(size), strict=True):
+                a.sub_(part)
+
 
 def _leaf(factor: Tensor) -> Tensor:
     return factor.detach().requires_grad_()

@@ -57,6 +57,7 @@ def fit(
     row_shrinkage: float | None = None,
     plane_lr: float | None = None,
     plane_shrinkage: float | None = None,
+    plane_orthogonality: float | None = None,
     sketch: int | None = None,
     materialize: bool = True,
     seed: int = 0,
@@ -105,6 +106,8 @@ def fit(
             does.
         plane_shrinkage: each step takes this share, times their learning rate, of the trained planes away; 0 unless
             told.
+        plane_orthogonality: each step turns the A of different objectives' trained planes apart, by this times their
+            learning rate; 0 unless told. Orthogonal ones look at different directions of a layer's input.
         sketch: a rank, such as 16: the nearest planes of this rank stand in for the experts' own in the gradient of the
             coefficients of linear layers, whose weight gradients are then never made; merges have the planes
             themselves. Less time for a gradient that is not quite the losses'; None for the exact one.
@@ -158,6 +161,7 @@ def fit(
         row_shrinkage=0.0 if row_shrinkage is None else row_shrinkage,
         plane_lr=Settings.plane_lr if plane_lr is None else plane_lr,
         plane_shrinkage=0.0 if plane_shrinkage is None else plane_shrinkage,
+        plane_orthogonality=0.0 if plane_orthogonality is None else plane_orthogonality,
         sketch=sketch,
     )
     settings.check()
@@ -166,10 +170,15 @@ def fit(
             f"got row_lr={row_lr} and row_shrinkage={row_shrinkage} for routers without row coefficients; pass "
             'family="rows", or leave them out'
         )
-    if engine.routers.planes is None and not (plane_lr is None and plane_shrinkage is None):
+    of_planes = {
+        "plane_lr": plane_lr,
+        "plane_shrinkage": plane_shrinkage,
+        "plane_orthogonality": plane_orthogonality,
+    }
+    if engine.routers.planes is None and (given := {k: v for k, v in of_planes.items() if v is not None}):
         raise ValueError(
-            f"got plane_lr={plane_lr} and plane_shrinkage={plane_shrinkage} for an engine without trained planes; call "
-            "pf.add_planes(engine, rank=4) first, or leave them out"
+            f"got {', '.join(f'{name}={value}' for name, value in given.items())} for an engine without trained "
+            "planes; call pf.add_planes(engine, rank=4) first, or leave it out"
         )
     check_number("checkpoint_every", checkpoint_every, 1)
     if validation is not None and not isinstance(validation, Validation):

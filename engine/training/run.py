@@ -248,7 +248,7 @@ class Run:
 
     @torch.no_grad()
     def _shrink(self, step: int) -> None:
-        """Shrink row coefficients and planes by decoupled weight decay (Loshchilov and Hutter, 1711.05101)."""
+        """Shrink row coefficients and planes and turn planes apart, decoupled as weight decay is (arXiv 1711.05101)."""
         rows = self.engine.routers.rows
         if rows is not None:
             rate = self.settings.rate(step, self.settings.row_lr)
@@ -256,6 +256,8 @@ class Run:
         if self.planes is not None:
             rate = self.settings.rate(step, self.settings.plane_lr)
             self.planes.shrink(rate * self.settings.plane_shrinkage)
+            if self.settings.plane_orthogonality > 0:
+                self.planes.turn_apart(rate * self.settings.plane_orthogonality)
 
     def _measure(self, ray: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [M] and Jacobian at one preference: means over `accumulate` batches, float64 on the CPU.

@@ -12,7 +12,7 @@ from paretofuse.engine.routing.sampling import SamplerName
 ROWS_ONLY = ("row_lr", "row_shrinkage")
 """The settings that runs without row coefficients do not have."""
 
-PLANES_ONLY = ("plane_lr", "plane_shrinkage")
+PLANES_ONLY = ("plane_lr", "plane_shrinkage", "plane_orthogonality")
 """Those that runs without trained planes do not have."""
 
 _LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0, "sketch": 1}
@@ -38,6 +38,7 @@ class Settings:
     row_shrinkage: float = 0.0
     plane_lr: float = 3e-3
     plane_shrinkage: float = 0.0
+    plane_orthogonality: float = 0.0
     sketch: int | None = None
 
     def check(self) -> None:
@@ -51,7 +52,7 @@ class Settings:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number above 0")
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"got lr_end={self.lr_end}, expected a share of lr from 0 to 1")
-        for name in ("regularization", "row_shrinkage", "plane_shrinkage"):
+        for name in ("regularization", "row_shrinkage", "plane_shrinkage", "plane_orthogonality"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a number of at least 0")
         for kind, rate, share in (
@@ -63,6 +64,11 @@ class Settings:
                     f"got {kind}_shrinkage={share} at {kind}_lr={rate}, expected at most 1 / {kind}_lr, where a step "
                     f"takes all of the {'row coefficients' if kind == 'row' else 'trained planes'} away"
                 )
+        if self.plane_lr * self.plane_orthogonality > 1:
+            raise ValueError(
+                f"got plane_orthogonality={self.plane_orthogonality} at plane_lr={self.plane_lr}, expected at most 1 / "
+                "plane_lr, beyond which a step turns planes too far"
+            )
         size = rank_and_size()[1]
         if self.accumulate < size:
             raise ValueError(

@@ -229,7 +229,8 @@ def test_linear_scalarization_steps_along_the_weighted_sum() -> None:
 @pytest.mark.parametrize("materialize", [True, False])
 def test_a_resumed_run_equals_an_uninterrupted_one(materialize: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 4, "progress": False, "materialize": materialize, "family": "rows",
-                               "plane_lr": 0.02, "plane_shrinkage": 0.5}  # fmt: skip
+                               "plane_lr": 0.02, "plane_shrinkage": 0.5,
+                               "plane_orthogonality": 5.0}  # fmt: skip
     whole, first, second = small(), small(), small()
     pf.fit(whole, tasks(), **options)
     path = tmp_path / "run"
@@ -237,17 +238,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(materialize: bool, tmp_path: 
     pf.fit(second, tasks(), **options, checkpoint=path)
     for ours, theirs in zip(whole.routers.parameters(), second.routers.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    for change in ({"plane_lr": 0.03}, {"plane_shrinkage": 0.0}):
+    for change in ({"plane_lr": 0.03}, {"plane_shrinkage": 0.0}, {"plane_orthogonality": 1.0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             pf.fit(small(), tasks(), **(options | change), checkpoint=path)
     with pytest.raises(ValueError, match="rank=3 "):
         pf.fit(small(2), tasks(), **options, checkpoint=path)
-    del options["plane_lr"], options["plane_shrinkage"]
+    of_planes = {name: options.pop(name) for name in ("plane_lr", "plane_shrinkage", "plane_orthogonality")}
     with pytest.raises(ValueError, match="experts="):
         pf.fit(two_experts("dense"), tasks(), **options, checkpoint=path)
-    longer = pf.fit(
-        second, tasks(), **(options | {"steps": 5, "plane_lr": 0.02, "plane_shrinkage": 0.5}), checkpoint=path
-    )
+    longer = pf.fit(second, tasks(), **(options | of_planes | {"steps": 5}), checkpoint=path)
     assert [record["step"] for record in longer] == [5], (
         "the same engine goes on, though its planes have moved"
     )
@@ -259,6 +258,51 @@ def test_shrinkage_takes_planes_toward_zero() -> None:
     pf.fit(held, tasks(), steps=2, plane_lr=1e-4, plane_shrinkage=1e4, progress=False)
     for theirs, ours in zip(planes_of(free).factors[::2], planes_of(held).factors[::2], strict=True):
         assert ours.abs().max() <= 3e-4 < theirs.abs().max()
+
+
+def crossed(planes: TrainedPlanes) -> list[torch.Tensor]:
+    """A_i A_j^T of the first tensor, [P R, P R], zero where i = j; and all rows of A."""
+    rows = torch.cat(list(planes.factors)[1 :: 2 * len(planes.planes[0])]).detach().double()
+    products = rows @ rows.T
+    size = len(rows) // len(planes.planes)
+    for i in range(0, len(rows), size):
+        products[i : i + size, i : i + size] = 0
+    return [products, rows]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_planes_are_turned_apart_down_the_squares_of_their_products(count: int) -> None:
+    engine = two_experts("dense")
+    planes = TrainedPlanes(count, engine.layout.with_role("routed"), engine._bound.places, 3, seed=1)
+    products, rows = crossed(planes)
+    before, norms = products.norm(), rows.norm(dim=1)
+    leaf = rows.clone().requires_grad_()
+    apart = torch.ones(len(rows), len(rows)) - torch.block_diag(*[torch.ones(3, 3)] * count)
+    (apart * (leaf @ leaf.T)).square().sum().div(4).backward()
+    planes.turn_apart(0.1)
+    assert leaf.grad is not None
+    torch.testing.assert_close(
+        crossed(planes)[1], rows - 0.1 * leaf.grad / before.clamp(min=1), rtol=1e-5, atol=1e-6
+    )
+    for _ in range(300):
+        planes.turn_apart(0.1)
+    products, rows = crossed(planes)
+    assert products.norm() < 0.01 * before
+    assert (rows.norm(dim=1) > 0.7 * norms).all(), "turned, not taken away"
+    assert all(not b.any() for b in list(planes.factors)[::2])
+
+
+def test_fit_turns_planes_apart_where_it_is_told_to() -> None:
+    free, held = small(), small()
+    pf.fit(free, tasks(), steps=3, plane_lr=1e-3, progress=False)
+    pf.fit(held, tasks(), steps=3, plane_lr=1e-3, plane_orthogonality=1000, progress=False)
+    assert crossed(planes_of(held))[0].norm() < 0.5 * crossed(planes_of(free))[0].norm()
+    with pytest.raises(
+        ValueError, match=r"plane_orthogonality=1001 at plane_lr=0\.001, expected at most 1 / plane_lr"
+    ):
+        pf.fit(small(), tasks(), plane_lr=1e-3, plane_orthogonality=1001)
+    with pytest.raises(ValueError, match="plane_orthogonality=-1, expected a number of at least 0"):
+        pf.fit(small(), tasks(), plane_orthogonality=-1)
 
 
 def test_a_validation_gives_the_best_planes_back() -> None:
@@ -377,7 +421,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="got Two to add planes to, expected an engine"):
         pf.add_planes(Two())  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"plane_lr=0\.1 and plane_shrinkage=None for an engine without trained planes"
+        ValueError, match=r"got plane_lr=0\.1 for an engine without trained planes; call pf\.add_planes"
     ):
         pf.fit(engine, tasks(), plane_lr=0.1)
     assert engine.routers.planes is None
@@ -422,7 +466,8 @@ def test_the_command_line_trains_them(
     assert main(["stack", "base.safetensors", *experts, "-o", "store", "--planes", "dense"]) == 0
     fit = ["fit", "store", "--objectives", "plane_tasks:objectives", "--module", "plane_tasks:build", "--steps", "3",
            "--threads", "1"]  # fmt: skip
-    planes = ["--add-planes", "2", "--plane-lr", "0.02", "--plane-shrinkage", "0.1"]
+    planes = ["--add-planes", "2", "--plane-lr", "0.02", "--plane-shrinkage", "0.1",
+              "--plane-orthogonality", "2"]  # fmt: skip
     assert main([*fit, *planes, "-o", "trained"]) == 0
     assert "news, news.trained of news" in capsys.readouterr().out
     engine = pf.load("trained")

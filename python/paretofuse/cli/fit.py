@@ -76,6 +76,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="share of the trained planes, times their rate, that each step takes away (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--plane-orthogonality", type=float, metavar="SHARE",
+        help="how far each step turns different objectives' trained planes apart, times their rate (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
         "--sketch", type=count, metavar="RANK",
         help="learn linear layers from the rank-RANK parts of what experts add, such as 16: less time and memory "
         "(default: from all of it)",
@@ -122,6 +126,7 @@ def run(options: argparse.Namespace) -> Result:
         row_shrinkage=options.row_shrinkage,
         plane_lr=options.plane_lr,
         plane_shrinkage=options.plane_shrinkage,
+        plane_orthogonality=options.plane_orthogonality,
         sketch=options.sketch,
         seed=options.seed,
         validation=validation,
