@@ -98,5 +98,5 @@ def parse_transform(text: str) -> Transform:
         name: {parameter.name: parameter for parameter in method.parameters if parameter.name in _OWN}
         for name, method in TRANSFORMS.items()
     }
-    name, options, seed = parse_words("transform", text, choices)
+    name, options, seed = parse_words(f"transform={text!r}", text, choices)
     return Transform(TRANSFORMS[name], options, seed)

@@ -9,12 +9,12 @@ from paretofuse.engine.methods.method import Parameter
 
 
 def parse_words(
-    argument: str, text: str, choices: Mapping[str, Mapping[str, Parameter]]
+    given: str, text: str, choices: Mapping[str, Mapping[str, Parameter]]
 ) -> tuple[str, dict[str, Any], int]:
     """The method's name, its parameters by name (the rest at their defaults), and the seed (0 unless told).
 
     Args:
-        argument: what the text was given as, for messages.
+        given: the text as messages quote it, such as "transform='ties'".
         text: a method, and after a colon its parameters.
         choices: the methods that may be named, and of each the parameters that may be.
 
@@ -23,12 +23,10 @@ def parse_words(
         ValueError: no such method, a parameter that it lacks, or a value out of range.
     """
     if not isinstance(text, str):
-        raise TypeError(f"got {argument}={text!r}, expected a text such as 'ties:density=0.2'")
+        raise TypeError(f"got {given}, expected a text such as 'ties:density=0.2'")
     name, _, rest = text.partition(":")
     if name not in choices:
-        raise ValueError(
-            f"got {argument}={text!r}, expected one of {', '.join(choices)}, such as ties:density=0.2"
-        )
+        raise ValueError(f"got {given}, expected one of {', '.join(choices)}, such as ties:density=0.2")
     own = choices[name]
     options: dict[str, Any] = {key: parameter.default for key, parameter in own.items()}
     seed = 0
@@ -38,7 +36,7 @@ def parse_words(
             seed = int(value)
         elif key not in own or not equals:
             raise ValueError(
-                f"got {argument}={text!r}, but {name} has no {part.strip()!r}; expected NAME=VALUE of "
+                f"got {given}, but {name} has no {part.strip()!r}; expected NAME=VALUE of "
                 f"{', '.join([*own, 'seed'])}"
             )
         else:

@@ -69,7 +69,9 @@ def add_consensus(
         raise TypeError(
             f"got {type(engine).__name__} to add a plane to, expected an engine that pf.stack or pf.load made"
         )
-    name, options, seed = parse_words("method", method, {**choices(), REGMEAN: {SCALE.name: SCALE}})
+    name, options, seed = parse_words(
+        f"the method {method!r}", method, {**choices(), REGMEAN: {SCALE.name: SCALE}}
+    )
     wanted = parse(planes)
     if wanted.dtype is not None:
         raise ValueError(
@@ -79,7 +81,7 @@ def add_consensus(
     check_number("batches", batches, 1)
     if (name == REGMEAN) != (objectives is not None):
         raise ValueError(
-            f"got method={method!r} {'without' if objectives is None else 'with'} objectives, expected them for "
+            f"got the method {method!r} {'without' if objectives is None else 'with'} objectives, expected them for "
             f"{REGMEAN!r}, which reads data, and for no other method"
         )
     if engine.routers.planes is not None:

@@ -267,7 +267,12 @@ def test_a_loss_that_fails_leaves_the_engine_as_it_was() -> None:
 def test_what_is_refused() -> None:
     engine, objectives = two_experts("dense"), tasks()
     for method, options, kind, words in (
-        ("median", {}, ValueError, r"method='median', expected one of task_arithmetic, .*, regmean, such as"),
+        (
+            "median",
+            {},
+            ValueError,
+            r"the method 'median', expected one of task_arithmetic, .*, regmean, such as",
+        ),
         ("iso_c:density=1", {}, ValueError, r"iso_c has no 'density=1'; expected NAME=VALUE of lambda, seed"),
         ("ties:density=2", {}, ValueError, "density: '2', expected 0 to 1"),
         ("regmean:scale=2", {"objectives": objectives}, ValueError, "scale: '2', expected 0 to 1"),
@@ -287,7 +292,7 @@ def test_what_is_refused() -> None:
             ValueError,
             "got planes='bf16', expected dense, which has the dtype of",
         ),
-        (3, {}, TypeError, "method=3, expected a text"),
+        (3, {}, TypeError, "the method 3, expected a text"),
     ):
         with pytest.raises(kind, match=words):
             pf.add_consensus(engine, method, **options)  # type: ignore[arg-type]
