@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft.utils import merge_utils
 from torch import Tensor, nn
 
 import paretofuse as pf
-from benchmarks.experiments import consensus, rivals, vision
-from benchmarks.experiments.contenders import contenders
+from benchmarks.experiments import rivals, vision
+from benchmarks.experiments.contenders import COEFFICIENTS, contenders
 from benchmarks.experiments.experiment import Context, Meter, Models
 
 pytest.importorskip("sklearn", reason="the quick experiment is about scikit-learn's digits")
@@ -120,14 +119,19 @@ def test_they_are_listed_once_and_entropies_only_where_there_are_classes(context
     assert set(names) - set(none) == {"entropy, no labels"}
 
 
-def test_a_consensus_of_ties_is_pefts_merge_of_each_tensor():
-    torch.manual_seed(5)
-    base, a, b = (nn.Sequential(nn.Linear(20, 15), nn.LayerNorm(15)) for _ in range(3))
-    wanted = {}
-    for name, parameter in base.named_parameters():
-        deltas = [dict(m.named_parameters())[name].detach() - parameter.detach() for m in (a, b)]
-        merged = merge_utils.ties(deltas, torch.ones(2), consensus.DENSITY)
-        wanted[name] = parameter.detach() + merged
-    found = dict(consensus.consensus(base, {"a": a, "b": b}, "ties", 0).named_parameters())
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name].detach(), tensor)
+@pytest.mark.parametrize(("name", "method"), [("TSV", "tsv"), ("Iso-C", "iso_c"), ("RegMean", "regmean")])
+def test_a_single_merge_is_its_methods_plane_at_the_best_coefficient(context, name, method):
+    (contender,) = (c for c in contenders(context.experiment) if c.name == name)
+    outcome = contender.run(context)
+    best = float(outcome.note.rpartition(": ")[2])
+    model, experts = context.models.base(), context.models.experts()
+    engine = pf.stack(model, experts)
+    reads = context.experiment.objectives if method == "regmean" else None
+    pf.add_consensus(engine, method, objectives=reads)
+    with torch.no_grad():
+        for parameter, plane in ((model.get_parameter(n), p) for n, p in engine._stack.planes[-1].items()):
+            parameter.add_(best * plane.decode())
+    np.testing.assert_allclose(
+        outcome.front.values[0], context.measured(model), atol=0.051
+    )  # two images of 40
+    assert best in COEFFICIENTS
