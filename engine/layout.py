@@ -117,6 +117,14 @@ class Layout:
         """The first of an objective's planes, whose head the objective has."""
         return next(member.plane for member in self.members if member.objective == objective)
 
+    def free_name(self, name: str) -> str:
+        """A name for one more plane: this one, or with the first number behind it that makes it new."""
+        found, number = name, 1
+        while found in self.planes:
+            number += 1
+            found = f"{name}{number}"
+        return found
+
     @cached_property
     def groups(self) -> tuple[str, ...]:
         """Routing groups in the order of their first tensor; the [G] axis."""

@@ -16,6 +16,7 @@ import paretofuse as pf
 from benchmarks.experiments import rivals
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome, trainable
 from benchmarks.models import pwemoe
+from paretofuse.engine.training.consensus import reads_data
 
 OURS_STACK: Mapping[str, Any] = {"route": "tensor"}
 """Arguments of pf.stack for ours, the same in every experiment."""
@@ -135,8 +136,8 @@ def learned(
                 add_consensus(context, engine, merged)
             if rank is not None:
                 pf.add_planes(engine, rank)
-            learning = context.experiment.objectives
-            pf.fit(engine, learning, steps=steps, seed=context.seed, progress=False, **fit)
+            objectives = context.experiment.objectives
+            pf.fit(engine, objectives, steps=steps, seed=context.seed, progress=False, **fit)
         return Outcome(context.sweep(engine), "front", steps, trainable(engine.routers))
 
     return run
@@ -144,8 +145,8 @@ def learned(
 
 def add_consensus(context: Context, engine: pf.Engine, method: str) -> None:
     """Give an engine the plane that a method makes of the experts, from the experiment's data if it reads any."""
-    reads = method.startswith("regmean")
-    pf.add_consensus(engine, method, objectives=context.experiment.objectives if reads else None)
+    objectives = context.experiment.objectives if reads_data(method) else None
+    pf.add_consensus(engine, method, objectives=objectives)
 
 
 def plain_average(context: Context) -> Outcome:

@@ -125,7 +125,7 @@ def whole(
     quick: bool, device: torch.device
 ) -> tuple[str, Callable[[], nn.Module], tuple[torch.Tensor, ...], int]:
     """(name, maker, example, experts) of the vision model in float32 that is compiled as a package."""
-    name, maker, experts = [found for found in models(quick, device) if "CLIP" in found[0]][0 if quick else 3]
+    name, maker, experts = next(found for found in models(quick, device) if "CLIP" in found[0])
     size = 16 if quick else 224
     return name, lambda: maker().float(), (torch.ones(2, 3, size, size, device=device),), experts
 

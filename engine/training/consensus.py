@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.evaluate import eval_mode
 from paretofuse.engine.evaluation.objective import Objective, Objectives, as_objectives, in_order
-from paretofuse.engine.layout import Layout, Member, TensorSpec
+from paretofuse.engine.layout import Member, TensorSpec
 from paretofuse.engine.methods.consensus import Consensus, choices
 from paretofuse.engine.methods.method import Parameter
 from paretofuse.engine.methods.words import parse_words
@@ -34,6 +33,11 @@ SCALE = Parameter("scale", float, 0.9, low=0.0, high=1.0)
 
 Merge = Callable[[TensorSpec, Sequence[Tensor]], Tensor]
 """Given a tensor and what each expert adds to it, float32 on the CPU: what the merge adds."""
+
+
+def reads_data(method: str) -> bool:
+    """Whether a method of `add_consensus` wants objectives."""
+    return method.partition(":")[0] == REGMEAN
 
 
 @lasting()
@@ -110,15 +114,10 @@ def add_consensus(
                 plane = encode(wanted, merged, base.cpu(), TO_TORCH[spec.delta_dtype], len(stack.planes) + 1)
                 own[spec.name] = to(plane, base.device)
         stack.release([spec.name])
-    member = Member(_free_name(engine.layout, name), None, 0.0)
+    member = Member(engine.layout.free_name(name), None, 0.0)
     layout = replace(engine.layout, members=(*engine.layout.members, member))
     engine.routers.append([member])
     engine._rebind(replace(stack, layout=layout, planes=(*stack.planes, own)))
-
-
-def _free_name(layout: Layout, name: str) -> str:
-    """The name itself, or with the first number behind it that makes it new among the planes."""
-    return next(found for n in count(1) if (found := name if n == 1 else f"{name}{n}") not in layout.planes)
 
 
 def _by_differences(consensus: Consensus) -> Merge:

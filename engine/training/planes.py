@@ -43,13 +43,7 @@ def add_planes(engine: Engine, rank: int = 4, *, seed: int = 0) -> None:
         )
     bound, layout = engine._bound, engine.layout
     bound.check_whole("trained planes")
-    members = []
-    for objective in layout.objectives:
-        name, number = f"{objective}.trained", 1
-        while name in layout.planes:
-            number += 1
-            name = f"{objective}.trained{number}"
-        members.append(Member(name, objective, 1.0))
+    members = [Member(layout.free_name(f"{name}.trained"), name, 1.0) for name in layout.objectives]
     trained = TrainedPlanes(len(members), layout.with_role("routed"), bound.places, rank, seed)
     stack = replace(
         bound.stack,

@@ -109,7 +109,9 @@ def run(options: argparse.Namespace) -> Result:
     output = options.output or options.store
     prepare_store(output, engine, force=options.force)
     if options.add_consensus is not None:
-        read = objectives if options.add_consensus.partition(":")[0] == "regmean" else None
+        from paretofuse.engine.training.consensus import reads_data
+
+        read = objectives if reads_data(options.add_consensus) else None
         paretofuse.add_consensus(engine, options.add_consensus, objectives=read, planes="auto")
     if options.add_planes is not None:
         paretofuse.add_planes(engine, options.add_planes, seed=options.seed)
