@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,25 +112,28 @@ def test_it_changes_nothing_before_it_is_trained(init: str, family: str, backend
 
 
 def least_squares(
-    experts: list[nn.Module], data: list[list[Tensor]], layer: str, base: nn.Module, scale: float
+    experts: Iterable[nn.Module],
+    data: Sequence[Sequence[Tensor]],
+    layer: str,
+    base: nn.Module,
+    scale: float,
+    conv1d: bool = False,
 ) -> Tensor:
-    """RegMean in float64, from the experts themselves: W = (sum W_k G_k) (sum G_k)^-1, less the base's weight."""
-    total: Tensor | float = 0.0
-    weighted: Tensor | float = 0.0
+    """RegMean in float64, from the experts themselves: (sum W_k G_k) (sum G_k)^-1 [O, I], less the base's weight."""
+    name, total, weighted = f"{layer}.weight", torch.zeros(()), torch.zeros(())
     for expert, batches in zip(experts, data, strict=True):
         wide, seen = copy.deepcopy(expert).double(), []
         wide.get_submodule(layer).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             for batch in batches:
-                wide(batch.double())
+                wide(batch.double() if batch.is_floating_point() else batch)
         x = torch.cat([inputs.flatten(0, -2) for inputs in seen])
         gram = x.T @ x / len(x)
         gram = torch.where(torch.eye(len(gram), dtype=torch.bool), gram, scale * gram)
-        weight = wide.get_submodule(layer).weight.detach()  # type: ignore[union-attr]
-        total, weighted = total + gram, weighted + weight @ gram
-    assert isinstance(total, Tensor)
-    merged: Tensor = weighted @ torch.linalg.inv(total) - base.get_submodule(layer).weight.detach().double()  # type: ignore[operator,union-attr]
-    return merged
+        weight = wide.get_parameter(name).detach()
+        total, weighted = total + gram, weighted + (weight.T if conv1d else weight) @ gram
+    before = base.get_parameter(name).detach().double()
+    return weighted @ torch.linalg.inv(total) - (before.T if conv1d else before)
 
 
 @pytest.mark.parametrize("scale", [0.9, 0.5, 0.0])
@@ -187,19 +190,7 @@ def test_layers_that_keep_their_weight_the_other_way_round_and_ties() -> None:
     engine = pf.stack(base, experts)
     pf.add_consensus(engine, "regmean", objectives={"a": (data[0], loss), "b": (data[1], loss)}, batches=4)
     plane, name = last_plane(engine), "transformer.h.1.mlp.c_fc"
-    total: Any = 0.0
-    weighted: Any = 0.0
-    for expert, batches in zip(experts.values(), data, strict=True):
-        wide, seen = copy.deepcopy(expert).double(), []
-        wide.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            for ids in batches:
-                wide(input_ids=ids)
-        x = torch.cat([inputs.flatten(0, -2) for inputs in seen])
-        gram = x.T @ x / len(x)
-        gram = torch.where(torch.eye(len(gram), dtype=torch.bool), gram, 0.9 * gram)
-        total, weighted = total + gram, weighted + gram @ wide.get_parameter(f"{name}.weight").detach()
-    expected = torch.linalg.solve(total, weighted) - base.get_parameter(f"{name}.weight").detach().double()
+    expected = least_squares(experts.values(), data, name, base, 0.9, conv1d=True).T
     torch.testing.assert_close(plane[f"{name}.weight"].double(), expected, rtol=1e-3, atol=2e-4)
     tied = "transformer.wte.weight"
     torch.testing.assert_close(plane[tied].double(), mean(deltas_of(engine, tied)), rtol=1e-6, atol=1e-8)
