@@ -140,8 +140,7 @@ class Engine:
     @property
     def preference(self) -> dict[str, float] | None:
         """What the live module was last merged for, by objective; None before a switch, and after given `weights=`."""
-        at = self._in_place.preference
-        return None if at is None else dict(at)
+        return self._in_place.preference
 
     def switch(self, preference: Preference | None = None, *, weights: Tensor | None = None) -> None:
         """Rewrite the live module in place for a preference, or for given routing weights [G, P].

@@ -131,7 +131,9 @@ def test_only_one_file_calls_the_extension() -> None:
 def test_the_extension_works_for_the_store_and_one_file_of_a_room() -> None:
     users = {p for p in FILES if "paretofuse.engine.extension" in imports(p.read_text(encoding="utf-8"))}
     store = {p for p in users if p.parent == ROOT / "engine" / "store"}
-    others = ("routing/routers.py", "merging/native.py", "merging/disk.py", "methods/native.py")
+    others = (
+        "routing/routers.py", "merging/native.py", "merging/disk.py", "methods/native.py", "modules/bindings.py",
+    )  # fmt: skip
     assert users - store == {ROOT / "engine" / name for name in others}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -37,10 +37,10 @@ class StubUtils:
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
-    ) -> tuple[None, None, int, int, int]:
-        """Module and function, which there are none of, registers, spills and the most threads of a program."""
+    ) -> tuple[object, None, int, int, int]:
+        """Module, function, which there is none of, registers, spills and the most threads of a program."""
         self.binaries.add(binary)
-        return None, None, 32, 0, 1024
+        return object(), None, 32, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """An H100's."""
@@ -89,8 +89,7 @@ def stub_driver() -> Iterator[StubDriver]:
 
     stub = StubDriver()
     kernels = routed_merge.merge_kernel, routed_grad.partials_kernel, routed_grad.segment_sums_kernel
-    for kernel in kernels:
-        kernel.device_caches.clear()  # by the number of a device, which the stub's has as well
+    _forget(kernels)
     try:
         with (
             mock.patch.object(driver, "_active", stub),
@@ -99,8 +98,16 @@ def stub_driver() -> Iterator[StubDriver]:
         ):
             yield stub
     finally:
-        for kernel in kernels:
-            kernel.device_caches.clear()
+        _forget(kernels)
+
+
+def _forget(kernels: Iterable[Any]) -> None:
+    """What was compiled for the first device, which the stub's is as well; and no driver shall unload it."""
+    for kernel in kernels:
+        for compiled, *_ in kernel.device_caches.values():
+            for one in compiled.values():
+                one.module = None
+        kernel.device_caches.clear()
 
 
 class StubGraph:

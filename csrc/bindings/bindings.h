@@ -6,6 +6,7 @@
 namespace paretofuse {
 
 void bind_methods(pybind11::module_& m);
+void bind_places(pybind11::module_& m);
 void bind_routing(pybind11::module_& m);
 void bind_store(pybind11::module_& m);
 

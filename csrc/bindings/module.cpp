@@ -140,6 +140,7 @@ std::vector<std::pair<std::string, bool>> instruction_sets() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "ParetoFuse's C++ core. Call it through the rooms' files of the name native.py.";
   pf::bind_methods(m);
+  pf::bind_places(m);
   pf::bind_routing(m);
   pf::bind_store(m);
   py::class_<Planes>(m, "Planes")

@@ -44,15 +44,18 @@ std::unique_ptr<Routers> make_routers(const std::string& init,
                                    std::move(parameters));
 }
 
-// Routing weights [K, G, P] of checked preferences [K, M].
+// Routing weights [G, P] of a checked preference [M], or [K, G, P] of several [K, M].
 Array<float> weights_of(const Routers& routers, const Array<double>& preferences) {
   const auto& bias = routers.parameters().at("output.bias").shape;  // [G, P]
   const auto& hidden = routers.parameters().at("hidden.weight").shape;
-  if (preferences.ndim() != 2 || preferences.shape(1) != hidden[2]) {
-    throw std::invalid_argument("expected preferences [K, M = " + std::to_string(hidden[2]) + "]");
+  const py::ssize_t axes = preferences.ndim();
+  if (axes < 1 || axes > 2 || preferences.shape(axes - 1) != hidden[2]) {
+    throw std::invalid_argument("expected preferences [M = " + std::to_string(hidden[2]) + "] or [K, M]");
   }
-  const py::ssize_t count = preferences.shape(0), size = bias[0] * bias[1];
-  Array<float> weights(std::vector<py::ssize_t>{count, bias[0], bias[1]});
+  const py::ssize_t count = axes == 1 ? 1 : preferences.shape(0), size = bias[0] * bias[1];
+  std::vector<py::ssize_t> shape{bias[0], bias[1]};
+  if (axes == 2) shape.insert(shape.begin(), count);
+  Array<float> weights(shape);
   float* out = weights.mutable_data();
   const double* given = preferences.data();
   const py::gil_scoped_release unlocked;

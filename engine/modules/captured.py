@@ -63,7 +63,6 @@ class CapturedSwitch:
         # A replay may still be about to fetch from the buffer when nobody needs this any more.
         weakref.finalize(self, _wait, self._done, self._buffer, self._graph)
 
-    @torch.no_grad()
     def switch(self, preference: Preference) -> None:
         """Rewrite the live module for a preference, to the bits of `Engine.switch`, on the device's current stream.
 

@@ -13,6 +13,7 @@ Triton kernels': fixed order and no atomics, so the same bits every time.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -83,19 +84,23 @@ class GradientCollector:
         self._pass: int | None = None
         self._suspended: dict[int, tuple[Tensor, Tensor]] = {}
         self._reached = False
+        self._armed = True
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+            parameter.register_post_accumulate_grad_hook(
+                self._hook(partial(GradientCollector._reduce, name=name))
+            )
         for mix in mixes:
             mix.requires_grad_(True)
-            mix.register_post_accumulate_grad_hook(self._take_mix)
+            mix.register_post_accumulate_grad_hook(self._hook(GradientCollector._take_mix))
         for factor in self._factors if mixes else []:  # which a fused module's layers read by themselves
-            factor.register_post_accumulate_grad_hook(self._take_factor)
+            factor.register_post_accumulate_grad_hook(self._hook(GradientCollector._take_factor))
 
     def arm(self, routing_weights: Tensor, trained: TrainedPlanes | None = None) -> None:
         """From now on each backward pass through the module goes on into these routing weights, and trained planes."""
         for leaf in self._leaves:
             leaf.requires_grad_(True)
+        self._armed = True
         if routing_weights.shape != self._pending.shape:  # rows have coefficients now
             self._pending = self._pending.new_zeros(routing_weights.shape)
         self._forget()
@@ -104,6 +109,9 @@ class GradientCollector:
 
     def disarm(self) -> None:
         """Forwards through the module record no graph for the routed parameters."""
+        if not self._armed:  # as before most switches, which this would cost a third of their time
+            return
+        self._armed = False
         for leaf in self._leaves:
             leaf.requires_grad_(False)
         self._routing_weights = None
@@ -142,22 +150,37 @@ class GradientCollector:
             self._routing_weights = weights
         return torch.stack([row for row, _ in rows]), torch.stack([factors for _, factors in rows])
 
-    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, act: Callable[[GradientCollector, Tensor], None]) -> Callable[[Tensor], None]:
+        """A tensor's hook, which does not hold this collector.
+
+        Python's garbage collector does not see that a tensor holds its hooks: a module whose tensors held what watches
+        the module would never be freed, nor all that is merged.
+        """
+        own = weakref.ref(self)
+
+        def hook(tensor: Tensor) -> None:
+            if (collector := own()) is None:
+                raise ValueError(
+                    "got a backward pass through a module that the engine has let go of (unload, add_planes, or the "
+                    "engine is gone), expected its present one; make the forward pass anew after engine.train_at"
+                )
+            act(collector, tensor)
+
+        return hook
+
+    def _reduce(self, parameter: Tensor, name: str) -> None:
+        """Take a routed parameter's gradient."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        self._enter_pass()
         planes = [own.get(name) for own in self._planes]
-
-        def reduce(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            self._enter_pass()
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
-            self._add_factors(name, planes, lambda b, a, weight: factor_gradients(b, a, dense, weight))
-            if name in self._kernels and not self._by_row:
-                self._kernels[name].add(name, dense)
-            else:
-                self._add(name, inner_products(dense, planes, self._by_row))
-
-        return reduce
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        self._add_factors(name, planes, lambda b, a, weight: factor_gradients(b, a, dense, weight))
+        if name in self._kernels and not self._by_row:
+            self._kernels[name].add(name, dense)
+        else:
+            self._add(name, inner_products(dense, planes, self._by_row))
 
     def take_tokens(
         self, name: str, planes: Sequence[LowRank | None], *, transposed: bool

@@ -29,7 +29,6 @@ class InPlaceModules:
     """Both modules, each built when first asked for, and what the live one is merged for.
 
     Attributes:
-        preference: of the live module, by objective; None before a switch, and after given weights.
         at_weights: whether the live module was merged for given weights.
     """
 
@@ -42,8 +41,15 @@ class InPlaceModules:
         self._sketch_rank: int | None = None  # that the fused one is to have
         self._fused_for: tuple[int, int | None] | None = None
         self._trained: LiveModule | None = None
-        self.preference: dict[str, float] | None = None
+        self._merged_for: np.ndarray | None = None
         self.at_weights = False
+
+    @property
+    def preference(self) -> dict[str, float] | None:
+        """Of the live module, by objective; None before a switch, and after given weights."""
+        if self._merged_for is None:
+            return None
+        return dict(zip(self._routers.objectives, self._merged_for.tolist(), strict=True))
 
     @property
     def built(self) -> bool:
@@ -182,6 +188,4 @@ class InPlaceModules:
 
     def _note(self, preference: np.ndarray | None) -> None:
         """Take down what the live module is merged for, a checked preference or given weights."""
-        self.at_weights = preference is None
-        names = self._routers.objectives
-        self.preference = None if preference is None else dict(zip(names, preference.tolist(), strict=True))
+        self.at_weights, self._merged_for = preference is None, preference

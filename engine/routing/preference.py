@@ -42,7 +42,9 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
         TypeError: not a dict, sequence or tensor of numbers.
     """
     objectives = tuple(objectives)
-    if isinstance(preference, Mapping):
+    if type(preference) is not list and isinstance(
+        preference, Mapping
+    ):  # a list needs no search for its kind
         unknown = [name for name in preference if name not in objectives]
         if unknown:
             raise ValueError(
@@ -50,18 +52,16 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
                 f"{_quoted(objectives)}; correct the name"
             )
         missing = [name for name in objectives if name not in preference]
-        numbers = [_number(preference.get(name, 0.0), f"objective {name!r}") for name in objectives]
+        numbers = [_number(preference.get(name, 0.0), name) for name in objectives]
     else:
         missing = []
-        entries = _entries(preference)
+        entries = preference if type(preference) is list else _entries(preference)
         if len(entries) != len(objectives):
             raise ValueError(
                 f"got a preference of {len(entries)} numbers, expected {len(objectives)}: one for each of "
                 f"{_quoted(objectives)}"
             )
-        numbers = [
-            _number(value, f"objective {name!r}") for name, value in zip(objectives, entries, strict=True)
-        ]
+        numbers = [_number(value, name) for name, value in zip(objectives, entries, strict=True)]
     for name, number in zip(objectives, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(
@@ -166,14 +166,16 @@ def _entries(preference: Any) -> list[Any]:
     return list(preference)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, objective: str) -> float:
+    if type(value) is float:  # as nearly always: every switch asks
+        return value
     try:
         if isinstance(value, str | bytes | bool | list | tuple):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"got {type(value).__name__} for {where} in a preference, expected one number"
+            f"got {type(value).__name__} for objective {objective!r} in a preference, expected one number"
         ) from None
 
 

@@ -192,15 +192,18 @@ class Routers(nn.Module):
 
     def on_host(self) -> _C.Routers:
         """The groups' routers in C++, as a store evaluates them; kept until the parameters change."""
-        layers = {"hidden": self.hidden, "output": self.output}
-        own = {f"{name}.{part}": tensor for name, layer in layers.items()
-               for part, tensor in layer.named_parameters()}  # fmt: skip
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in own.values()]
+        layers: list[Any] = [
+            self._modules["hidden"],
+            self._modules["output"],
+        ]  # nn.Module's own lookup takes longer
+        own = [tensor for layer in layers for tensor in layer._parameters.values()]
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in own]
         if self._host is None or self._host[0] != seen:
-            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
+            names = "hidden.weight", "hidden.bias", "output.weight", "output.bias"
+            arrays = {name: t.detach().cpu().numpy() for name, t in zip(names, own, strict=True)}
             members = list(zip(self._owner.tolist(), self._share.tolist(), strict=True))
             # What was copied is held, so that its addresses stay its own.
-            held = [tensor.detach() for tensor in own.values()]
+            held = [tensor.detach() for tensor in own]
             self._host = (seen, held, _C.Routers(self.init, members, arrays))
         return self._host[2]
 

@@ -39,7 +39,6 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
     return (routing if routing.dim() == 3 else routing.unsqueeze(0)).contiguous()
 
 
-@torch.no_grad()
 def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
     """Routing weights [..., G, P] or [..., G + R, P] of checked preferences [M] or [K, M], for a merger to fetch.
 
@@ -51,7 +50,10 @@ def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
     if routers.rows is None or device.type != "cpu":
         return received(routers, pinned(to_send(routers, preference), device))
     groups = torch.from_numpy(_on_host(routers, preference))
-    rows = routers.rows(torch.from_numpy(preference))  # in the order of the sums in C++, so in the same bits
+    with torch.no_grad():
+        rows = routers.rows(
+            torch.from_numpy(preference)
+        )  # in the order of the sums in C++, so in the same bits
     return torch.cat([groups, rows.to(torch.float32)], -2)
 
 
@@ -65,15 +67,15 @@ def to_send(routers: Routers, preference: np.ndarray) -> Tensor:
 
 def received(routers: Routers, told: Tensor) -> Tensor:
     """Routing weights [..., G, P] or [..., G + R, P] of what the host tells, from pinned memory without waiting."""
-    return (
-        told if routers.rows is None else routers.at(told.to(routers.output.bias.device, non_blocking=True))
-    )
+    if routers.rows is None:
+        return told
+    with torch.no_grad():
+        return routers.at(told.to(routers.output.bias.device, non_blocking=True))
 
 
 def _on_host(routers: Routers, preference: np.ndarray) -> np.ndarray:
     """The groups' routing weights [..., G, P] of checked preferences [M] or [K, M]."""
-    several = routers.on_host().weights(np.atleast_2d(preference))  # [K, G, P]
-    return several if preference.ndim == 2 else several[0]
+    return routers.on_host().weights(preference)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -232,3 +233,9 @@ class Store:
         batch_bytes: int,
         shard_bytes: int,
     ) -> Merged: ...
+
+class Places:
+    def __init__(self, tensors: list[Any], exchange: object) -> None: ...
+    def hold(self, tensors: list[Any]) -> bool: ...
+
+def links_hold(links: list[tuple[dict[str, Any], str, object]]) -> bool: ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import paretofuse as pf
+from paretofuse.engine.modules import bindings
 from tests.support.models import Net, net_and_experts, same
 
 R = [0.2, 0.3, 0.5]
@@ -78,9 +81,19 @@ MOVES: dict[str, Callable[[Net], object]] = {
 }
 
 
+@pytest.fixture(params=["by C++", "by Python"])
+def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who compares where tensors lie: torch's older versions do not tell C++."""
+    if request.param == "by Python":
+        monkeypatch.setattr(bindings, "_places", lambda tensors: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
-def test_what_moves_the_live_module_is_refused(move: Callable[[Net], object], backend: str) -> None:
+def test_what_moves_the_live_module_is_refused(
+    move: Callable[[Net], object], backend: str, told: str
+) -> None:
     base, experts = net_and_experts()
     engine = pf.stack(base, experts, backend=backend)
     live = engine.module
@@ -96,6 +109,58 @@ def test_what_moves_the_live_module_is_refused(move: Callable[[Net], object], ba
     dense = engine.unload(R)
     engine.switch(R)  # the next one is made anew
     assert same(engine.module, dense)
+
+
+def test_where_torch_tells_it_cpp_compares_and_python_asks_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no exchange functions of DLPack")
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    engine.switch(R)
+    monkeypatch.setattr(bindings, "_memory", lambda tensors: pytest.fail("Python asked every tensor"))
+    engine.switch(R)
+
+
+def test_tensors_of_which_torch_cannot_tell_are_left_to_python() -> None:
+    module = nn.Linear(3, 2, device="meta")
+    bound = bindings.Bindings(module, dict(module.named_parameters()))
+    bound.check()
+    module.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="has other memory, another dtype"):
+        bound.check()
+
+
+def test_a_live_module_that_nobody_holds_is_freed() -> None:
+    """Hooks, collector and what watches the tensors hold each other; Python's collector must see through all."""
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    pf.add_planes(engine, rank=1)
+    x = torch.randn(4, 8)
+    for materialize in (True, False):
+        engine.train_at(R, materialize=materialize)
+        module = engine.module if materialize else engine.fused_module
+        module(x).sum().backward()
+        gone = weakref.ref(module)
+        del module
+        engine.unload(R)
+        gc.collect()
+        assert gone() is None
+
+
+def test_a_backward_pass_through_a_module_that_was_let_go_of_is_refused() -> None:
+    base, experts = net_and_experts()
+    engine = pf.stack(base, experts)
+    engine.train_at(R)
+    loss = engine.module(torch.randn(4, 8)).sum()
+    engine.unload(R)
+    gc.collect()
+    with pytest.raises(ValueError, match=r"a module that the engine has let go of .*after engine\.train_at"):
+        loss.backward()
+
+
+def test_links_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"expected links \(dict, key, value\)"):
+        bindings._C.links_hold([("no dict", "key", None)])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

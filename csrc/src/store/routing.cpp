@@ -34,16 +34,28 @@ std::vector<double> transposed(const std::vector<float>& matrices, std::size_t r
   return out;
 }
 
-// out = bias + matrix x, from the matrix's columns; each sum in the order of x.
+// Of out = bias + matrix x, from the matrix's columns, `kOutputs` numbers from the first one on; each sum in
+// the order of x. So many sums stay in registers, which is what a switch's microseconds are spent on.
+template <std::size_t kOutputs>
+std::size_t affine(std::size_t first, std::size_t count, const double* columns, const double* x,
+                   std::size_t inputs, const float* bias, double* out) {
+  for (; first + kOutputs <= count; first += kOutputs) {
+    double sums[kOutputs] = {};
+    for (std::size_t i = 0; i < inputs; ++i) {
+      for (std::size_t o = 0; o < kOutputs; ++o) sums[o] += columns[i * count + first + o] * x[i];
+    }
+    for (std::size_t o = 0; o < kOutputs; ++o)
+      out[first + o] = sums[o] + static_cast<double>(bias[first + o]);
+  }
+  return first;
+}
+
 void affine(const double* columns, const double* x, std::size_t inputs, const float* bias,
             std::vector<double>* out) {
-  std::fill(out->begin(), out->end(), 0.0);
   const std::size_t count = out->size();
-  double* sums = out->data();
-  for (std::size_t i = 0; i < inputs; ++i) {
-    for (std::size_t o = 0; o < count; ++o) sums[o] += columns[i * count + o] * x[i];
-  }
-  for (std::size_t o = 0; o < count; ++o) sums[o] += static_cast<double>(bias[o]);
+  std::size_t first = affine<8>(0, count, columns, x, inputs, bias, out->data());
+  first = affine<2>(first, count, columns, x, inputs, bias, out->data());
+  affine<1>(first, count, columns, x, inputs, bias, out->data());
 }
 
 }  // namespace
@@ -91,7 +103,8 @@ Weights Routers::evaluate(const Preference& preference) const {
   if (groups_ == 0) return weights;
   const std::size_t rows = by_row() ? static_cast<std::size_t>(parameters_.at("rows.weight").shape[2]) : 0;
   const std::size_t planes = members_.size();
-  weights.values.reserve((groups_ + rows) * planes);
+  weights.values.resize((groups_ + rows) * planes);
+  float* next = weights.values.data();
   std::vector<double> start(planes, 0.0);
   for (std::size_t j = 0; j < planes; ++j) {
     const Member& member = members_[j];
@@ -107,14 +120,14 @@ Weights Routers::evaluate(const Preference& preference) const {
     affine(columns2_.data() + g * hidden_ * planes, hidden.data(), hidden_, b2 + g * planes, &mixed);
     for (std::size_t j = 0; j < planes; ++j) {
       const double sum = init_ == Init::constant ? mixed[j] : mixed[j] + start[j];
-      weights.values.push_back(static_cast<float>(sum));
+      *next++ = static_cast<float>(sum);
     }
   }
-  if (by_row()) add_rows(preference, &weights);
+  if (by_row()) add_rows(preference, next);
   return weights;
 }
 
-void Routers::add_rows(const Preference& preference, Weights* weights) const {
+void Routers::add_rows(const Preference& preference, float* next) const {
   const RouterParameter& parameter = parameters_.at("rows.weight");
   const auto rows = static_cast<std::size_t>(parameter.shape[2]);
   const float* s = parameter.values.data();  // [M, P, R]
@@ -125,7 +138,7 @@ void Routers::add_rows(const Preference& preference, Weights* weights) const {
       for (std::size_t m = 1; m < objectives_; ++m) {
         sum += preference[m] * static_cast<double>(s[(m * planes + j) * rows + row]);
       }
-      weights->values.push_back(static_cast<float>(sum));
+      *next++ = static_cast<float>(sum);
     }
   }
 }

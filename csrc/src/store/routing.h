@@ -46,7 +46,7 @@ class Routers {
  private:
   enum class Init { identity, sqrt, constant };
 
-  void add_rows(const Preference& preference, Weights* weights) const;
+  void add_rows(const Preference& preference, float* next) const;  // writes the rows' weights from there on
 
   Init init_;
   std::size_t groups_;
