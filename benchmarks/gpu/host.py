@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ from torch import nn
 import paretofuse as pf
 from paretofuse.engine.merging import flat
 from paretofuse.engine.modules import in_place
+from paretofuse.engine.training import captured, fit
 from paretofuse.kernels import routed_grad, routed_merge
 
 NARROW_SMALL = 1 << 10
@@ -138,11 +139,18 @@ class StubEvent:
         """Nothing."""
 
 
+def first_device(backends: Mapping[torch.device, str], remedy: str = "") -> torch.device:
+    """In the place of `one_gpu`: the only device that there is."""
+    return next(iter(backends))
+
+
 @contextmanager
 def stub_graphs(graph: Callable[[], Any] = StubGraph, event: Callable[[], Any] = StubEvent) -> Iterator[None]:
-    """Have switches captured on tensors of the CPU."""
+    """Have switches and router steps captured on tensors of the CPU."""
     with (
-        mock.patch.object(in_place, "one_gpu", lambda backends: next(iter(backends))),
+        mock.patch.object(in_place, "one_gpu", first_device),
+        mock.patch.object(fit, "one_gpu", first_device),
+        mock.patch.object(captured, "one_gpu", first_device),
         mock.patch.object(torch.cuda, "CUDAGraph", graph),
         mock.patch.object(torch.cuda, "graph", lambda made, **_: made.capturing()),
         mock.patch.object(torch.cuda, "Event", event),

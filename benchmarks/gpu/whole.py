@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -12,6 +13,7 @@ from torch.func import functional_call
 import paretofuse as pf
 from benchmarks.gpu.cases import Case, Contender, Tools, allowed, merged_exactly, row_of, short, stacked
 from paretofuse.engine.layout import TILE
+from paretofuse.engine.training.captured import CapturedMeasure
 
 
 def switch_case(name: str, make: Callable[[], nn.Module], experts: int, tools: Tools) -> Case:
@@ -85,17 +87,15 @@ def step_case(name: str, make: Callable[[], nn.Module], experts: int, batch: int
     preference = row_of(0, experts)
 
     def ours() -> Tensor:
-        weights = engine.train_at(preference)
-        loss = engine.module(images).pooler_output.square().mean()
-        found: Tensor = engine.jacobian([loss])[0]
-        return found[: len(weights)]
+        engine.train_at(preference)
+        found: Tensor = engine.jacobian([_pooled(engine.module, images)])[0]
+        return found
 
     dense = engine.merge(preference).requires_grad_()
     parameters = list(dense.parameters())
 
     def plain() -> tuple[Tensor, ...]:
-        loss = dense(images).pooler_output.square().mean()
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.autograd.grad(_pooled(dense, images), parameters, allow_unused=True)
 
     truth = _truth(engine, dense, images)
     n = sum(p.numel() for p in parameters)
@@ -104,10 +104,35 @@ def step_case(name: str, make: Callable[[], nn.Module], experts: int, batch: int
     moved = n * (4 + experts) * 4
     # Sums of millions of products, in another order than the truth's.
     case.contenders["ours"] = Contender(ours, moved, 2e-3, ours=True)
+    if tools.device.type == "cuda":
+        case.contenders["ours, captured"] = Contender(_captured(engine, images, preference), moved, 2e-3)
     case.contenders["forward and backward alone"] = Contender(
         plain, 3 * n * 4, 2e-3, lambda gradients: _reduced(engine, dense, gradients)
     )
     return case
+
+
+def _pooled(module: nn.Module, images: Tensor) -> Tensor:
+    """The loss of a step."""
+    loss: Tensor = module(images).pooler_output.square().mean()
+    return loss
+
+
+def _captured(engine: pf.Engine, images: Tensor, preference: list[float]) -> Callable[[], Tensor]:
+    """A step's replay, captured when first made, once a step was taken in the ordinary way."""
+    made: list[CapturedMeasure] = []
+    objective = pf.Objective(engine.objectives[0], [images], _pooled)
+    numbers = np.array(preference)
+
+    def replay() -> Tensor:
+        if not made:
+            engine.train_at(preference)
+            engine.jacobian([_pooled(engine.module, images)])
+            made.append(CapturedMeasure(engine, [objective], [images], 1))
+        found = made[0].measure(numbers, [images])[0, 1:]
+        return found.view(-1, len(engine.objectives)).to(images.device)
+
+    return replay
 
 
 def _truth(engine: pf.Engine, dense: nn.Module, images: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class CapturedSwitch:
     ) -> None:
         self._live, self._routers, self._device = live, routers, device
         self._in_use, self._note = in_use, note
-        self._read = _read(routers)
+        self._read = addresses(routers)
         # A graph knows addresses alone: while these are held their memory is freed only where one is resized.
         self._written = live.storages()
         self._addresses = [storage.data_ptr() for storage in self._written]
@@ -96,7 +96,7 @@ class CapturedSwitch:
                 "got a captured switch of a live module that the engine has let go of (unload, add_planes), expected "
                 "that of the present one; call engine.capture() again"
             )
-        if _read(self._routers) != self._read:
+        if addresses(self._routers) != self._read:
             raise ValueError(
                 "got routers of another family, or in other memory, than those that were captured; call "
                 "engine.capture() again"
@@ -105,22 +105,22 @@ class CapturedSwitch:
             self._live.check()
 
 
-def one_gpu(backends: Mapping[torch.device, str]) -> torch.device:
+def one_gpu(backends: Mapping[torch.device, str], remedy: str = "use engine.switch here") -> torch.device:
     """The device, where one GPU's kernels merge the whole model.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not; with the remedy.
     """
     if len(backends) == 1 and all(d.type == "cuda" and b == "triton" for d, b in backends.items()):
         return next(iter(backends))
     got = " and ".join(f"backend={backend!r} on {device}" for device, backend in backends.items())
     raise ValueError(
         f"got a model that is merged by {got}, expected backend='triton' on one GPU, whose work a CUDA graph can hold; "
-        "use engine.switch here"
+        f"{remedy}"
     )
 
 
-def _read(routers: Routers) -> list[int]:
+def addresses(routers: Routers) -> list[int]:
     """The addresses by which a graph reads routers: those with row coefficients, as others stay on the host."""
     if routers.rows is None:
         return []

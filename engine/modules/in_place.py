@@ -103,11 +103,11 @@ class InPlaceModules:
         if preference is None or weights is not None or is_grid(preference):
             self.live().switch(check_one(routing_of(self._routers, preference, weights)))
             one: Any = preference
-            self._note(as_preference(one[0], self._routers.objectives) if is_grid(one) else None)
+            self.note(as_preference(one[0], self._routers.objectives) if is_grid(one) else None)
             return
         numbers = as_preference(preference, self._routers.objectives)
         self.live().switch(routing_at(self._routers, numbers).unsqueeze(0))
-        self._note(numbers)
+        self.note(numbers)
 
     def warmup(self) -> None:
         """Do all that a switch does, but merge the live module as it is."""
@@ -124,7 +124,7 @@ class InPlaceModules:
             ValueError: the model is not merged by the kernels of one GPU.
         """
         device = one_gpu(self._bound.backends)
-        return CapturedSwitch(self.live(), self._routers, device, in_use, self._note)
+        return CapturedSwitch(self.live(), self._routers, device, in_use, self.note)
 
     def train_at(self, preference: Preference, *, materialize: bool) -> Tensor:
         """Merge one of them and let gradients flow from it into the routers; the weights, part of their graph.
@@ -145,7 +145,7 @@ class InPlaceModules:
         module.write(weights.detach().unsqueeze(0))
         module.collector.arm(weights, trained_planes(self._routers))
         if materialize:
-            self._note(as_preference(preference, self._routers.objectives))
+            self.note(as_preference(preference, self._routers.objectives))
         self._trained = module
         return weights
 
@@ -186,6 +186,6 @@ class InPlaceModules:
     def _equal(self) -> list[float]:
         return [1 / len(self._routers.objectives)] * len(self._routers.objectives)
 
-    def _note(self, preference: np.ndarray | None) -> None:
+    def note(self, preference: np.ndarray | None) -> None:
         """Take down what the live module is merged for, a checked preference or given weights."""
         self.at_weights, self._merged_for = preference is None, preference

@@ -23,10 +23,12 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.arguments import check_function
 from paretofuse.engine.evaluation.objective import Objectives, as_objectives, in_order
 from paretofuse.engine.evaluation.progress import progress_bar
+from paretofuse.engine.modules.captured import one_gpu
 from paretofuse.engine.routing.sampling import SamplerName
 from paretofuse.engine.solvers import Solver, get_solver
 from paretofuse.engine.termination import termination_raises
 from paretofuse.engine.training import random_state
+from paretofuse.engine.training.captured import REMEDY
 from paretofuse.engine.training.log import Log, open_log
 from paretofuse.engine.training.run import Record, Run
 from paretofuse.engine.training.settings import Settings, check_number
@@ -60,6 +62,7 @@ def fit(
     plane_orthogonality: float | None = None,
     sketch: int | None = None,
     materialize: bool = True,
+    capture: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
@@ -113,6 +116,9 @@ def fit(
             themselves. Less time for a gradient that is not quite the losses'; None for the exact one.
         materialize: False to train through `engine.fused_module`, which stores no merged weights of linear layers:
             less memory, more time, the same gradients. The live module is then neither built nor changed.
+        capture: True for a model that one GPU's kernels merge: from the second step on, merging, forward and backward
+            passes and the gradients' reduction are replayed as one CUDA graph. All batches of an objective must be of
+            the same shapes, and losses must read no value back (`.item()`, masks of any length).
         seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
         checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps, at the end, and when
             the run is interrupted (SIGINT, SIGTERM, SIGHUP) or an error ends it, with all steps until then. Only
@@ -134,8 +140,8 @@ def fit(
 
     Raises:
         ValueError: objectives do not match the engine's, an argument is out of range, a loss is not a finite scalar or
-            does not depend on the module's routed weights, the checkpoint belongs to a run with other settings or
-            data, or `log` is some other file that is there already.
+            does not depend on the module's routed weights, a step cannot be captured, or its batches differ, the
+            checkpoint belongs to a run with other settings or data, or `log` is some other file that is there already.
         TypeError: an argument is of another kind, such as a module instead of the engine.
         StoreError: the checkpoint is damaged, or another file.
         RuntimeError: another process of the run has ended.
@@ -187,6 +193,12 @@ def fit(
         )
     if callback is not None:
         check_function("callback", callback, "callback(record)")
+    if capture and not materialize:
+        raise ValueError(
+            "got capture=True with materialize=False, expected only one of them: graphs hold merged weights"
+        )
+    if capture:
+        one_gpu(engine._bound.backends, REMEDY)
     matched = in_order(as_objectives(objectives), engine.objectives)
     solver = get_solver(method, options)
     path = _checkpoint_path(checkpoint)
@@ -194,7 +206,7 @@ def fit(
     engine.set_family(settings.family)
     if family is None:
         engine.routers.family_asked = asked  # a default is no wish
-    run = Run(engine, matched, solver, settings, validation, materialize)
+    run = Run(engine, matched, solver, settings, validation, materialize, capture)
     first = rank_and_size()[0] == 0
     records: list[Record] = []
     stopping = run.early_stopping

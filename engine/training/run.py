@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paretofuse.engine.distributed import rank_and_size, sum_over_ranks
+from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.evaluation.objective import Objective
 from paretofuse.engine.layout import one_for_each
-from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.planes.trained import trained_factors, trained_planes
 from paretofuse.engine.routing.sampling import make_sampler
 from paretofuse.engine.solvers import Solver, solve_each
 from paretofuse.engine.training.batches import Batches
 from paretofuse.engine.training.checkpoint import damaged, like, read_checkpoint, write_checkpoint
 from paretofuse.engine.training.identity import differences, plain
+from paretofuse.engine.training.measure import Measuring, Trained
 from paretofuse.engine.training.random_state import gpus_of, random_states, set_random_states
 from paretofuse.engine.training.settings import PLANES_ONLY, ROWS_ONLY, Settings, check_number
 from paretofuse.engine.training.smoothing import LossAtEqualPreference
@@ -35,36 +34,6 @@ Record = dict[str, float]
 """One step: "step" (from 1), "lr", "preference/<objective>" and "loss/<objective>" (means over its preferences),
 "equal/<objective>" (the loss at equal preference, smoothed over the last steps), and with a validation "validation",
 the latest hypervolume."""
-
-
-class Trained:
-    """The module that a run trains through, as a sweep wants to see it.
-
-    Args:
-        engine: the engine.
-        materialize: whether that is the live module, or the one that stores no merged weights.
-    """
-
-    def __init__(self, engine: Engine, materialize: bool) -> None:
-        self._engine = engine
-        self._materialize = materialize
-        self.objectives = engine.objectives
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self._engine.module if self._materialize else self._engine.fused_module
-
-    def train_at(self, preference: Tensor) -> None:
-        """Merge at a preference, for training."""
-        self._engine.train_at(preference, materialize=self._materialize)
-
-    def switch(self, preference: Sequence[float], /) -> None:
-        """Merge at a preference, for evaluation."""
-        if self._materialize:
-            self._engine.switch(preference)
-        else:
-            self._engine.train_at(preference, materialize=False)
 
 
 class Run:
@@ -77,6 +46,7 @@ class Run:
         settings: everything else that the result depends on.
         validation: when to stop early, or None.
         materialize: whether the live module is trained through, or `engine.fused_module`.
+        capture: whether all but the first measurement are replays of a CUDA graph.
     """
 
     def __init__(
@@ -87,6 +57,7 @@ class Run:
         settings: Settings,
         validation: Validation | None = None,
         materialize: bool = True,
+        capture: bool = False,
     ) -> None:
         self.engine = engine
         self.trained = Trained(engine, materialize)
@@ -111,6 +82,9 @@ class Run:
         )
         self.streams = [Batches(o.data, o.name, settings.seed, i) for i, o in enumerate(objectives)]
         self.smoothed = LossAtEqualPreference(len(objectives))
+        self.measuring = Measuring(
+            self.trained, objectives, self.streams, settings.accumulate, capture=capture
+        )
         self.taken = 0
         """Steps taken, those before a resumed checkpoint included."""
         # Described before the first step: a solver may keep a state of its own while it works.
@@ -121,7 +95,7 @@ class Run:
         """Take a step (counted from 0): sample, measure, solve, update the routers."""
         preferences = self.sampler.draw(self.settings.preferences_per_step)
         rays = torch.from_numpy(preferences)
-        measured = [self._measure(ray) for ray in rays]
+        measured = [self.measuring.at(ray) for ray in rays]
         losses = torch.stack([losses for losses, _ in measured])
         jacobians = torch.stack([jacobian for _, jacobian in measured])  # [K, M, *L.shape] or [K, M, 1, D]
         if self.taken == 0:
@@ -259,39 +233,6 @@ class Run:
             if self.settings.plane_orthogonality > 0:
                 self.planes.turn_apart(rate * self.settings.plane_orthogonality)
 
-    def _measure(self, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [M] and Jacobian at one preference: means over `accumulate` batches, float64 on the CPU.
-
-        The Jacobian is [M, *L.shape]; with trained planes [M, 1, D], all of L first and then all factors.
-
-        Several processes take the batches in turn, and sum; the result does not depend on how many they are.
-        """
-        engine, count = self.engine, self.settings.accumulate
-        rank, size = rank_and_size()
-        module = self.trained.module
-        self.trained.train_at(ray)
-        shape = engine.routers.width, len(engine.layout.members)
-        length = math.prod(shape) + (0 if self.planes is None else self.planes.size)
-        sums = torch.zeros(len(self.objectives), 1 + length, dtype=torch.float64)
-        for row, objective, stream in zip(sums, self.objectives, self.streams, strict=True):
-            for index in range(count):
-                batch = stream.take()  # by every process, so that all streams stand at the same place
-                if index % size != rank:
-                    continue
-                loss = objective.loss(with_head(module, objective.name), batch)
-                _check_loss(loss, objective.name)
-                row[0] += loss.item() / count
-                row[1:] += self._jacobian(loss / count, objective.name)
-        sums = sum_over_ranks(sums, "training")
-        return sums[:, 0], sums[:, 1:].reshape(-1, *(shape if self.planes is None else (1, length)))
-
-    def _jacobian(self, loss: Tensor, name: str) -> Tensor:
-        """One loss's gradient in L and the trained planes, [D] on the CPU; what is wrong is told with its name."""
-        try:
-            return self.engine.jacobian([loss], flat=True)[0].cpu()
-        except ValueError as error:
-            raise ValueError(f"the loss of objective {name!r}: {error}") from error
-
     def _check_jacobians(self, losses: Tensor, jacobians: Tensor) -> None:
         """Refuse an objective that nothing can be learned from, in the first step of K preferences.
 
@@ -379,18 +320,3 @@ class Run:
                 f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or name "
                 "another checkpoint file to start anew"
             )
-
-
-def _check_loss(loss: Tensor, name: str) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the loss of objective {name!r} gave {got}, expected a scalar tensor")
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of objective {name!r} is {loss.item()}; lower lr, or check its data and the static weight"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"the loss of objective {name!r} needs no gradient, expected one computed from the module that it is "
-            "given, outside torch.no_grad()"
-        )

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import paretofuse as pf
 from benchmarks.gpu.host import StubDriver, stub_driver, stub_graphs
 from paretofuse.kernels import launch, routed_merge
+from tests.support.graphs import Operators
 from tests.support.models import net_and_experts
 
 pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
@@ -24,18 +24,6 @@ pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is n
 def driver() -> Iterator[StubDriver]:
     with stub_driver() as stub:
         yield stub
-
-
-class Operators(TorchDispatchMode):
-    """The operators of torch that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def stacked(count: int = 3) -> pf.Engine:

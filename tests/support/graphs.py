@@ -16,15 +16,29 @@ from torch.utils._pytree import tree_leaves
 from paretofuse.kernels.launch import Launch
 
 
+class Operators(TorchDispatchMode):
+    """The operators of torch that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class LateDevice:
     """Stands for a GPU that does what it was asked for as late as it may: when somebody waits for an event.
 
     Attributes:
         asked: what it has yet to do, in order.
+        replayed: the graphs that it was asked to replay.
     """
 
     def __init__(self) -> None:
         self.asked: list[Callable[[], object]] = []
+        self.replayed: list[LateGraph] = []
 
     def catch_up(self) -> None:
         """Do all of it."""
@@ -78,6 +92,7 @@ class LateGraph(TorchDispatchMode):
 
     def replay(self) -> None:
         """Ask the device for all of it."""
+        self._device.replayed.append(self)
         self._device.asked.append(self._run)
 
     @torch.no_grad()
@@ -87,6 +102,7 @@ class LateGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        _refuse_to_wait(func, args)
         if func._schema.is_mutable:
             self._steps.append(partial(func, *args, **kwargs))
             return kwargs.get("out", args[0]) if func._schema.returns else None
@@ -100,3 +116,11 @@ def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)
+
+
+def _refuse_to_wait(func: Any, args: Any) -> None:
+    """As CUDA does while a stream is captured: what gives values to the host would have to wait for them."""
+    masks = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
+    waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+    if waits and (masks or func is not torch.ops.aten.index.Tensor):
+        raise RuntimeError(f"operation not permitted when stream is capturing: {func}")

@@ -84,6 +84,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="learn linear layers from the rank-RANK parts of what experts add, such as 16: less time and memory "
         "(default: from all of it)",
     )  # fmt: skip
+    parser.add_argument(
+        "--capture", action="store_true",
+        help="replay steps as a CUDA graph, on one GPU; all batches of an objective must be of the same shapes",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add_entry(
         parser, "--validation", "called without arguments; returns a paretofuse.Validation, which stops early"
@@ -130,6 +134,7 @@ def run(options: argparse.Namespace) -> Result:
         plane_shrinkage=options.plane_shrinkage,
         plane_orthogonality=options.plane_orthogonality,
         sketch=options.sketch,
+        capture=options.capture,
         seed=options.seed,
         validation=validation,
         checkpoint=options.checkpoint,
