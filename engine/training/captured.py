@@ -97,7 +97,8 @@ class CapturedMeasure:
     ) -> None:
         device = one_gpu(engine._bound.backends, REMEDY)
         self._engine, self._routers, self._device = engine, engine.routers, device
-        self._live = engine._in_place.live()
+        self._modules = engine._in_place
+        self._live = self._modules.live()
         self._read = addresses(self._routers)
         self._batches = [
             FixedBatch(batch, objective.name, device)
@@ -111,6 +112,8 @@ class CapturedMeasure:
             try:
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._weights, self._rows = self._work(objectives, count)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise ValueError(
                     f"a step could not be captured: {error}. Let losses wait for nothing (.item(), masks that choose "
@@ -140,10 +143,10 @@ class CapturedMeasure:
             ValueError: a batch is unlike those that were captured, somebody has moved the module, or the routers.
         """
         self._live.check()
-        if addresses(self._routers) != self._read:
+        if self._engine._in_place is not self._modules or addresses(self._routers) != self._read:
             raise ValueError(
-                "got routers of another family, or in other memory, than those that were captured while they are "
-                f"trained; let callbacks leave them alone, or {REMEDY}"
+                "got another live module, or routers of another family or in other memory, than were captured; let "
+                f"callbacks of a training leave both alone (unload, add_planes, set_family), or {REMEDY}"
             )
         for own, batch in zip(self._batches, batches, strict=True):
             own.fill(batch)
@@ -151,7 +154,7 @@ class CapturedMeasure:
         self._graph.replay()
         self._done.record(torch.cuda.current_stream(self._device))
         self._live.rewritten(self._weights.unsqueeze(0))
-        self._engine._in_place.note(preference)
+        self._modules.note(preference)
         self._done.synchronize()
         return self._rows.to("cpu", copy=True)
 

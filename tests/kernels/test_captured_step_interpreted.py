@@ -143,10 +143,17 @@ def test_what_a_graph_would_do_wrong_is_told(late: LateDevice) -> None:
         if record["step"] == 2:
             engine.set_family("rows")
 
+    def lets_go(engine: Engine, record: pf.Record) -> None:
+        if record["step"] == 2:
+            engine.unload([0.5, 0.5])
+
     with pytest.raises(ValueError, match=r"live module whose tensor 'out\."):
         captured(same, callback=moves)
-    with pytest.raises(ValueError, match=r"routers of another family.*leave out capture="):
-        captured(same, callback=replaces)
+    for change in (replaces, lets_go):
+        with pytest.raises(
+            ValueError, match=r"another live module, or routers of another family.*leave out capture="
+        ):
+            captured(same, callback=change)
 
     def fails(module: nn.Module, batch: dict[str, Any]) -> Tensor:
         return loss(module, batch) / (batch["ids"][0] != 8)
