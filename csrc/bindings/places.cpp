@@ -95,17 +95,22 @@ class Places {
   std::vector<std::int64_t> sizes_;  // in this
 };
 
-// Of links (table, key, value), whether each table still holds that very value at its key.
-bool links_hold(const py::list& links) {
-  for (const py::handle link : links) {
-    PyObject* const parts = link.ptr();
-    if (!PyTuple_Check(parts) || PyTuple_GET_SIZE(parts) != 3 || !PyDict_Check(PyTuple_GET_ITEM(parts, 0))) {
-      throw py::type_error("expected links (dict, key, value)");
+// Of tables (dict, entries), whether each dict still has those very keys and values (k, v, k, v, ..), in that
+// order.
+bool tables_hold(const py::list& tables) {
+  for (const py::handle table : tables) {
+    PyObject* const pair = table.ptr();
+    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyDict_Check(PyTuple_GET_ITEM(pair, 0)) ||
+        !PyTuple_Check(PyTuple_GET_ITEM(pair, 1))) {
+      throw py::type_error("expected tables (dict, entries)");
     }
-    PyObject* const held = PyDict_GetItemWithError(PyTuple_GET_ITEM(parts, 0), PyTuple_GET_ITEM(parts, 1));
-    if (held != PyTuple_GET_ITEM(parts, 2)) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      return false;
+    PyObject *const dict = PyTuple_GET_ITEM(pair, 0), *const entries = PyTuple_GET_ITEM(pair, 1);
+    if (2 * PyDict_Size(dict) != PyTuple_GET_SIZE(entries)) return false;
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t place = 0, at = 0;
+    while (PyDict_Next(dict, &place, &key, &value) != 0) {
+      if (key != PyTuple_GET_ITEM(entries, at) || value != PyTuple_GET_ITEM(entries, at + 1)) return false;
+      at += 2;
     }
   }
   return true;
@@ -117,7 +122,7 @@ void bind_places(py::module_& m) {
   py::class_<Places>(m, "Places")
       .def(py::init<py::list, py::capsule>(), py::arg("tensors"), py::arg("exchange"))
       .def("hold", &Places::hold, py::arg("tensors"));
-  m.def("links_hold", &links_hold, py::arg("links"));
+  m.def("tables_hold", &tables_hold, py::arg("tables"));
 }
 
 }  // namespace paretofuse

@@ -158,9 +158,9 @@ def test_a_backward_pass_through_a_module_that_was_let_go_of_is_refused() -> Non
         loss.backward()
 
 
-def test_links_are_checked() -> None:
-    with pytest.raises(TypeError, match=r"expected links \(dict, key, value\)"):
-        bindings._C.links_hold([("no dict", "key", None)])  # type: ignore[list-item]
+def test_tables_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"expected tables \(dict, entries\)"):
+        bindings._C.tables_hold([("no dict", ())])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,12 +24,12 @@ std::string shown(const Preference& preference) {
 }
 
 // Of matrices [G, rows, columns], their transposes.
-std::vector<double> transposed(const std::vector<float>& matrices, std::size_t rows, std::size_t columns) {
-  std::vector<double> out(matrices.size());
+std::vector<float> transposed(const std::vector<float>& matrices, std::size_t rows, std::size_t columns) {
+  std::vector<float> out(matrices.size());
   const std::size_t size = rows * columns;
   for (std::size_t i = 0; i < matrices.size(); ++i) {
     const std::size_t at = i % size;
-    out[i - at + at % columns * rows + at / columns] = static_cast<double>(matrices[i]);
+    out[i - at + at % columns * rows + at / columns] = matrices[i];
   }
   return out;
 }
@@ -37,12 +37,13 @@ std::vector<double> transposed(const std::vector<float>& matrices, std::size_t r
 // Of out = bias + matrix x, from the matrix's columns, `kOutputs` numbers from the first one on; each sum in
 // the order of x. So many sums stay in registers, which is what a switch's microseconds are spent on.
 template <std::size_t kOutputs>
-std::size_t affine(std::size_t first, std::size_t count, const double* columns, const double* x,
+std::size_t affine(std::size_t first, std::size_t count, const float* columns, const double* x,
                    std::size_t inputs, const float* bias, double* out) {
   for (; first + kOutputs <= count; first += kOutputs) {
     double sums[kOutputs] = {};
     for (std::size_t i = 0; i < inputs; ++i) {
-      for (std::size_t o = 0; o < kOutputs; ++o) sums[o] += columns[i * count + first + o] * x[i];
+      for (std::size_t o = 0; o < kOutputs; ++o)
+        sums[o] += static_cast<double>(columns[i * count + first + o]) * x[i];
     }
     for (std::size_t o = 0; o < kOutputs; ++o)
       out[first + o] = sums[o] + static_cast<double>(bias[first + o]);
@@ -50,7 +51,7 @@ std::size_t affine(std::size_t first, std::size_t count, const double* columns, 
   return first;
 }
 
-void affine(const double* columns, const double* x, std::size_t inputs, const float* bias,
+void affine(const float* columns, const double* x, std::size_t inputs, const float* bias,
             std::vector<double>* out) {
   const std::size_t count = out->size();
   std::size_t first = affine<8>(0, count, columns, x, inputs, bias, out->data());

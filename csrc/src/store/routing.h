@@ -56,8 +56,8 @@ class Routers {
   std::map<std::string, RouterParameter> parameters_;
   // W1 and W2 of each group, transposed, so that all sums of a layer grow side by side: [G, M, H] and [G, H,
   // P].
-  std::vector<double> columns1_;
-  std::vector<double> columns2_;
+  std::vector<float> columns1_;
+  std::vector<float> columns2_;
 };
 
 // Throws std::invalid_argument unless the preference has a finite number >= 0 for each objective and sums
