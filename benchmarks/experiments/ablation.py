@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 import paretofuse as pf
 from benchmarks.demo import as_text
 from benchmarks.experiments import tables
+from benchmarks.experiments.columns import Held, on_turned
 from benchmarks.experiments.contenders import DENSITY, Contender, contenders, learned
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
 from benchmarks.experiments.run import Load, Plan, run_contenders
@@ -36,6 +37,7 @@ class Setting:
     """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes.
 
     `merged` is the method of `pf.add_consensus`, whose merge of all experts is one more plane, of no objective.
+    `held` turns the models, so that columns have coefficients (`benchmarks.experiments.columns`).
     """
 
     name: str
@@ -45,6 +47,7 @@ class Setting:
     stop: bool = False
     rank: int | None = None
     merged: str | None = None
+    held: Held | None = None
 
 
 SETTINGS = (
@@ -75,8 +78,13 @@ SETTINGS = (
         Setting(f"rows, {method.partition(':')[0]} plane", ROWS, merged=method)
         for method in (f"ties:density={DENSITY}", f"dare_linear:density={DENSITY}", "tsv", "iso_c", "regmean")
     ),
+    *(
+        Setting(held + end, ROWS, fit, held=held)
+        for held in get_args(Held)
+        for end, fit in (("", {}), (", row_lr 0.01", {"row_lr": 1e-2}), (", row_lr 0.06", {"row_lr": 6e-2}))
+    ),
 )
-"""What is asked: fineness, trained and consensus planes, learning rates, shrinkage, corners, validation, sketches."""
+"""What is asked: fineness, planes, learning rates, shrinkage, corners, validation, sketches, columns."""
 
 HELD_OUT_BATCHES = 20
 """Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""
@@ -104,6 +112,9 @@ def listed(experiment: Experiment) -> list[Contender]:
             if setting.stop:
                 settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE]}
                 run = stopping(taken, stack, fit)
+            if setting.held is not None:
+                settings |= {"held": setting.held}
+                run = on_turned(run, setting.held)
             # Short runs first: they are the first to say something.
             found.append(Contender(label(setting.name, steps), run, 1 / steps, settings))
     return found
