@@ -54,6 +54,7 @@ SETTINGS = (
     Setting(PLAIN),
     Setting("rows", ROWS),
     Setting("rows, row_lr 0.01", ROWS, {"row_lr": 1e-2}),
+    Setting("rows, row_lr 0.015", ROWS, {"row_lr": 1.5e-2}),
     Setting("rows, row_lr 0.06", ROWS, {"row_lr": 6e-2}),
     Setting("rows, shrinkage 0.1", ROWS, {"row_shrinkage": 0.1}),
     Setting("rows, shrinkage 1", ROWS, {"row_shrinkage": 1.0}),
