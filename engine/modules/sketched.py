@@ -99,7 +99,8 @@ class _Watched(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, take: Take) -> Tensor:
         ctx.save_for_backward(x)
         ctx.take = take
-        return output.clone()  # a tensor of its own, which may be changed in place
+        # A tensor of its own, which may be changed in place as a view could not; over memory that nobody else reads.
+        return output.new_empty(0).set_(output) if type(output) is Tensor else output.clone()
 
     @staticmethod
     @once_differentiable
