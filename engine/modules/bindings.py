@@ -19,7 +19,7 @@ PLAIN = frozenset({Tensor, nn.Parameter})
 """Classes of tensors that are no part of another."""
 
 Slot = tuple[nn.Module, dict[str, Any], str, Tensor, str]
-"""A module, its table of parameters or buffers, a key of it, the tensor that it held when it was bound, and its name."""
+"""A module, its table of parameters or buffers, a key of it, the tensor that it held when bound, and its name."""
 
 Table = tuple[dict[str, Any], tuple[Any, ...]]
 """A module's table of parameters, buffers or children, and the keys and values that it had (k, v, k, v, ..)."""

@@ -100,7 +100,10 @@ class _Watched(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.take = take
         # A tensor of its own, which may be changed in place as a view could not; over memory that nobody else reads.
-        return output.new_empty(0).set_(output) if type(output) is Tensor else output.clone()
+        if type(output) is not Tensor:
+            return output.clone()
+        place = output.storage_offset(), output.size(), output.stride()
+        return output.new_empty(0).set_(output.untyped_storage(), *place)
 
     @staticmethod
     @once_differentiable

@@ -103,6 +103,8 @@ class LateGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_to_wait(func, args)
+        if func.overloadpacket is torch.ops.aten.set_:  # says where a tensor lies: nothing that a device does
+            return func(*args, **kwargs)
         if func._schema.is_mutable:
             self._steps.append(partial(func, *args, **kwargs))
             return kwargs.get("out", args[0]) if func._schema.returns else None
@@ -114,7 +116,7 @@ class LateGraph(TorchDispatchMode):
 def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Run an operator into the memory that its result had."""
     for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-        if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+        if isinstance(old, Tensor) and new.numel() > 0 and old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
 
