@@ -53,6 +53,24 @@ def write_experts(base: nn.Module, folder: Path, count: int = EXPERTS) -> dict[s
     return paths
 
 
+def write_adapters(base: nn.Module, folder: Path, rank: int, count: int = EXPERTS) -> dict[str, Path]:
+    """Write LoRA experts of every linear layer, as PEFT writes them."""
+    from peft import LoraConfig, get_peft_model  # here, so that processes which measure memory do not hold it
+
+    paths = {}
+    for index in range(count):
+        torch.manual_seed(2000 + index)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(copy.deepcopy(base), config)
+        with torch.no_grad():
+            for name, factor in adapted.named_parameters():
+                if "lora_B" in name:
+                    factor.mul_(SIZE)
+        paths[f"task{index}"] = folder / f"lora{index}"
+        adapted.save_pretrained(str(paths[f"task{index}"]))
+    return paths
+
+
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """The towers' parts by their dotted names: embeddings, norms and each encoder layer; together they hold it all."""
     found: dict[str, nn.Module] = {}

@@ -4,7 +4,8 @@ Batch 16, E = 8, two tasks. Ours: merge at a preference, a forward and a backwar
 Jacobian of the routing weights, then the routers' own backward and Adam; every tensor is routed. Plain: the same
 module as an ordinary one, a forward and a backward with weight gradients for the same two batches, nothing else.
 PWEMoE: its module around each attention and MLP block, its training step. Ours with a sketch: rank-16 planes stand in
-for the experts' in the gradient of linear layers, as `pf.fit(sketch=16)` has it.
+for the experts' in the gradient of linear layers, as `pf.fit(sketch=16)` has it. LoRA experts: of every linear layer,
+their own factors, which no weight gradient is needed for either.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from benchmarks.models import clip
 
 PREFERENCE = (0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05)
 SKETCH = 16
+LORA = ((16, "<= 0.80"), (4, "<= 0.75"))
+"""Ranks of eight LoRA experts, and what a step over them should take of a plain one."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -108,7 +111,41 @@ def run(options: Options) -> list[Row]:
         name = f"ours, sketch {SKETCH}"
         seconds = interleave({name: steps["ours"], "plain dense": steps["plain dense"]}, options.repeat(7))
     share = paired_ratio(seconds[name], seconds["plain dense"])
-    return [*rows, _row(name, seconds, "ours / plain dense", share, "<= 0.80")]
+    rows.append(_row(name, seconds, "ours / plain dense", share, "<= 0.80"))
+    for rank, target in LORA:
+        name = f"ours, 8 LoRAs of rank {rank}"
+        seconds = _with_adapters(name, rank, dense, batches, steps["plain dense"], options)
+        share = paired_ratio(seconds[name], seconds["plain dense"])
+        rows.append(_row(name, seconds, "ours / plain dense", share, target))
+    return rows
+
+
+def _with_adapters(
+    name: str,
+    rank: int,
+    dense: nn.Module,
+    batches: list[Batch],
+    plain: Callable[[], object],
+    options: Options,
+) -> dict[str, list[float]]:
+    """Steps over LoRA experts, which are their own sketches, in turns with plain ones; checked first."""
+    base = clip.vision_tower(options.quick)
+    with tempfile.TemporaryDirectory(prefix="paretofuse-") as folder:
+        engine = pf.stack(base, clip.write_adapters(base, Path(folder), rank), planes="auto")
+
+    def jacobian() -> Tensor:
+        engine.train_at(PREFERENCE)
+        return engine.jacobian([clip.classify(engine.module, batches[0])])[0]
+
+    exact = jacobian()
+    with engine._in_place.sketched(rank, materialize=True):
+        error, scale = (jacobian() - exact).abs().max().item(), exact.abs().max().item()
+        check(
+            scale > 0 and error <= 1e-4 * scale,
+            f"by factors the Jacobian is off by {error:.3g} of {scale:.3g}",
+        )
+        dense.requires_grad_(True)
+        return interleave({name: our_step(engine, batches), "plain dense": plain}, options.repeat(7))
 
 
 def _row(
