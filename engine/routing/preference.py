@@ -42,9 +42,8 @@ def as_preference(preference: Preference, objectives: Sequence[str]) -> np.ndarr
         TypeError: not a dict, sequence or tensor of numbers.
     """
     objectives = tuple(objectives)
-    if type(preference) is not list and isinstance(
-        preference, Mapping
-    ):  # a list needs no search for its kind
+    # A list, as nearly always, needs no search for its kind.
+    if type(preference) is not list and isinstance(preference, Mapping):
         unknown = [name for name in preference if name not in objectives]
         if unknown:
             raise ValueError(

@@ -192,18 +192,18 @@ class Routers(nn.Module):
 
     def on_host(self) -> _C.Routers:
         """The groups' routers in C++, as a store evaluates them; kept until the parameters change."""
-        layers: list[Any] = [
-            self._modules["hidden"],
-            self._modules["output"],
-        ]  # nn.Module's own lookup takes longer
-        own = [tensor for layer in layers for tensor in layer._parameters.values()]
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in own]
+        layers: Any = self._modules  # every switch asks, and nn.Module's own lookup takes longer
+        own = {
+            f"{name}.{part}": tensor
+            for name in ("hidden", "output")
+            for part, tensor in layers[name]._parameters.items()
+        }
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in own.values()]
         if self._host is None or self._host[0] != seen:
-            names = "hidden.weight", "hidden.bias", "output.weight", "output.bias"
-            arrays = {name: t.detach().cpu().numpy() for name, t in zip(names, own, strict=True)}
+            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
             members = list(zip(self._owner.tolist(), self._share.tolist(), strict=True))
             # What was copied is held, so that its addresses stay its own.
-            held = [tensor.detach() for tensor in own]
+            held = [tensor.detach() for tensor in own.values()]
             self._host = (seen, held, _C.Routers(self.init, members, arrays))
         return self._host[2]
 

@@ -50,10 +50,8 @@ def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
     if routers.rows is None or device.type != "cpu":
         return received(routers, pinned(to_send(routers, preference), device))
     groups = torch.from_numpy(_on_host(routers, preference))
-    with torch.no_grad():
-        rows = routers.rows(
-            torch.from_numpy(preference)
-        )  # in the order of the sums in C++, so in the same bits
+    with torch.no_grad():  # in the order of the sums in C++, so in the same bits
+        rows = routers.rows(torch.from_numpy(preference))
     return torch.cat([groups, rows.to(torch.float32)], -2)
 
 
