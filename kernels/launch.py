@@ -100,25 +100,38 @@ class MergeConfig:
 MERGE_CONFIGS = {
     **{f"at most {e}": MergeConfig(e_chunk=e, one_chunk=True) for e in (1, 2, 4, 8, 16)},
     "any": MergeConfig(e_chunk=4, one_chunk=False),
-    "packed": MergeConfig(e_chunk=2, one_chunk=False),
+    "small groups": MergeConfig(e_chunk=2, one_chunk=False),
     "any row": MergeConfig(e_chunk=1, one_chunk=False, block=512),
 }
 """Every configuration of the merge kernel, by the experts that it takes. More than 16 chunks of 16 bytes spill."""
 
+MANY_SHARE = 128
+"""Elements from which a scale's group is large."""
 
-def merge_config(experts: int, itemsize: int, *, packed: bool = False, any_row: bool = False) -> MergeConfig:
+ROWS_HELD = 8
+"""Experts that are held at most together with their row coefficients."""
+
+
+def merge_config(experts: int, itemsize: int, *, group: int = 0, shared: int = 0) -> MergeConfig:
     """The configuration for so many experts with deltas of `itemsize` bytes, whatever the number of preferences.
 
     The smallest that holds them all. 16 bytes of int8 deltas are 16 sums, too many registers to keep chunks besides; of
-    int4 (`packed`) they are 32, beside two experts. Where they loop, four at a time, in more programs, have about three
-    quarters of what eight would have in flight, and spill with no Triton from 3.6 on. With a coefficient for each
-    element (`any_row`) registers hold those of one expert.
+    int4 they are 32, and groups of few elements have many scales: two experts then. Where they loop, four at a time, in
+    more programs, have about three quarters of what eight would have in flight, and spill with no Triton from 3.6 on.
+    With row coefficients those of more than 8 experts spill; with one for each element, registers hold those of one.
+
+    Args:
+        experts: E.
+        itemsize: bytes of what a delta is stored in.
+        group: elements that share a scale; 0 where deltas are floats.
+        shared: elements that share a row coefficient at least; 0 where rows have none.
     """
-    fitting = (config for config in MERGE_CONFIGS.values() if config.one_chunk and config.e_chunk >= experts)
-    if any_row:
+    held = ROWS_HELD if shared else max(config.e_chunk for config in MERGE_CONFIGS.values())
+    fitting = (c for c in MERGE_CONFIGS.values() if c.one_chunk and experts <= c.e_chunk <= held)
+    if shared == 1:
         return MERGE_CONFIGS["any row"]
-    if packed:
-        return MERGE_CONFIGS["packed"]
+    if 0 < group < MANY_SHARE:
+        return MERGE_CONFIGS["small groups"]
     return MERGE_CONFIGS["any"] if itemsize == 1 else next(fitting, MERGE_CONFIGS["any"])
 
 
@@ -226,7 +239,7 @@ LINEAR_CONFIGS = {
     "few experts": LinearConfig(outs=64, ins=64, e_chunk=2, loop_chunk=2, warps=4, stages=3),
     "half": LinearConfig(outs=64, ins=64, e_chunk=8, loop_chunk=1, warps=4, stages=2),
     "wide planes": LinearConfig(outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=4, stages=2),
-    "float32": LinearConfig(outs=64, ins=32, e_chunk=4, loop_chunk=4, warps=8, stages=2),
+    "float32": LinearConfig(outs=64, ins=32, e_chunk=4, loop_chunk=2, warps=8, stages=2),
 }
 """Every configuration of the routed linear kernel, by what it is for; wide planes are float32 beneath half x.
 

@@ -30,8 +30,9 @@ INSTEAD = "paretofuse.kernels.reference.merge_tensor_reference"
 BLOCK_O, BLOCK_I, RANKS = 64, 64, 16
 """The tile of a matrix, and how much of the rank is multiplied at a time: what tensor cores take at least."""
 
-WARPS, STAGES = 4, 1
-"""With twice the tile, or with loads of factors ahead, registers leave no room for a second program."""
+WARPS, MANY_WARPS, STAGES = 4, 8, 1
+"""With twice the tile, or with loads of factors ahead, registers leave no room for a second program. Many warps for
+row coefficients over a float32 base, whose registers four would spill on sm_100."""
 
 FIELDS = 10
 """Of a matrix in the table, int64: distance of its base from the first one and place of its output, in elements; places
@@ -199,8 +200,8 @@ def lowrank_merge_launch(
         ),
         {
             "FIELDS": FIELDS, "BO": BLOCK_O, "BI": BLOCK_I, "RANKS": RANKS, "ROWS": by_row, "ALIGNED": aligned,
-            "PRECISION": precision, "INTERPRETED": interpreted(lowrank_merge_kernel), "num_warps": WARPS,
-            "num_stages": STAGES,
+            "PRECISION": precision, "INTERPRETED": interpreted(lowrank_merge_kernel),
+            "num_warps": MANY_WARPS if by_row and first.dtype == torch.float32 else WARPS, "num_stages": STAGES,
         },
     )  # fmt: skip
 

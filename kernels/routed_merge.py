@@ -8,9 +8,10 @@ Deltas are floats, which have no scales, or int8, or int4, two to a byte: those 
 Row coefficients, if there are any, stand behind the groups. Without `places`, M = N and i = t; with them tile i of the
 output is merged from the tile that they name: any tensors of the buffers, in one launch.
 
-A program takes `BLOCK` elements of one tile, holds base and deltas of up to 16 experts in registers, and goes through
-the preferences: base and deltas are read once, whatever K is. More experts, and deltas of one byte or less, are read
-again for each preference. What experts count is multiplied once for `SUB` elements that share group, row and scale.
+A program takes `BLOCK` elements of one tile, holds base and deltas of up to 16 experts in registers (8 with row
+coefficients), and goes through the preferences: base and deltas are read once, whatever K is. More experts, and deltas
+of one byte or less, are read again for each preference. What experts count is multiplied once for `SUB` elements that
+share group, row and scale.
 Arithmetic is float32 whatever is stored; the result is rounded once, to nearest even.
 """
 
@@ -232,8 +233,8 @@ def _launch(
 ) -> Launch:
     """The launch of a merge, in the configuration that its sizes ask for."""
     require(merge_kernel, base.device.type, INSTEAD)
-    packed = deltas.dtype == torch.uint8
-    config = merge_config(weights.shape[2], deltas.element_size(), packed=packed, any_row=shared == 1)
+    group = 0 if scales is None else base.numel() // scales.shape[1]
+    config = merge_config(weights.shape[2], deltas.element_size(), group=group, shared=shared)
     return merge_launch(base, deltas, tile_group, weights, scales, places, out, tile, shared, config)
 
 

@@ -36,8 +36,9 @@ from paretofuse.kernels.aot.variants import Variant
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "u8": 0.5}
 MAKERS = (
-    variants.merge_variants, variants.chosen_variants, variants.grad_variants, variants.layer_variants,
-    variants.linear_variants, variants.weights_grad_variants, variants.rows_variants, variants.lowrank_variants,
+    variants.merge_variants, variants.chosen_variants, variants.row_merge_variants, variants.grad_variants,
+    variants.layer_variants, variants.linear_variants, variants.weights_grad_variants, variants.rows_variants,
+    variants.lowrank_variants,
 )  # fmt: skip
 
 NVIDIA_LIMITS = {"sm_80": (64, 32, 164 << 10), "sm_90": (64, 32, 228 << 10), "sm_100": (64, 32, 228 << 10)}

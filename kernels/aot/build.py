@@ -14,7 +14,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paretofuse.kernels.aot.variants import FLOATS, NAMES, Variant, grad_variants, merge_variants
+from paretofuse.kernels.aot.variants import (
+    FLOATS,
+    NAMES,
+    Variant,
+    grad_variants,
+    is_launched,
+    lowrank_variants,
+    merge_variants,
+    row_merge_variants,
+)
 from paretofuse.kernels.dtypes import float_dtype
 from paretofuse.kernels.triton_or_none import interpreted, triton
 
@@ -84,15 +93,25 @@ def describe(variant: Variant, architecture: str, compiled: Any, binary: bytes) 
     }
 
 
-def variants(dtypes: Iterable[str], deltas: Iterable[str] = ()) -> list[Variant]:
-    """What `export` writes for dtypes of base and output, and for further dtypes of deltas."""
+def variants(architecture: str, dtypes: Iterable[str], deltas: Iterable[str] = ()) -> list[Variant]:
+    """What `export` writes for an architecture, dtypes of base and output, and further dtypes of deltas."""
     chosen = {}
     for dtype in dtypes:
-        own = [variant for make in (merge_variants, grad_variants) for variant in make((dtype,))]
         mixed = [v for d in deltas for v in merge_variants((dtype, d)) if v.arguments["deltas"] == f"*{d}"]
-        same = [v for v in mixed if v.arguments["base"] == v.arguments["out"] == f"*{dtype}"]
-        chosen.update({variant.name: variant for variant in (*own, *same)})
+        found = (
+            *merge_variants((dtype,)),
+            *(v for v in mixed if v.arguments["base"] == v.arguments["out"] == f"*{dtype}"),
+            *row_merge_variants((dtype,), deltas),
+            *(v for v in lowrank_variants((dtype,)) if _is_for_libraries(v, architecture)),
+            *grad_variants((dtype,)),
+        )
+        chosen.update({variant.name: variant for variant in found})
     return list(chosen.values())
+
+
+def _is_for_libraries(variant: Variant, architecture: str) -> bool:
+    """Whether libparetofuse launches a merge of low rank: its factors are float32, whatever the base is."""
+    return is_launched(variant, architecture) and variant.arguments["factors"] == "*fp32"
 
 
 def export(
@@ -120,13 +139,13 @@ def export(
     entries = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # line tables hold this checkout's path
-        for variant in variants(dtypes, deltas):
+        for variant in variants(architecture, dtypes, deltas):
             compiled = compile_variant(variant, architecture)
             binary: bytes = compiled.asm[_suffix(architecture)]
             entry = describe(variant, architecture, compiled, binary)
             (directory / entry["file"]).write_bytes(binary)
             entries.append(entry)
-    manifest = {"format": 3, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
+    manifest = {"format": 4, "architecture": architecture, "triton": triton.__version__, "kernels": entries}
     path = directory / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return path

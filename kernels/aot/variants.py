@@ -7,7 +7,7 @@ that nothing is said twice. Tests compile each for each architecture; `benchmark
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -27,8 +27,8 @@ from paretofuse.kernels.rows_kernels import rows_launch
 from paretofuse.kernels.rows_kernels import weights_grad_launch as rows_weights_grad_launch
 
 FLOATS = ("fp32", "bf16", "fp16")
-QUANTIZED = {"i8": 1024, "u8": 32}
-"""Deltas in int8, and int4 two to a byte, with the elements of a group that a store gives them unless told."""
+QUANTIZED = {"i8": ("i8", 1024), "i8x32": ("i8", 32), "u8": ("u8", 32)}
+"""Deltas in int8, and int4 two to a byte, with the groups that a store gives them: type, and elements of a group."""
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64, "i32": torch.int32,
@@ -41,6 +41,10 @@ TILE = 1024
 
 LARGE = 1 << 32
 """Elements of a flat buffer that needs 64-bit offsets, as the compiled code then has them."""
+
+SHARED = 128
+"""Elements that share a row coefficient at least, where kernels for that are compiled: rows of most models' matrices
+are made up of so many."""
 
 OUTS, INS = 768, 3072
 """A layer whose dimensions are multiples of 16, as those are that the wide loads are for."""
@@ -99,24 +103,45 @@ def merge_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The merge, for every mix of base, delta and output dtypes, in the configurations that its rule gives them."""
     mixes = product(dtypes, (*dtypes, *QUANTIZED), dtypes)
     for (base, delta, out), (use, config) in product(mixes, launch.MERGE_CONFIGS.items()):
-        if (
-            (delta in QUANTIZED and config.one_chunk)
-            or use == "any row"
-            or (use == "packed") != (delta == "u8")
-        ):
-            continue  # the rule gives them no such configuration
+        if not _is_given(use, config, delta):
+            continue
         yield _merge(f"merge_{use}_{base}_{delta}_{out}", base, delta, out, config)
 
 
 def chosen_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """The merge of chosen tensors (a fused module's switch), without row coefficients and with both kinds of them."""
-    for dtype, shared, delta in product(dtypes, (0, 256, 1), ("", *QUANTIZED)):
-        use = launch.MERGE_CONFIGS[
-            "any row" if shared == 1 else {"": "at most 8", "i8": "any", "u8": "packed"}[delta]
-        ]
-        rows = {0: "", 1: "_any_row", 256: "_rows"}[shared]
-        name = f"merge_chosen{rows}_{dtype}_{delta or dtype}"
-        yield _merge(name, dtype, delta or dtype, dtype, use, places=True, shared=shared)
+    """The merge of chosen tensors (a fused module's switch), without row coefficients."""
+    for dtype, delta in product(dtypes, ("", *QUANTIZED)):
+        use = launch.MERGE_CONFIGS[{"": "at most 8", "i8": "any"}.get(delta, "small groups")]
+        yield _merge(f"merge_chosen_{dtype}_{delta or dtype}", dtype, delta or dtype, dtype, use, places=True)
+
+
+def row_merge_variants(dtypes: tuple[str, ...] = FLOATS, deltas: Iterable[str] = ()) -> Iterator[Variant]:
+    """The merge with row coefficients, base and output of one dtype, in the configurations that its rule gives it.
+
+    Args:
+        dtypes: of base and output.
+        deltas: dtypes of deltas, besides int8, int4 and the base's own.
+    """
+    for dtype in dtypes:
+        for delta, (use, config) in product(
+            dict.fromkeys((dtype, *deltas, *QUANTIZED)), launch.MERGE_CONFIGS.items()
+        ):
+            if use != "any row" and not _is_given(use, config, delta):
+                continue
+            if config.one_chunk and config.e_chunk > launch.ROWS_HELD:
+                continue
+            words, shared = ("any_row", 1) if use == "any row" else (f"rows_{use}", SHARED)
+            name = f"merge_{words}_{dtype}_{delta}_{dtype}"
+            yield _merge(name, dtype, delta, dtype, config, places=True, shared=shared)
+
+
+def _is_given(use: str, config: launch.MergeConfig, delta: str) -> bool:
+    """Whether the rule gives a configuration to deltas of a kind whose rows have no coefficients, or share them."""
+    if use == "any row":
+        return False
+    if delta not in QUANTIZED:
+        return use != "small groups"
+    return config is launch.merge_config(1, 1, group=QUANTIZED[delta][1])
 
 
 def _merge(
@@ -141,7 +166,7 @@ def _merge(
 def grad_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """The gradient's first stage, for every mix of dtypes in the configuration of each, and the second's levels."""
     for grad, delta in product(dtypes, (*dtypes, *QUANTIZED)):
-        deltas, group = _deltas(delta, 3), QUANTIZED.get(delta, TILE)
+        deltas, (_, group) = _deltas(delta, 3), QUANTIZED.get(delta, (delta, TILE))
         use = launch.grad_use(deltas.element_size())
         _, found = partials_launch(
             _empty(grad, LARGE), deltas, _scales(delta, 3), group, MAX_BLOCK, launch.GRAD_CONFIGS[use]
@@ -156,7 +181,7 @@ def layer_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
     """A layer's merge for many rows of x, planes in its dtype and in float32, and the sums of pieces for few."""
     for dtype in dtypes:
         for weight, (use, config) in product(dict.fromkeys((dtype, "fp32")), launch.MERGE_CONFIGS.items()):
-            if use in ("packed", "any row"):
+            if use in ("small groups", "any row"):
                 continue  # a layer's planes are floats, and have no coefficients for rows
             base, deltas = _layer(weight, 3, False)
             _, found = layer_merge_launch(base, deltas, _row(5, 3), DTYPES[dtype], config)
@@ -218,15 +243,15 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
 
 
 def lowrank_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """The merge of planes of low rank, without coefficients for rows and with them."""
+    """The merge of planes of low rank, without coefficients for rows and with them; factors as the base or float32."""
     for dtype, by_row, precision in product(dtypes, (False, True), ("tf32x3", "ieee")):
-        kind = DTYPES[dtype]
-        base = torch.empty(OUTS, INS, dtype=kind, device="meta")
-        matrix = Matrix(base, [(0, base.new_empty(OUTS, 16), base.new_empty(16, INS))], 0, 0, -1)
-        weights, out = _empty("fp32", 1, 5, 3), _empty(dtype, 1, LARGE)
-        found = lowrank_merge_launch([matrix], Factors([matrix]), weights, out, by_row, precision)
-        rows = "_rows" if by_row else ""
-        yield describe(f"lowrank_merge{rows}_{dtype}_{precision}", found)
+        for factors in dict.fromkeys((dtype, "fp32")):
+            base = _empty(dtype, OUTS, INS)
+            matrix = Matrix(base, [(0, _empty(factors, OUTS, 16), _empty(factors, 16, INS))], 0, 0, -1)
+            weights, out = _empty("fp32", 1, 5, 3), _empty(dtype, 1, LARGE)
+            found = lowrank_merge_launch([matrix], Factors([matrix]), weights, out, by_row, precision)
+            rows = "_rows" if by_row else ""
+            yield describe(f"lowrank_merge{rows}_{dtype}_{factors}_{precision}", found, "tiles, 1, 1")
 
 
 def is_launched(variant: Variant, architecture: str) -> bool:
@@ -255,13 +280,14 @@ def _empty(dtype: str, *shape: int) -> Tensor:
 
 
 def _deltas(dtype: str, experts: int) -> Tensor:
-    """Flat planes of LARGE elements."""
-    return _empty(dtype, experts, LARGE // 2 if dtype == "u8" else LARGE)
+    """Flat planes of LARGE elements, of a dtype or a key of `QUANTIZED`."""
+    stored, _ = QUANTIZED.get(dtype, (dtype, TILE))
+    return _empty(stored, experts, LARGE // 2 if stored == "u8" else LARGE)
 
 
 def _scales(dtype: str, experts: int) -> Tensor | None:
     """The scales of such planes, for the formats that have some."""
-    return _empty("fp32", experts, LARGE // QUANTIZED[dtype]) if dtype in QUANTIZED else None
+    return _empty("fp32", experts, LARGE // QUANTIZED[dtype][1]) if dtype in QUANTIZED else None
 
 
 def _row(*shape: int) -> Tensor:

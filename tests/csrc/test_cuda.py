@@ -13,7 +13,6 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,62 +20,11 @@ import pytest
 import torch
 
 import paretofuse as pf
-from paretofuse.kernels.aot import build
-from paretofuse.kernels.aot.variants import merge_variants
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.cuda import STORES, assert_cpu_results, equal, net_store
+from tests.support.fake_cuda import STREAM, Driver, write_kernels
 from tests.support.process import run
-
-STREAM = 0x1230
-
-
-class Driver:
-    """The fake driver library, which `dlopen` finds once for the test and for the library under test."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.c = ctypes.CDLL(str(path))
-        self.c.fake_log.restype = ctypes.c_char_p
-
-    def reset(self, fail_at: int = 0) -> None:
-        self.c.fake_reset(ctypes.c_int(fail_at))
-
-    def log(self) -> list[str]:
-        return self.c.fake_log().decode().splitlines()  # type: ignore[no-any-return]
-
-    def check(self) -> None:
-        """Nothing was misused, and everything was given back."""
-        assert (self.c.fake_misuses(), self.c.fake_live()) == (0, 0), self.log()
-
-
-@pytest.fixture
-def driver(release: Path) -> Driver:
-    (path,) = release.glob("libfake_cuda.*")
-    fake = Driver(path)
-    fake.reset()
-    return fake
-
-
-def write_kernels(path: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
-    """Every merge kernel's entry as `aot` writes it, with empty files: the fake driver goes by their names."""
-    path.mkdir(exist_ok=True)
-    entries = []
-    for variant in merge_variants():
-        metadata = SimpleNamespace(
-            target=SimpleNamespace(warp_size=32), name="merge_kernel", num_warps=variant.warps, shared=0
-        )
-        entries.append(build.describe(variant, "sm_90", SimpleNamespace(metadata=metadata), b""))
-        (path / entries[-1]["file"]).write_bytes(b"")
-    manifest = {"format": 3, "architecture": "sm_90", "triton": "3", "kernels": entries}
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return path
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_kernels(tmp_path_factory.mktemp("kernels") / "all")
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +127,11 @@ def test_work_on_another_stream_waits_for_nothing(
     driver.check()
 
 
+@pytest.mark.parametrize("kind", ["float32", "row coefficients"])
 def test_every_failing_call_is_one_clean_error(
-    release: Path, driver: Driver, kernels: Path, store: Path
+    release: Path, driver: Driver, kernels: Path, tmp_path: Path, kind: str
 ) -> None:
+    store = STORES[kind](tmp_path / "store")
     printed = run(release / "cuda_faults", store, kernels, driver.path)
     assert int(printed.split()[0]) > 80
 
@@ -204,16 +154,6 @@ def refused(engine: cpplib.Engine, *arguments: Any) -> str:
         engine.cuda(*arguments)
     assert caught.value.status == Library.DEVICE
     return str(caught.value)
-
-
-def test_row_coefficients_are_refused_and_not_left_out(
-    library: Library, driver: Driver, kernels: Path, tmp_path: Path
-) -> None:
-    net_store(tmp_path / "store", family="rows")
-    engine = library.open(tmp_path / "store")
-    with pytest.raises(LibraryError, match=r"got row coefficients .*; merge on the CPU"):
-        engine.cuda(kernels, driver.path)
-    driver.check()
 
 
 def test_no_driver(library: Library, release: Path, kernels: Path, store: Path, tmp_path: Path) -> None:
@@ -300,11 +240,10 @@ def test_the_smallest_kernel_that_holds_all_experts_merges(
 ) -> None:
     engine = library.open(net_store(tmp_path / "net.pareto", count))
     cuda = engine.cuda(kernels, driver.path)
-    launched = [call for call in driver.log() if call.startswith("cuModuleLoad")]
-    assert {Path(call.split()[-1]).name for call in launched} == {f"merge_{name}_fp32_fp32_fp32.cubin"}
     preference = [1 / count] * count
     engine.switch(preference)
     cuda.switch(preference, STREAM)
+    assert set(driver.launched()) == {f"merge_{name}_fp32_fp32_fp32.cubin"}
     assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
     cuda.close()
     driver.check()
@@ -316,7 +255,7 @@ def entry(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "format": (lambda m: m.update(format=2), "got format 2, expected 3"),
+    "format": (lambda m: m.update(format=3), "got format 3, expected 4"),
     "architecture": (lambda m: m.update(architecture="gfx942"), "expected an NVIDIA architecture"),
     "no kernels": (lambda m: m.update(kernels=[]), "has no merge of base fp32 and deltas fp32"),
     "kernels": (lambda m: m.update(kernels=3), "no list of kernels"),
@@ -365,9 +304,6 @@ def test_wrong_arguments_reach_no_driver(
             cuda.switch(preference)
     with pytest.raises(LibraryError, match="routing weights"):
         cuda.switch_weights(np.zeros(2, np.float32))
-    rows = np.zeros((len(engine.names("group")) + pf.load(store).layout.row_count, 3), np.float32)
-    with pytest.raises(LibraryError, match="got row coefficients"):
-        cuda.switch_weights(rows)
     with pytest.raises(LibraryError, match="which the store does not have"):
         cuda.view("nothing")
     with pytest.raises(LibraryError, match="got 3 bytes at null"):
@@ -377,20 +313,5 @@ def test_wrong_arguments_reach_no_driver(
             library.call(name, *[None] * 5)
     library.c.paretofuse_cuda_close(None)
     assert len(driver.log()) == calls
-    cuda.close()
-    driver.check()
-
-
-def test_real_kernels_are_chosen_from_a_real_export(library: Library, driver: Driver, tmp_path: Path) -> None:
-    pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
-    kernels = build.export("sm_90", tmp_path / "kernels", ("bf16",)).parent
-    engine = library.open(net_store(tmp_path / "store", dtype=torch.bfloat16))
-    cuda = engine.cuda(kernels, driver.path)
-    engine.switch([0.2, 0.3, 0.5])
-    cuda.switch([0.2, 0.3, 0.5], STREAM)
-    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
-    (loaded,) = {call.split()[1] for call in driver.log() if call.startswith("cuModuleLoad")}
-    assert Path(loaded).read_bytes().startswith(b"\x7fELF")
-    assert Path(loaded).name == "merge_at_most_4_bf16_bf16_bf16.cubin"
     cuda.close()
     driver.check()

@@ -165,7 +165,7 @@ def test_size_soname_and_symbols(prefix: Path, tmp_path: Path) -> None:
         assert foreign not in headers
     run("strip", "-o", tmp_path / "stripped.so", library.resolve())
     # Most of it are the kernels: three instruction sets, times the mixes of dtypes and formats of planes.
-    assert (tmp_path / "stripped.so").stat().st_size < 1_000_000
+    assert (tmp_path / "stripped.so").stat().st_size < 1_050_000
     symbols = run("nm", "--dynamic", "--defined-only", "--demangle", library).splitlines()
     names = [line.split(maxsplit=2)[2] for line in symbols]
     assert any(name == "paretofuse_acquire" for name in names)

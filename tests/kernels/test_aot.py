@@ -21,6 +21,7 @@ pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is n
 STREAMING = (
     variants.merge_variants,
     variants.chosen_variants,
+    variants.row_merge_variants,
     variants.grad_variants,
     variants.layer_variants,
     variants.lowrank_variants,

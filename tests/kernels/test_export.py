@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from paretofuse.kernels import launch, routed_grad, routed_merge
+from paretofuse.kernels import launch, lowrank_merge, routed_grad, routed_merge
 from paretofuse.kernels.aot import build, variants
 
 pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
@@ -51,6 +51,7 @@ def test_manifest_describes_the_binaries(exported):
     manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["architecture"] == "sm_90"
     assert {k["symbol"] for k in manifest["kernels"]} == {
+        "lowrank_merge_kernel",
         "merge_kernel",
         "partials_kernel",
         "segment_sums_kernel",
@@ -64,18 +65,24 @@ def test_manifest_describes_the_binaries(exported):
         block = found[f".nv.constant0.{kernel['symbol']}"] - PARAMETERS_START
         assert block == parameter_bytes(kernel["arguments"])
         assert kernel["threads"] == 32 * kernel["warps"]
-        known = {a["name"] for a in kernel["arguments"]} | {"segments", "ceil"} | set(kernel["constants"])
+        known = (
+            {a["name"] for a in kernel["arguments"]}
+            | {"segments", "tiles", "ceil"}
+            | set(kernel["constants"])
+        )
         assert {
             word for word in "".join(c if c.isalpha() or c == "_" else " " for c in kernel["grid"]).split()
         } <= known
 
 
 def test_deltas_of_another_dtype_are_written_when_asked_for():
-    plain, mixed = ({v.name for v in build.variants(("fp32",), deltas)} for deltas in ((), ("bf16", "fp32")))
+    plain, mixed = (
+        {v.name for v in build.variants("sm_90", ("fp32",), deltas)} for deltas in ((), ("bf16", "fp32"))
+    )
     assert plain < mixed
     assert {name.split("_", 1)[0] for name in mixed - plain} == {"merge"}
     assert all(name.endswith("_fp32_bf16_fp32") for name in mixed - plain)
-    assert "merge_at_most_4_fp32_bf16_fp32" in mixed
+    assert {"merge_at_most_4_fp32_bf16_fp32", "merge_rows_at_most_4_fp32_bf16_fp32"} <= mixed
 
 
 def test_two_runs_write_the_same_bytes(exported, tmp_path):
@@ -148,7 +155,8 @@ def three(grid: tuple[int, ...]) -> tuple[int, ...]:
 def test_variants_and_launcher_agree_on_arguments(exported):
     """The manifest lists a kernel's run-time arguments in the order of its definition, which the driver needs."""
     kernels = {"merge_kernel": routed_merge.merge_kernel, "partials_kernel": routed_grad.partials_kernel,
-               "segment_sums_kernel": routed_grad.segment_sums_kernel}  # fmt: skip
+               "segment_sums_kernel": routed_grad.segment_sums_kernel,
+               "lowrank_merge_kernel": lowrank_merge.lowrank_merge_kernel}  # fmt: skip
     for entry in json.loads((exported / "manifest.json").read_text())["kernels"]:
         names = [name for name in kernels[entry["symbol"]].arg_names if name not in entry["constants"]]
         assert [argument["name"] for argument in entry["arguments"]] == [*names, *entry["null_arguments"]]

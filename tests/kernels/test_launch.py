@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from paretofuse.kernels.launch import (
+    MERGE_CONFIGS,
     PROGRAMS,
     Launch,
     dot_precision,
     linear_config,
+    merge_config,
     piece_of,
     rows_merge_first,
 )
@@ -149,3 +151,18 @@ def test_few_rows_of_common_layers_keep_every_multiprocessor_busy():
 )  # fmt: skip
 def test_many_rows_of_a_preference_are_merged_first(per, experts, dtype, merged):
     assert rows_merge_first(per, experts, dtype) is merged
+
+
+@pytest.mark.parametrize(
+    ("experts", "itemsize", "group", "shared", "use"),
+    [
+        (8, 2, 0, 0, "at most 8"), (9, 2, 0, 0, "at most 16"), (17, 2, 0, 0, "any"), (3, 1, 1024, 0, "any"),
+        (3, 1, 32, 0, "small groups"), (8, 2, 0, 256, "at most 8"), (9, 2, 0, 256, "any"), (3, 1, 1024, 64, "any"),
+        (3, 1, 32, 64, "small groups"), (3, 1, 32, 1, "any row"), (3, 4, 0, 1, "any row"),
+    ],
+)  # fmt: skip
+def test_a_merge_holds_what_registers_have_room_for(
+    experts: int, itemsize: int, group: int, shared: int, use: str
+) -> None:
+    """Small groups have many scales, and row coefficients take registers of their own: so says the static proof."""
+    assert merge_config(experts, itemsize, group=group, shared=shared) is MERGE_CONFIGS[use]

@@ -174,7 +174,7 @@ def test_few_rows_are_mixed_on_the_way_and_many_merged_first(launched, rows, ins
     assert launched == kernels
 
 
-@pytest.mark.parametrize("use", [use for use in MERGE_CONFIGS if use not in ("packed", "any row")])
+@pytest.mark.parametrize("use", [use for use in MERGE_CONFIGS if use not in ("small groups", "any row")])
 @pytest.mark.parametrize("layout", ["linear", "conv1d", "apart", "one output"])
 def test_a_layer_is_merged_for_several_preferences(use, layout):
     """In any layout, also with lines that lie apart; as exact as PyTorch's own sum."""

@@ -38,6 +38,13 @@ std::vector<float> WeightRows::at(const Weights& weights) const {
   return rows;
 }
 
+std::vector<float> WeightRows::all(const Weights& weights) const {
+  std::vector<float> rows = at(weights);
+  const auto groups = static_cast<std::ptrdiff_t>(groups_.size() * planes_);
+  rows.insert(rows.end(), weights.values.begin() + groups, weights.values.end());
+  return rows;
+}
+
 std::vector<float> WeightRows::of_statics() const {
   return at({std::vector<float>(groups_.size() * planes_)});
 }

@@ -24,7 +24,9 @@ class WeightRows {
   // All rows, [count, planes], at routing weights [groups, planes], which those of the tensors' own
   // rows may follow. Throws std::invalid_argument for another number of weights, or where one is not finite.
   std::vector<float> at(const Weights& weights) const;
-  // The same where only static tensors are merged.
+  // The same, and behind them the tensors' own rows [rows, planes] where there are coefficients of them.
+  std::vector<float> all(const Weights& weights) const;
+  // Those of `at` where only static tensors are merged.
   std::vector<float> of_statics() const;
 
   // Whether there are coefficients of the tensors' own rows.

@@ -10,6 +10,8 @@ namespace {
 // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 constexpr int kMajor = 75, kMinor = 76;
 
+constexpr std::int64_t kMaxGrid = 0x7fffffff;
+
 void* open_library(const std::string& path) {
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -101,6 +103,18 @@ void DeviceMemory::give_back() {
   driver.check(driver.cuMemFree(std::exchange(address_, 0)), "cuMemFree");
 }
 
+void DeviceMemory::zero() {
+  if (size_ == 0) return;
+  const CudaDriver& driver = context_->driver();
+  driver.check(driver.cuMemsetD8(address_, 0, size_), "cuMemsetD8");
+}
+
+void DeviceMemory::write(std::size_t offset, const void* from, std::size_t size) {
+  if (size == 0) return;
+  const CudaDriver& driver = context_->driver();
+  driver.check(driver.cuMemcpyHtoD(address_ + offset, from, size), "cuMemcpyHtoD");
+}
+
 DeviceMemory::~DeviceMemory() {
   try {
     give_back();
@@ -114,16 +128,23 @@ void DeviceMemory::swap(DeviceMemory& other) noexcept {
   std::swap(size_, other.size_);
 }
 
-CudaFunction::CudaFunction(std::shared_ptr<const CudaContext> context, const std::string& file,
-                           const std::string& symbol)
-    : context_(std::move(context)) {
+CudaFunction::CudaFunction(std::shared_ptr<const CudaContext> context, const KernelCode& code)
+    : context_(std::move(context)), code_(code) {
   const CurrentContext current(*context_);
   const CudaDriver& driver = context_->driver();
-  driver.check(driver.cuModuleLoad(&module_, file.c_str()), ("cuModuleLoad of " + file).c_str());
-  const int found = driver.cuModuleGetFunction(&function_, module_, symbol.c_str());
+  driver.check(driver.cuModuleLoad(&module_, code.file.c_str()), ("cuModuleLoad of " + code.file).c_str());
+  const int found = driver.cuModuleGetFunction(&function_, module_, code.symbol.c_str());
   if (found == 0) return;
   driver.cuModuleUnload(module_);
-  driver.check(found, ("cuModuleGetFunction of " + symbol + " in " + file).c_str());
+  driver.check(found, ("cuModuleGetFunction of " + code.symbol + " in " + code.file).c_str());
+}
+
+void CudaFunction::launch(std::int64_t blocks, void* stream, void** arguments) const {
+  if (blocks > kMaxGrid) throw CudaError("the model is too large for one launch");
+  const CudaDriver& driver = context_->driver();
+  driver.check(driver.cuLaunchKernel(function_, static_cast<unsigned>(blocks), 1, 1, code_.threads, 1, 1,
+                                     code_.shared_bytes, stream, arguments, nullptr),
+               "cuLaunchKernel");
 }
 
 CudaFunction::~CudaFunction() {

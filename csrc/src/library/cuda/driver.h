@@ -6,6 +6,9 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "library/cuda/kernels.h"
 
 namespace paretofuse {
 
@@ -98,6 +101,10 @@ class DeviceMemory {
   // Frees it now. Throws CudaError.
   void give_back();
 
+  // In the current context, waiting for no stream. Throw CudaError.
+  void zero();
+  void write(std::size_t offset, const void* from, std::size_t size);
+
   DeviceAddress address() const { return address_; }
   std::size_t size() const { return size_; }
 
@@ -109,18 +116,27 @@ class DeviceMemory {
   std::size_t size_ = 0;
 };
 
+// Device memory that holds what a vector holds.
+template <class T>
+DeviceMemory on_device(std::shared_ptr<const CudaContext> context, const std::vector<T>& values) {
+  DeviceMemory memory(std::move(context), values.size() * sizeof(T));
+  memory.write(0, values.data(), memory.size());
+  return memory;
+}
+
 // A kernel, with the module that it was loaded from.
 class CudaFunction {
  public:
-  CudaFunction(std::shared_ptr<const CudaContext> context, const std::string& file,
-               const std::string& symbol);
+  CudaFunction(std::shared_ptr<const CudaContext> context, const KernelCode& code);
   CudaFunction(const CudaFunction&) = delete;
   ~CudaFunction();
 
-  void* handle() const { return function_; }
+  // Queues so many thread blocks in the current context; the driver copies the arguments before it returns.
+  void launch(std::int64_t blocks, void* stream, void** arguments) const;
 
  private:
   std::shared_ptr<const CudaContext> context_;
+  KernelCode code_;
   void* module_ = nullptr;
   void* function_ = nullptr;
 };

@@ -10,9 +10,9 @@
 namespace paretofuse {
 namespace {
 
-constexpr std::int64_t kFormat = 3;
-constexpr const char* kGrid = "n / BLOCK, 1, 1";
+constexpr std::int64_t kFormat = 4;
 constexpr std::int64_t kMaxThreads = 1024;
+constexpr std::int64_t kLargest = 1 << 30;
 constexpr std::int64_t kMaxShared = 48 << 10;  // what a kernel may use without asking first
 
 // Becomes a CudaError with the manifest's path.
@@ -33,61 +33,100 @@ std::int64_t size_at(const Json& object, const std::string& key, std::int64_t mo
   return size;
 }
 
-DType dtype_of(const std::string& type) {
-  if (type == "*fp32") return DType::F32;
-  if (type == "*bf16") return DType::BF16;
-  if (type == "*fp16") return DType::F16;
-  fail("got an argument of type " + type + ", expected floating-point numbers");
+bool truth_at(const Json& object, const std::string& key) {
+  const Json& value = member(object, key);
+  if (!value.is_boolean()) fail("got " + shown(value) + " for " + key + ", expected true or false");
+  return value.get<bool>();
 }
 
-// The argument list that CudaWeights gives; null: one of the floating-point types.
+// An argument that we would give. type: null where kernels differ in it, of floats; "quantized" where it may
+// be of planes in int8 or int4 as well.
 struct Argument {
   const char* name;
   const char* type;
 };
-constexpr Argument kArguments[] = {
-    {"base", nullptr},     {"deltas", nullptr},       {"tile_group", "*i32"},    {"weights", "*fp32"},
-    {"scales", "*fp32"},   {"places", "*i32"},        {"out", nullptr},          {"n", "i64"},
+constexpr const char* kFloats = nullptr;
+constexpr const char* kDeltas = "quantized";
+// The lists that FlatMerge and LowRankMerge give.
+constexpr Argument kMergeArguments[] = {
+    {"base", kFloats},     {"deltas", kDeltas},       {"tile_group", "*i32"},    {"weights", "*fp32"},
+    {"scales", "*fp32"},   {"places", "*i32"},        {"out", kFloats},          {"n", "i64"},
     {"experts", "i32"},    {"groups", "i32"},         {"preferences", "i32"},    {"delta_stride", "i64"},
     {"out_stride", "i64"}, {"global_scratch", "*i8"}, {"profile_scratch", "*i8"}};
+constexpr Argument kLowRankArguments[] = {
+    {"factors", "*fp32"},      {"base", kFloats}, {"plane_of", "*i32"},  {"weights", "*fp32"},
+    {"matrices", "*i64"},      {"tiles", "*i32"}, {"out", kFloats},      {"preferences", "i32"},
+    {"width", "i32"},          {"planes", "i32"}, {"out_stride", "i64"}, {"global_scratch", "*i8"},
+    {"profile_scratch", "*i8"}};
 
-MergeKernel parse_kernel(const Json& json, const Json& constants, const std::string& folder) {
+bool is_float(const std::string& type) { return type == "*fp32" || type == "*bf16" || type == "*fp16"; }
+
+// The types, without their asterisks, by place.
+template <std::size_t N>
+std::vector<std::string> types_of(const Json& kernel, const Argument (&wanted)[N]) {
+  const Json& arguments = member(kernel, "arguments");
+  if (!arguments.is_array() || arguments.size() != N) fail("another list of arguments");
+  std::vector<std::string> types;
+  for (std::size_t i = 0; i < N; ++i) {
+    const std::string name = text_at(arguments[i], "name"), type = text_at(arguments[i], "type");
+    const bool quantized = type == "*i8" || type == "*u8";
+    const bool fits = wanted[i].type == kFloats   ? is_float(type)
+                      : wanted[i].type == kDeltas ? is_float(type) || quantized
+                                                  : type == wanted[i].type;
+    if (name != wanted[i].name || !fits) {
+      fail("got argument " + name + " of type " + type + ", expected " + wanted[i].name);
+    }
+    types.push_back(type.substr(type[0] == '*' ? 1 : 0));
+  }
+  return types;
+}
+
+KernelCode parse_code(const Json& json, const std::string& folder, const char* grid) {
   const std::string file = text_at(json, "file");
   if (file.empty() || file.find('/') != std::string::npos || file[0] == '.') fail("no file name: " + file);
-  const Json& arguments = member(json, "arguments");
-  if (!arguments.is_array() || arguments.size() != std::size(kArguments)) fail("another list of arguments");
-  DType types[std::size(kArguments)] = {};
-  for (std::size_t i = 0; i < std::size(kArguments); ++i) {
-    const std::string name = text_at(arguments[i], "name"), type = text_at(arguments[i], "type");
-    const Argument& wanted = kArguments[i];
-    if (name != wanted.name || (wanted.type != nullptr && type != wanted.type)) {
-      fail("got argument " + name + " of type " + type + ", expected " + wanted.name);
-    }
-    if (wanted.type == nullptr) types[i] = dtype_of(type);
-  }
-  if (text_at(json, "grid") != kGrid) fail("another launch grid");
+  if (text_at(json, "grid") != grid) fail("another launch grid");
+  KernelCode code{folder + "/" + file, text_at(json, "symbol"), 0, 0};
+  code.threads = static_cast<unsigned>(size_at(json, "threads", kMaxThreads));
+  code.shared_bytes = static_cast<unsigned>(size_at(json, "shared_bytes", kMaxShared));
+  if (code.threads == 0) fail("no threads");
+  return code;
+}
+
+MergeKernel parse_merge(const Json& json, const Json& constants, const std::string& folder) {
+  const std::vector<std::string> types = types_of(json, kMergeArguments);
   MergeKernel kernel;
-  kernel.file = folder + "/" + file;
-  kernel.symbol = text_at(json, "symbol");
-  kernel.base = types[0];
-  kernel.delta = types[1];
-  kernel.out = types[6];
+  kernel.code = parse_code(json, folder, "n / BLOCK, 1, 1");
+  const std::int64_t group = truth_at(constants, "HAS_SCALES") ? size_at(constants, "GROUP", kTile) : 0;
+  kernel.use = {types[0], types[1], types[6], group,
+                static_cast<RowCoefficients>(size_at(constants, "ROWS", 2))};
   kernel.block = size_at(constants, "BLOCK", kTile);
   kernel.experts = size_at(constants, "E_CHUNK", kMaxThreads);
-  const Json& one_chunk = member(constants, "ONE_CHUNK");
-  if (!one_chunk.is_boolean()) fail("got " + shown(one_chunk) + " for ONE_CHUNK, expected true or false");
-  kernel.any = !one_chunk.get<bool>();
-  kernel.threads = static_cast<unsigned>(size_at(json, "threads", kMaxThreads));
-  kernel.shared_bytes = static_cast<unsigned>(size_at(json, "shared_bytes", kMaxShared));
+  kernel.any = !truth_at(constants, "ONE_CHUNK");
   if (kernel.block == 0 || kTile % kernel.block != 0) fail("blocks that do not divide a tile");
-  if (kernel.threads == 0 || kernel.experts == 0) fail("no threads, or no experts");
+  if (kernel.experts == 0) fail("no experts");
+  const std::int64_t sub = size_at(constants, "SUB", kTile);
+  if (kernel.use.rows == RowCoefficients::shared && (sub == 0 || kSharedRow % sub != 0)) {
+    fail("row coefficients of " + std::to_string(sub) + " elements");
+  }
+  const bool by_row = kernel.use.rows != RowCoefficients::none;
+  if (truth_at(constants, "PLACES") != by_row)
+    fail("row coefficients without places, or places without them");
+  if (truth_at(constants, "PACKED") != (types[1] == "u8")) fail("packed numbers of another type");
   return kernel;
 }
 
-bool merges_floats(const Json& json, const Json& constants) {
-  std::int64_t tile = 0;
-  return text_at(json, "symbol") == "merge_kernel" && member(constants, "HAS_SCALES") == Json(false) &&
-         as_size(member(constants, "TILE"), &tile) && tile == kTile;
+LowRankKernel parse_low_rank(const Json& json, const Json& constants, const std::string& folder) {
+  const std::vector<std::string> types = types_of(json, kLowRankArguments);
+  LowRankKernel kernel;
+  kernel.code = parse_code(json, folder, "tiles, 1, 1");
+  kernel.dtype = types[1];
+  if (types[6] != types[1]) fail("an output of another type than the base");
+  kernel.by_row = truth_at(constants, "ROWS");
+  const std::int64_t outs = size_at(constants, "BO", kTile), ins = size_at(constants, "BI", kTile);
+  if (outs != kTileOuts || ins != kTileIns || size_at(constants, "RANKS", kTile) != kRanks)
+    fail("another tile");
+  if (size_at(constants, "FIELDS", kTile) != kMatrixFields) fail("another table of matrices");
+  return kernel;
 }
 
 MergeKernels parse(const std::string& folder, const std::string& text) {
@@ -96,7 +135,7 @@ MergeKernels parse(const std::string& folder, const std::string& text) {
     fail("got format " + shown(json.is_object() ? member(json, "format") : json) + ", expected " +
          std::to_string(kFormat));
   }
-  MergeKernels kernels{folder, 0, {}};
+  MergeKernels kernels{folder, 0, {}, {}};
   const std::string architecture = text_at(json, "architecture");
   const std::string number = architecture.substr(0, 3) == "sm_" ? architecture.substr(3) : "";
   if (number.empty() || number.size() > 3 || number.find_first_not_of("0123456789") != std::string::npos) {
@@ -109,12 +148,27 @@ MergeKernels parse(const std::string& folder, const std::string& text) {
     if (!entry.is_object()) fail("got " + shown(entry) + " in the list of kernels");
     const Json& constants = member(entry, "constants");
     if (!constants.is_object()) fail("a kernel has no constants");
-    if (merges_floats(entry, constants)) kernels.kernels.push_back(parse_kernel(entry, constants, folder));
+    const std::string symbol = text_at(entry, "symbol");
+    if (symbol == "merge_kernel" && size_at(constants, "TILE", kLargest) == kTile) {
+      kernels.merges.push_back(parse_merge(entry, constants, folder));
+    }
+    if (symbol == "lowrank_merge_kernel" && truth_at(constants, "ALIGNED")) {
+      kernels.low_rank.push_back(parse_low_rank(entry, constants, folder));
+    }
   }
   return kernels;
 }
 
 }  // namespace
+
+std::string triton_name(DType dtype) {
+  static constexpr const char* names[] = {"fp32", "bf16", "fp16"};
+  return names[static_cast<int>(dtype)];
+}
+
+std::string triton_name(Format format, DType dtype) {
+  return format == Format::Int8 ? "i8" : format == Format::Int4 ? "u8" : triton_name(dtype);
+}
 
 MergeKernels read_kernels(const std::string& folder) {
   const std::string path = folder + "/manifest.json";
@@ -129,11 +183,10 @@ MergeKernels read_kernels(const std::string& folder) {
   }
 }
 
-const MergeKernel& MergeKernels::choose(DType base, DType delta, DType out, std::int64_t experts) const {
+const MergeKernel& MergeKernels::choose(const MergeUse& use, std::int64_t experts) const {
   const MergeKernel* best = nullptr;
-  for (const MergeKernel& kernel : kernels) {
-    if (kernel.base != base || kernel.delta != delta || kernel.out != out) continue;
-    if (!kernel.any && kernel.experts < experts) continue;
+  for (const MergeKernel& kernel : merges) {
+    if (!(kernel.use == use) || (!kernel.any && kernel.experts < experts)) continue;
     // One that holds all experts reads nothing twice; of those the smallest has registers to spare.
     if (best == nullptr || (best->any && !kernel.any) ||
         (best->any == kernel.any && kernel.experts < best->experts)) {
@@ -141,11 +194,21 @@ const MergeKernel& MergeKernels::choose(DType base, DType delta, DType out, std:
     }
   }
   if (best != nullptr) return *best;
-  static constexpr const char* names[] = {"fp32", "bf16", "fp16"};
-  const auto name = [](DType dtype) { return std::string(names[static_cast<int>(dtype)]); };
-  throw CudaError(folder + ": has no merge of base " + name(base) + " and deltas " + name(delta) +
-                  "; write it by `python -m paretofuse.kernels.aot --dtype " + name(base) +
-                  " --delta-dtype " + name(delta) + "`");
+  const bool written = use.deltas == "i8" || use.deltas == "u8";  // for every dtype of a base
+  throw CudaError(folder + ": has no merge of base " + use.base + " and deltas " + use.deltas +
+                  (use.group == 0 ? "" : " in groups of " + std::to_string(use.group)) +
+                  (use.rows == RowCoefficients::none ? "" : " by row") +
+                  "; write it by `python -m paretofuse.kernels.aot --dtype " + use.base +
+                  (written ? "" : " --delta-dtype " + use.deltas) + "`");
+}
+
+const LowRankKernel& MergeKernels::choose_low_rank(DType dtype, bool by_row) const {
+  for (const LowRankKernel& kernel : low_rank) {
+    if (kernel.dtype == triton_name(dtype) && kernel.by_row == by_row) return kernel;
+  }
+  throw CudaError(folder + ": has no merge of base " + triton_name(dtype) + " and planes of low rank" +
+                  (by_row ? " by row" : "") + "; write it by `python -m paretofuse.kernels.aot --dtype " +
+                  triton_name(dtype) + "`");
 }
 
 }  // namespace paretofuse
