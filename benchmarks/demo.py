@@ -92,6 +92,11 @@ class Shuffled:
         for rows in torch.randperm(len(self._part.labels)).split(self._size):
             yield self._part.images[rows], self._part.labels[rows]
 
+    def tenth(self, held: bool) -> Shuffled:
+        """Every tenth image, or all the others."""
+        rows = (torch.arange(len(self._part.labels)) % 10 == 9) == held
+        return Shuffled(Part(self._part.images[rows], self._part.labels[rows]), self._size)
+
     def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Epoch after epoch."""
         while True:

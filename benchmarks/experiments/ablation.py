@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -37,14 +37,15 @@ class Setting:
     """A change of the plain setting: arguments of pf.stack and pf.fit, the run's length, early stopping, planes.
 
     `merged` is the method of `pf.add_consensus`, whose merge of all experts is one more plane, of no objective.
-    `held` turns the models, so that columns have coefficients (`benchmarks.experiments.columns`).
+    `stop`: early stopping by batches that routers learn from ("seen"), or by a tenth of the data that they do not
+    ("held"); the experts learned from all of it. `held` turns the models, so that columns have coefficients (`benchmarks.experiments.columns`).
     """
 
     name: str
     stack: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     longer: float = 1.0
-    stop: bool = False
+    stop: Literal["", "seen", "held"] = ""
     rank: int | None = None
     merged: str | None = None
     held: Held | None = None
@@ -72,7 +73,8 @@ SETTINGS = (
     Setting("rows, corner every 4", ROWS, {"corner_every": 4}),
     Setting("rows and rank 4, corner every 4", ROWS, {"corner_every": 4}, rank=4),
     Setting("rows, 4 preferences a step, a quarter of the steps", ROWS, {"preferences_per_step": 4}, 0.25),
-    Setting("rows, stopped by a validation", ROWS, stop=True),
+    Setting("rows, stopped by a validation", ROWS, stop="seen"),
+    Setting("rows, stopped by a tenth held out", ROWS, stop="held"),
     *(Setting(f"rows, sketch {rank}", ROWS, {"sketch": rank}) for rank in (16, 8, 4)),
     Setting("rows, shrinkage 0.3", ROWS, {"row_shrinkage": 0.3}),
     *(
@@ -88,7 +90,7 @@ SETTINGS = (
 """What is asked: fineness, planes, learning rates, shrinkage, corners, validation, sketches, columns."""
 
 HELD_OUT_BATCHES = 20
-"""Of each objective, that early stopping validates with: drawn from what routers learn from, but not in their order."""
+"""Of each objective, that early stopping validates with; of what routers learn from, not in their order."""
 STOP_EVERY, STOP_PATIENCE = 25, 3
 
 
@@ -111,8 +113,9 @@ def listed(experiment: Experiment) -> list[Contender]:
             if setting.merged is not None:
                 settings |= {"merged": setting.merged}
             if setting.stop:
-                settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE]}
-                run = stopping(taken, stack, fit)
+                held = ["held"] if setting.stop == "held" else []
+                settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE, *held]}
+                run = stopping(taken, stack, fit, setting.stop)
             if setting.held is not None:
                 settings |= {"held": setting.held}
                 run = on_turned(run, setting.held)
@@ -121,20 +124,28 @@ def listed(experiment: Experiment) -> list[Contender]:
     return found
 
 
-def stopping(steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any]) -> Contend:
+def stopping(
+    steps: int, stack: Mapping[str, Any], fit: Mapping[str, Any], by: Literal["seen", "held"]
+) -> Contend:
     """As `learned`, but the routers that validated best are kept, and training ends when they stay the best."""
 
     def run(context: Context) -> Outcome:
-        objectives = context.experiment.objectives
+        objectives = judges = context.experiment.objectives
+        if by == "held":
+            objectives, judges = (
+                tuple(replace(o, data=o.data.tenth(held)) for o in objectives)  # type: ignore[attr-defined]
+                for held in (False, True)
+            )
+            context = replace(context, experiment=replace(context.experiment, objectives=objectives))
         batches = []
-        for index, objective in enumerate(objectives):
+        for index, objective in enumerate(judges):
             stream = Batches(objective.data, objective.name, context.seed + 1000, index)
             batches.append([stream.take() for _ in range(HELD_OUT_BATCHES)])
 
         def losses(module: nn.Module) -> dict[str, float]:
             return {
                 objective.name: statistics.mean(float(objective.loss(module, batch)) for batch in own)
-                for objective, own in zip(objectives, batches, strict=True)
+                for objective, own in zip(judges, batches, strict=True)
             }
 
         watched = {

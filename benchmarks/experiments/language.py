@@ -79,6 +79,11 @@ class Windows:
         for rows in torch.randperm(len(cut)).split(self._batch):
             yield cut[rows].long()
 
+    def tenth(self, held: bool) -> Windows:
+        """The last tenth of the text, or all before it."""
+        first = len(self._tokens) * 9 // 10
+        return Windows(self._tokens[first:] if held else self._tokens[:first], self._context, self._batch)
+
 
 def windows(tokens: Tensor, context: int) -> Tensor:
     """Tokens [N] as sequences [N // T, T], one after the other."""
