@@ -38,7 +38,8 @@ class Setting:
 
     `merged` is the method of `pf.add_consensus`, whose merge of all experts is one more plane, of no objective.
     `stop`: early stopping by batches that routers learn from ("seen"), or by a tenth of the data that they do not
-    ("held"); the experts learned from all of it. `held` turns the models, so that columns have coefficients (`benchmarks.experiments.columns`).
+    ("held"); the experts learned from all of it. `held` turns the models, so that columns have coefficients
+    (`benchmarks.experiments.columns`).
     """
 
     name: str
