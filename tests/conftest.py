@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 
 import paretofuse as pf
 from tests.support import cpplib
+from tests.support.fake_cuda import Driver
 from tests.support.models import net_and_experts
 
 
@@ -52,6 +53,15 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 def release() -> Path:
     """The folder of libparetofuse's release build."""
     return cpplib.build("release")
+
+
+@pytest.fixture
+def driver(release: Path) -> Driver:
+    """The fake CUDA driver, as if nothing had been called."""
+    (path,) = release.glob("libfake_cuda.*")
+    fake = Driver(path)
+    fake.reset()
+    return fake
 
 
 @pytest.fixture(scope="session")

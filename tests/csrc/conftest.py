@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_cuda import Driver, write_kernels
-
-
-@pytest.fixture
-def driver(release: Path) -> Driver:
-    """The fake driver, as if nothing had been called."""
-    (path,) = release.glob("libfake_cuda.*")
-    fake = Driver(path)
-    fake.reset()
-    return fake
+from tests.support.kernel_folder import write_kernels
 
 
 @pytest.fixture(scope="session")

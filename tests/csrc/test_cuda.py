@@ -23,7 +23,8 @@ import paretofuse as pf
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
 from tests.support.cuda import STORES, assert_cpu_results, equal, net_store
-from tests.support.fake_cuda import STREAM, Driver, write_kernels
+from tests.support.fake_cuda import STREAM, Driver
+from tests.support.kernel_folder import write_kernels
 from tests.support.process import run
 
 

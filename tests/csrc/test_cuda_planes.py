@@ -18,7 +18,8 @@ import paretofuse as pf
 from paretofuse.kernels.aot import build
 from tests.support.cpplib import Library, LibraryError
 from tests.support.cuda import assert_cpu_results, planes_store
-from tests.support.fake_cuda import STREAM, Driver, write_kernels
+from tests.support.fake_cuda import STREAM, Driver
+from tests.support.kernel_folder import write_kernels
 from tests.support.models import net_and_experts
 
 R = [0.2, 0.3, 0.5]

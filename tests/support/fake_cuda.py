@@ -1,17 +1,17 @@
-"""The fake CUDA driver, and a folder of kernels for it."""
+"""The fake CUDA driver that the tests of libparetofuse build."""
 
 from __future__ import annotations
 
 import ctypes
-import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from paretofuse.kernels.aot import build
+import torch
+from torch import Tensor
 
 STREAM = 0x1230
+
+MARK = 1 << 62
+"""What tells the fake's device addresses from the host's."""
 
 
 class Driver:
@@ -21,6 +21,7 @@ class Driver:
         self.path = path
         self.c = ctypes.CDLL(str(path))
         self.c.fake_log.restype = ctypes.c_char_p
+        self.c.fake_size.restype = ctypes.c_int64
 
     def reset(self, fail_at: int = 0) -> None:
         self.c.fake_reset(ctypes.c_int(fail_at))
@@ -34,25 +35,13 @@ class Driver:
             call.split(" file ")[1].split()[0] for call in self.log() if call.startswith("cuLaunchKernel")
         ]
 
+    def memory(self, address: int, dtype: torch.dtype) -> Tensor:
+        """The device's memory from an address to the end of its allocation, as it is now."""
+        size = self.c.fake_size(ctypes.c_uint64(address))
+        assert size > 0, hex(address)
+        start = ctypes.c_char * size
+        return torch.frombuffer(start.from_address(address ^ MARK), dtype=dtype)
+
     def check(self) -> None:
         """Nothing was misused, and everything was given back."""
         assert (self.c.fake_misuses(), self.c.fake_live()) == (0, 0), self.log()
-
-
-def write_kernels(path: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
-    """Every merge kernel's entry as `aot` writes it, with empty files: the fake driver goes by their names."""
-    path.mkdir(exist_ok=True)
-    entries = []
-    for variant in build.variants("sm_90", build.FLOATS, build.FLOATS):
-        metadata = SimpleNamespace(
-            target=SimpleNamespace(warp_size=32),
-            name=variant.kernel.fn.__name__,
-            num_warps=variant.warps,
-            shared=0,
-        )
-        entries.append(build.describe(variant, "sm_90", SimpleNamespace(metadata=metadata), b""))
-        (path / entries[-1]["file"]).write_bytes(b"")
-    manifest = {"format": 4, "architecture": "sm_90", "triton": "3", "kernels": entries}
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return path

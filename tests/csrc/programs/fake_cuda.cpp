@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
@@ -139,6 +140,14 @@ FAKE const char* fake_log() { return state().log.c_str(); }
 FAKE const char* fake_failed() { return state().failed.c_str(); }
 FAKE int fake_calls() { return state().calls; }
 FAKE int fake_misuses() { return state().misuses; }
+// Bytes from an address to the end of its allocation; 0 where there is none.
+FAKE std::int64_t fake_size(Address address) {
+  const Fake& f = state();
+  const auto after = f.memory.upper_bound(address);
+  if (after == f.memory.begin()) return 0;
+  const auto& [start, length] = *std::prev(after);
+  return address - start < length ? static_cast<std::int64_t>(length - (address - start)) : 0;
+}
 // What is not given back yet: allocations, modules, the retained context, contexts pushed.
 FAKE int fake_live() {
   const Fake& f = state();
