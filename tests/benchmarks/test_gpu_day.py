@@ -10,9 +10,10 @@ import pytest
 
 from benchmarks.gpu.bench import PARTS
 from benchmarks.gpu.record import COLUMNS
+from tests.support.kernels import needs_triton
 from tests.support.process import ROOT, run
 
-pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+needs_triton()
 SCRIPT = ROOT / "benchmarks" / "gpu_day.sh"
 
 

@@ -20,6 +20,7 @@ from tests.support.cpplib import Library, LibraryError
 from tests.support.cuda import assert_cpu_results, planes_store
 from tests.support.fake_cuda import STREAM, Driver
 from tests.support.kernel_folder import write_kernels
+from tests.support.kernels import needs_triton
 from tests.support.models import net_and_experts
 
 R = [0.2, 0.3, 0.5]
@@ -199,7 +200,7 @@ def test_damaged_kernels(library: Library, driver: Driver, tmp_path: Path, damag
 def test_real_kernels_are_chosen_from_a_real_export(
     library: Library, driver: Driver, tmp_path: Path, by_row: bool
 ) -> None:
-    pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+    needs_triton()
     kernels = build.export("sm_90", tmp_path / "kernels", ("bf16",)).parent
     engine = library.open(planes_store(tmp_path / "store", torch.bfloat16, by_row=by_row))
     cuda = engine.cuda(kernels, driver.path)

@@ -15,8 +15,9 @@ from paretofuse.kernels import (
     rows_kernels,
 )
 from paretofuse.kernels.aot import build, variants
+from tests.support.kernels import needs_triton
 
-pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+needs_triton()
 
 STREAMING = (
     variants.merge_variants,

@@ -15,8 +15,9 @@ import torch
 
 from paretofuse.kernels import launch, lowrank_merge, routed_grad, routed_merge
 from paretofuse.kernels.aot import build, variants
+from tests.support.kernels import needs_triton
 
-pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+needs_triton()
 
 SIZES = {"i32": 4, "i64": 8}
 PARAMETERS_START = 0x210

@@ -15,9 +15,10 @@ import paretofuse as pf
 from benchmarks.gpu.host import StubDriver, stub_driver, stub_graphs
 from paretofuse.kernels import launch, routed_merge
 from tests.support.graphs import Operators
+from tests.support.kernels import needs_triton
 from tests.support.models import net_and_experts
 
-pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+needs_triton()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-triton = pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+from tests.support.kernels import needs_triton
+
+triton = needs_triton()
 if [int(n) for n in triton.__version__.split(".")[:2]] < [3, 7] and np.lib.NumpyVersion(
     np.__version__
 ) >= "2.4.0":

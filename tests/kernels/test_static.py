@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.gpu import static
 from paretofuse.kernels.aot import build, variants
+from tests.support.kernels import needs_triton
 
-triton = pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")
+triton = needs_triton()
 
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 EVERYTHING = list(product(build.ARCHITECTURES, variants.FLOATS))

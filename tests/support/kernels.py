@@ -1,11 +1,19 @@
-"""The routed gradient of a whole flat model, as the engine's collector makes it bucket by bucket."""
+"""Triton, where a test needs it; and the routed gradient of a whole flat model, as the engine's collector makes it."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor
 
 from paretofuse.kernels.routed_grad import grad_partials, group_sums, plan_groups
+
+
+def needs_triton() -> ModuleType:
+    """Triton; skips the test, or the module that asks, where it is missing or too old."""
+    return pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 or newer is not installed")  # type: ignore[no-any-return]
 
 
 def routed_grad(

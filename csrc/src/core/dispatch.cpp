@@ -27,7 +27,7 @@ bool has_f16c() {
 }
 #endif
 
-std::array<Choice, 4> choices() {
+std::array<Choice, 4> find_choices() {
 #if defined(__x86_64__)
   // These checks include the operating system's saving of the wide registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
@@ -41,6 +41,12 @@ std::array<Choice, 4> choices() {
            {"avx2", avx2_kernels(), avx2},
            {"neon", neon_kernels(), true},
            {"scalar", scalar_kernels(), true}}};
+}
+
+// Found once: a virtual machine takes microseconds for the processor's answers.
+const std::array<Choice, 4>& choices() {
+  static const std::array<Choice, 4> found = find_choices();
+  return found;
 }
 
 bool usable(const Choice& choice) { return choice.kernels != nullptr && choice.supported; }
