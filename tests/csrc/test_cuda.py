@@ -86,15 +86,16 @@ def test_a_switch_is_one_copy_and_one_launch_on_the_callers_stream(
     cuda.switch([0.2, 0.3, 0.5], STREAM)
     calls = driver.log()[len(opened) :]
     assert [call.split()[0] for call in calls] == [
-        "cuCtxPushCurrent", "cuStreamIsCapturing", "cuMemcpyHtoDAsync", "cuLaunchKernel", "cuCtxPopCurrent",
+        "cuCtxPushCurrent", "cuStreamIsCapturing", "cuMemcpyHtoDAsync", "cuEventRecord", "cuLaunchKernel",
+        "cuCtxPopCurrent",
     ]  # fmt: skip
     groups = len(engine.names("group"))
     assert calls[2] == f"cuMemcpyHtoDAsync {(groups + 1) * 3 * 4} stream 0x1230"
     found = re.fullmatch(
         r"cuLaunchKernel grid (\d+) 1 1 block 256 1 1 shared 0 stream 0x1230 "
-        r"file merge_at_most_4_fp32_fp32_fp32.cubin arguments (.*)", calls[3]
+        r"file merge_at_most_4_fp32_fp32_fp32.cubin arguments (.*)", calls[4]
     )  # fmt: skip
-    assert found is not None, calls[3]
+    assert found is not None, calls[4]
     tiles = int(found[1])
     fields = [bytes.fromhex(field) for field in found[2].split()]
     assert [len(field) for field in fields] == [8] * 7 + [8, 4, 4, 4, 8, 8, 8, 8]
@@ -124,6 +125,24 @@ def test_work_on_another_stream_waits_for_nothing(
     assert np.array_equal(cuda.read("second.weight", STREAM), before)
     engine.switch([0, 1, 0])
     assert equal(cuda.read("second.weight", STREAM + 1), engine.view("second.weight").array())
+    cuda.close()
+    driver.check()
+
+
+def test_switches_wait_only_for_the_copy_before_the_last(
+    library: Library, driver: Driver, kernels: Path, store: Path
+) -> None:
+    """The device reads page-locked memory when the stream comes to it, by when the host has gone on."""
+    engine = library.open(store)
+    cuda = engine.cuda(kernels, driver.path)
+    waits = []
+    for preference in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5], [0.5, 0.25, 0.25]):
+        before = len(driver.log())
+        cuda.switch(preference, STREAM)
+        waits.append([call for call in driver.log()[before:] if "Synchronize" in call])
+    assert waits == [[], [], ["cuEventSynchronize"], ["cuEventSynchronize"]]
+    engine.switch(preference)
+    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
     cuda.close()
     driver.check()
 

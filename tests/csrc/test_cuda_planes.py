@@ -114,7 +114,7 @@ def test_no_dense_plane_is_made_of_low_rank_ones(
     }
     pf.stack(base, models, planes="lowrank:4").save(tmp_path / "store")
     cuda = library.open(tmp_path / "store").cuda(kernels, driver.path)
-    allocated = sum(int(call.split()[1]) for call in driver.log() if call.startswith("cuMemAlloc"))
+    allocated = sum(int(call.split()[1]) for call in driver.log() if call.startswith("cuMemAlloc "))
     one = 256 * 512 * 4
     factors = 8 * 4 * (256 + 512) * 4
     weights = (2 + 256) * 8 * 4
@@ -132,7 +132,7 @@ def test_quantized_planes_stay_as_they_are(
     pf.stack(base, models, planes=word).save(tmp_path / "store")
     engine = library.open(tmp_path / "store")
     cuda = engine.cuda(kernels, driver.path)
-    allocated = sum(int(call.split()[1]) for call in driver.log() if call.startswith("cuMemAlloc"))
+    allocated = sum(int(call.split()[1]) for call in driver.log() if call.startswith("cuMemAlloc "))
     one = 256 * 512 * 4
     planes = 8 * one / (4 if word == "int8" else 8)
     scales = 8 * one / 32

@@ -45,6 +45,8 @@ struct Fake {
   int retained = 0;
   std::vector<void*> contexts;  // the current thread's stack, pushed by us
   std::map<Address, std::size_t> memory;
+  std::map<const std::byte*, std::size_t> locked;  // host memory that the device reads when a copy runs
+  std::map<void*, void*> events;                   // the stream on which each was last recorded
   std::set<Module*> modules;
   std::map<void*, std::vector<std::function<void()>>> queues;
   std::string log, failed;
@@ -123,7 +125,11 @@ std::byte* fake::host(Address address, std::size_t size, const char* what) {
 FAKE void fake_reset(int fail_at) {
   Fake& f = state();
   for (const auto& [address, size] : f.memory) std::free(reinterpret_cast<void*>(address ^ kMark));
+  for (const auto& [memory, size] : f.locked) std::free(const_cast<std::byte*>(memory));
+  for (const auto& [event, stream] : f.events) delete static_cast<char*>(event);
   for (Module* module : f.modules) delete module;
+  f.locked.clear();
+  f.events.clear();
   f.memory.clear();
   f.modules.clear();
   f.contexts.clear();
@@ -148,10 +154,13 @@ FAKE std::int64_t fake_size(Address address) {
   const auto& [start, length] = *std::prev(after);
   return address - start < length ? static_cast<std::int64_t>(length - (address - start)) : 0;
 }
-// What is not given back yet: allocations, modules, the retained context, contexts pushed.
+// What is not given back yet: allocations, locked memory, events, modules, the retained context, contexts
+// pushed.
 FAKE int fake_live() {
   const Fake& f = state();
-  return static_cast<int>(f.memory.size() + f.modules.size() + f.contexts.size()) + f.retained;
+  return static_cast<int>(f.memory.size() + f.locked.size() + f.events.size() + f.modules.size() +
+                          f.contexts.size()) +
+         f.retained;
 }
 
 FAKE int cuInit(unsigned) { return enter("cuInit", "", false); }
@@ -252,6 +261,53 @@ FAKE int cuMemFree_v2(Address address) {
   return code;
 }
 
+FAKE int cuMemAllocHost_v2(void** memory, std::size_t size) {
+  if (const int code = enter("cuMemAllocHost", text(size))) return code;
+  if (size == 0) return misuse("allocation of nothing", INVALID_VALUE);
+  *memory = std::malloc(size);
+  state().locked[static_cast<const std::byte*>(*memory)] = size;
+  return OK;
+}
+
+FAKE int cuMemFreeHost(void* memory) {
+  const int code = enter("cuMemFreeHost");
+  run_all();
+  if (state().locked.erase(static_cast<const std::byte*>(memory)) == 0) {
+    return misuse("free of host memory that is not locked", INVALID_VALUE);
+  }
+  std::free(memory);
+  return code;
+}
+
+FAKE int cuEventCreate(void** event, unsigned flags) {
+  if (const int code = enter("cuEventCreate", text(flags))) return code;
+  *event = new char;
+  state().events[*event] = nullptr;
+  return OK;
+}
+
+FAKE int cuEventDestroy_v2(void* event) {
+  const int code = enter("cuEventDestroy");
+  if (state().events.erase(event) == 0) return misuse("destruction of no event", INVALID_VALUE);
+  delete static_cast<char*>(event);
+  return code;
+}
+
+FAKE int cuEventRecord(void* event, void* stream) {
+  if (const int code = enter("cuEventRecord", "stream " + text(stream))) return code;
+  if (state().events.count(event) == 0) return misuse("record of no event", INVALID_VALUE);
+  state().events[event] = stream;
+  return OK;
+}
+
+FAKE int cuEventSynchronize(void* event) {
+  if (const int code = enter("cuEventSynchronize")) return code;
+  if (state().events.count(event) == 0) return misuse("wait for no event", INVALID_VALUE);
+  void* stream = state().events[event];
+  stream == nullptr ? run_all() : run(stream);
+  return OK;
+}
+
 FAKE int cuMemsetD8_v2(Address address, unsigned char value, std::size_t size) {
   if (const int code = enter("cuMemsetD8", text(size))) return code;
   std::byte* to = host(address, size, "memset");
@@ -273,6 +329,15 @@ FAKE int cuMemcpyHtoDAsync_v2(Address address, const void* from, std::size_t siz
   std::byte* to = host(address, size, "copy to the device");
   if (to == nullptr) return INVALID_VALUE;
   const auto* bytes = static_cast<const std::byte*>(from);
+  const auto& locked = state().locked;
+  const auto after = locked.upper_bound(bytes);
+  if (after != locked.begin()) {
+    const auto& [start, length] = *std::prev(after);
+    if (bytes + size <= start + length) {
+      submit(stream, [=] { std::memcpy(to, bytes, size); });
+      return OK;
+    }
+  }
   submit(stream, [to, staged = std::vector<std::byte>(bytes, bytes + size)] {
     std::copy(staged.begin(), staged.end(), to);
   });

@@ -48,6 +48,12 @@ CudaDriver::CudaDriver(const std::string& path) : path_(path), library_(open_lib
   resolve(cuModuleGetFunction, "cuModuleGetFunction");
   resolve(cuMemAlloc, "cuMemAlloc_v2");
   resolve(cuMemFree, "cuMemFree_v2");
+  resolve(cuMemAllocHost, "cuMemAllocHost_v2");
+  resolve(cuMemFreeHost, "cuMemFreeHost");
+  resolve(cuEventCreate, "cuEventCreate");
+  resolve(cuEventDestroy, "cuEventDestroy_v2");
+  resolve(cuEventRecord, "cuEventRecord");
+  resolve(cuEventSynchronize, "cuEventSynchronize");
   resolve(cuMemsetD8, "cuMemsetD8_v2");
   resolve(cuMemcpyHtoD, "cuMemcpyHtoD_v2");
   resolve(cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2");

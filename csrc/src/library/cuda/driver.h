@@ -36,6 +36,12 @@ class CudaDriver {
   int (*cuModuleGetFunction)(void** function, void* module, const char* name);
   int (*cuMemAlloc)(DeviceAddress* address, std::size_t size);
   int (*cuMemFree)(DeviceAddress address);
+  int (*cuMemAllocHost)(void** memory, std::size_t size);
+  int (*cuMemFreeHost)(void* memory);
+  int (*cuEventCreate)(void** event, unsigned flags);
+  int (*cuEventDestroy)(void* event);
+  int (*cuEventRecord)(void* event, void* stream);
+  int (*cuEventSynchronize)(void* event);
   int (*cuMemsetD8)(DeviceAddress address, unsigned char value, std::size_t size);
   int (*cuMemcpyHtoD)(DeviceAddress to, const void* from, std::size_t size);
   int (*cuMemcpyHtoDAsync)(DeviceAddress to, const void* from, std::size_t size, void* stream);

@@ -8,6 +8,7 @@ namespace paretofuse {
 namespace {
 
 constexpr std::size_t kAligned = 256;  // as the driver aligns what it allocates
+
 const void* pointer(DeviceAddress address) { return reinterpret_cast<const void*>(address); }
 
 }  // namespace
@@ -30,6 +31,7 @@ CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions
   }
   const auto rows = model->rows().count() + manifest.rows;
   weights = DeviceMemory(context, static_cast<std::size_t>(rows) * manifest.members.size() * sizeof(float));
+  staging = std::make_unique<Staging>(context, weights.size());
   model->store().check_unchanged();
   place_merged();
   place_constants();
@@ -98,14 +100,10 @@ void CudaWeights::State::merge(const Weights& chosen, void* stream) {
   if (capturing != 0) {
     throw std::invalid_argument(
         "got a stream that is being captured into a graph, expected an ordinary one: the graph would read "
-        "the routing "
-        "weights again at each launch, from memory that is gone; switch before the graph is launched, on its "
-        "stream");
+        "the routing weights again at each launch, from memory that later switches rewrite; switch before "
+        "the graph is launched, on its stream");
   }
-  // Pageable memory is copied aside before the call returns.
-  driver.check(
-      driver.cuMemcpyHtoDAsync(weights.address(), table.data(), table.size() * sizeof(float), stream),
-      "cuMemcpyHtoDAsync");
+  staging->copy(weights.address(), table.data(), table.size() * sizeof(float), stream);
   for (const auto& merge : merges) {
     if (merge->bucket().role == Role::routed) merge->launch(weights.address(), by_row, stream);
   }

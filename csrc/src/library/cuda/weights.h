@@ -9,6 +9,7 @@
 #include "library/cuda/device_merge.h"
 #include "library/cuda/driver.h"
 #include "library/cuda/kernels.h"
+#include "library/cuda/staging.h"
 #include "library/model.h"
 #include "paretofuse/cuda.h"
 
@@ -26,6 +27,7 @@ struct CudaWeights::State {
   MergeKernels kernels;
   // float [groups + 1, planes], then the tensors' own rows [rows, planes]: see WeightRows::all
   DeviceMemory weights;
+  std::unique_ptr<Staging> staging;  // of the weights
   DeviceMemory constants;
   std::vector<std::unique_ptr<DeviceMerge>> merges;
   std::vector<TensorView> views;  // in the manifest's order
