@@ -33,8 +33,8 @@ class DeviceMerge {
     return out_.address() + bytes(bucket_.offsets[i], bucket_.dtype);
   }
 
-  // Queues the merge at weights float32 [1 + groups, planes], behind which the rows' own coefficients
-  // [rows, planes] lie if they are to be read.
+  // Queues the merge at weights float32 [1 + groups, planes]. by_row, of routed tensors only: the rows' own
+  // coefficients [rows, planes] lie behind them and are read.
   virtual void launch(DeviceAddress weights, bool by_row, void* stream) const = 0;
 
   // Gives back all but the output.

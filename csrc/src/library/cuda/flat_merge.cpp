@@ -123,11 +123,11 @@ std::vector<std::int32_t> FlatMerge::places(const Manifest& manifest) const {
 }
 
 void FlatMerge::launch(DeviceAddress weights, bool by_row, void* stream) const {
-  const Form& form = by_row && bucket_.role == Role::routed ? by_row_ : plain_;
+  const Form& form = by_row ? by_row_ : plain_;
   DeviceAddress base = base_.address(), deltas = deltas_.address(), tiles = tiles_.address();
   DeviceAddress out = out_.address(), no_scratch = 0;
   DeviceAddress scales = bucket_.group > 0 ? scales_.address() : weights;  // as the Python launcher fills
-  DeviceAddress places = &form == &by_row_ ? places_.address() : tiles;    // what is not read
+  DeviceAddress places = by_row ? places_.address() : tiles;               // what is not read
   std::int64_t length = bucket_.length(), out_stride = length;
   std::int64_t delta_stride = bucket_.format == Format::Int4 ? length / 2 : length;
   std::int32_t planes = planes_, rows = rows_, preferences = 1;

@@ -130,8 +130,7 @@ void LowRankMerge::launch(DeviceAddress weights, bool by_row, void* stream) cons
   // In the order that kernels.cpp checks.
   void* arguments[] = {&factors,     &base,  &plane_of, &weights,    &matrices,   &tiles,     &out,
                        &preferences, &width, &planes,   &out_stride, &no_scratch, &no_scratch};
-  const bool reads_rows = by_row && bucket_.role == Role::routed;
-  (reads_rows ? by_row_ : plain_).launch(tile_count_, stream, arguments);
+  (by_row ? by_row_ : plain_).launch(tile_count_, stream, arguments);
 }
 
 }  // namespace
