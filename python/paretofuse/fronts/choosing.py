@@ -37,8 +37,14 @@ def choose_row(
     """
     inside = np.ones(len(front.values), dtype=bool)
     for word, bounds, sign in (("at_most", at_most, 1.0), ("at_least", at_least, -1.0)):
+        if not isinstance(bounds, Mapping):
+            raise TypeError(f"got {word}={bounds!r}, expected a dict {{metric: bound}}")
         for name, bound in bounds.items():
-            values, limit = front.values[:, column(front, name)], float(bound)
+            values = front.values[:, column(front, name)]
+            try:
+                limit = float(bound)
+            except (TypeError, ValueError):
+                raise TypeError(f"got {word}={{{name!r}: {bound!r}}}, expected a number") from None
             if not np.isfinite(limit):
                 raise ValueError(f"got {word}={{{name!r}: {bound}}}, expected a finite number")
             within = sign * values <= sign * limit
