@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument(
         "--model-name", default="paretofuse", metavar="NAME", help="what clients call the model"
     )
@@ -106,6 +106,13 @@ def run(options: argparse.Namespace) -> Result:
         load=lambda: load_engine(options, replicas=options.replicas),
     )
     return f"{options.store}: no longer served", {"store": options.store}, 0
+
+
+def _port(text: str) -> int:
+    """A port's number, or 0."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port, 1 to 65535, or 0 for a free one")
+    return int(text)
 
 
 def _keys(path: str) -> list[str]:
