@@ -173,8 +173,10 @@ def _message(error: Exception) -> str:
 
 
 def _plain_message(error: Exception) -> str:
-    if isinstance(error, ValueError | ImportError) and str(error):
-        return str(error)
+    """One line: an error that was foreseen says all in it, and of others the first line says enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ValueError | ImportError) and lines:
+        return " ".join(lines)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (--traceback shows where)"
+    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
