@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
 import paretofuse
@@ -134,7 +135,9 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     try:
-        result: Result = COMMANDS[options.command].run(options)
+        # What functions of the user's print must not be among the JSON.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            result: Result = COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         return _fail("KeyboardInterrupt", "interrupted", 130, options.json)
     except Exception as error:  # one line for the user; --traceback for whoever needs to look inside

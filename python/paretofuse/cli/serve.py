@@ -122,7 +122,11 @@ def _keys(path: str) -> list[str]:
         ValueError: there are none.
         OSError: it cannot be read.
     """
-    keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"got {path}, which is no text in UTF-8, expected one key on each line") from None
+    keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise ValueError(
             f"got {path} without a key, expected one on each line; leave --api-key-file out to let all in"

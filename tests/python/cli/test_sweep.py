@@ -25,8 +25,18 @@ class Results:
 def build():
     return torch.nn.Linear(3, 2)
 
+def nothing():
+    return None
+
 def breaks(module):
     raise KeyError("labels")
+
+def fails(module):
+    raise ValueError("no data")
+
+def talks(module):
+    print("talking")
+    return [1.0, 2.0]
 
 def counted(module):
     with open("count", "a") as file:
@@ -60,6 +70,10 @@ def sweep_folder(folder: Path) -> Path:
         (["-o", "f.csv", "--html", "/proc/none/front.html"], "/proc/none/front.html: ", 0),
         (["-o", "f.csv", "--plot", "front.xyz"], "expected a name that ends in one of", 0),
         (["-o", "f.csv", "--plot", "front"], "expected a name that ends in one of", 0),
+        (["-o", "f.csv", "--html", "evaluation.py"], "expected a name that ends in .html", 0),
+        (["-o", "f.html", "--html", "./f.html"], "got 'f.html', './f.html' for the table", 0),
+        (["-o", "f.png", "--plot", "f.png"], "got 'f.png', 'f.png' for the table", 0),
+        (["-o", "f.csv", "--module", "evaluation:nothing"], "got nothing from --module evaluation:nothing", 0),
         (["-o", "f.csv", "--chunksize", "2"], "got --chunksize 2 without --workers", 0),
         (["-o", "f.csv", "--reference", "cola=nan,sst2=0"], "expected finite numbers", 0),
         (["-o", "f.csv", "--reference", "cola=0,mrpc=0"], "got a reference point for ['cola', 'mrpc']", 1),
