@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import paretofuse as pf
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Member
 from paretofuse.engine.routing import routers as routers_module
@@ -23,6 +25,7 @@ from paretofuse.engine.routing.weights import (
     routing_of,
     rows_of,
 )
+from tests.support.models import net_and_experts
 
 
 def test_one_set_of_weights_or_several() -> None:
@@ -143,6 +146,26 @@ def test_the_core_refuses_arrays_that_are_no_routers() -> None:
             _C.Routers("identity", members, wrong)
     with pytest.raises(ValueError, match="expected preferences"):
         _C.Routers("identity", members, arrays).weights(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["hidden.weight", "output.bias", "rows.weight"])
+def test_routers_that_diverged_are_neither_merged_nor_stored(
+    tmp_path: Path, name: str, number: float
+) -> None:
+    base, experts = net_and_experts(count=2)
+    engine = pf.stack(base, experts, family="rows")
+    engine.save(tmp_path / "s")
+    sound = (tmp_path / "s" / "manifest.json").read_bytes()
+    with torch.no_grad():
+        engine.routers.get_parameter(name).view(-1)[-1] = number
+    message = f"the router parameter '{name}' holds NaN or infinity"
+    if name != "rows.weight":
+        with pytest.raises(ValueError, match=message):
+            engine.switch([0.5, 0.5])
+    with pytest.raises(ValueError, match=message):
+        engine.save(tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == sound
 
 
 def test_row_coefficients_are_computed_where_the_routers_are() -> None:
