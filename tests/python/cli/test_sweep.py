@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 import paretofuse
 from tests.support.command import call, run
+from tests.support.waiting import until
 
 EVALUATE = """
 import torch
@@ -33,6 +36,12 @@ def breaks(module):
 
 def fails(module):
     raise ValueError("no data")
+
+def waits(module):
+    import os, pathlib, time
+    pathlib.Path("new").write_text(str(os.getpid()))
+    os.rename("new", "pid")
+    time.sleep(600)
 
 def talks(module):
     print("talking")
@@ -140,6 +149,29 @@ def test_sweep_in_processes(tmp_path: Path) -> None:
     for preference, values in zip(front.preferences, front.values.tolist(), strict=True):
         expected = float(engine.merge(preference).weight.detach().sum())
         assert values == [expected, -expected]
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and has not ended (nobody may have waited for it)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_sweep(tmp_path: Path, number: signal.Signals) -> None:
+    sweep_folder(tmp_path)
+    words = ["sweep", "s", "--points", "3", "--module", "evaluation:build", "-o", "f.csv", "--workers", "1"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "paretofuse", *words, "--evaluate", "evaluation:waits"], cwd=tmp_path
+    )
+    until((tmp_path / "pid").exists)
+    worker = int((tmp_path / "pid").read_text())
+    sweep.send_signal(number)
+    sweep.wait()
+    until(lambda: not runs(worker))
 
 
 def test_sweep_says_where_metrics_run_against_their_preferences(
