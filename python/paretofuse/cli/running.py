@@ -67,9 +67,7 @@ def use_threads(options: argparse.Namespace) -> None:
     if options.threads is not None:
         import torch
 
-        from paretofuse.engine.extension import thread_count
-
-        torch.set_num_threads(thread_count(options.threads))
+        torch.set_num_threads(options.threads)
 
 
 def shows_progress(options: argparse.Namespace) -> bool:
