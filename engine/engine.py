@@ -230,8 +230,8 @@ class Engine:
         """A new, independent dense model for a preference, or for given routing weights [G, P].
 
         Args:
-            preference: by objective name, or in the order of `objectives`; a tensor or array [K, M], such as
-                `pf.simplex_grid` makes, gives a list of K models.
+            preference: by objective name, or in the order of `objectives`; several, as a tensor or array [K, M] such as
+                `pf.simplex_grid` makes or as a list, give a list of K models.
             weights: routing weights instead, [G, P] or [K, G, P].
             head: the objective whose own tensors the model gets.
 

@@ -15,9 +15,19 @@ except ImportError as error:
 __all__ = ["_C", "thread_count"]
 
 
+MOST_THREADS = 1024
+"""What the core takes at most; see csrc/src/core/parallel.h."""
+
+
 def thread_count(threads: int | None) -> int:
-    """The given number of threads, or as many as this process may use."""
+    """The given number of threads, or as many as this process may use.
+
+    Raises:
+        ValueError: too many, or none.
+    """
     if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads: got {threads}, expected 1 to {MOST_THREADS}")
         return threads
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -176,6 +176,11 @@ def one_for_each(objectives: Sequence[str]) -> tuple[Member, ...]:
     return tuple(Member(name, name, 1.0) for name in objectives)
 
 
+def is_text(name: object) -> bool:
+    """Whether this can be a name in a manifest: a text without halves of surrogate pairs, which UTF-8 cannot hold."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def rows_of(shape: Sequence[int]) -> int:
     """Rows of a tensor: the size of its first dimension; one row for scalars and vectors."""
     return shape[0] if len(shape) > 1 else 1

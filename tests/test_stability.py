@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from importlib import import_module
 from importlib.metadata import metadata
 from pathlib import Path
@@ -73,3 +75,11 @@ def test_every_claimed_python_has_its_classifier() -> None:
     workflow = text(".github/workflows/ci.yml")
     assert all(f"          3.{minor}\n" in workflow for minor in claimed[:-1])
     assert "bash .ci/run" in workflow
+
+
+def test_modules_for_users_are_there_once_the_package_is() -> None:
+    program = (
+        "import paretofuse as pf; print(pf.solvers.EPO(), pf.methods.Group.__name__, 'solvers' in dir(pf))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "EPO(tolerance=0.0001) Group True\n"

@@ -7,6 +7,7 @@ names after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,3 +145,23 @@ def _number(value: Any, point: Any) -> float:
     if not np.isfinite(plain):
         raise ValueError(f"got reference point {point!r}, expected finite numbers")
     return float(plain)
+
+
+def finite_bounds(option: str, bounds: Mapping[str, float]) -> dict[str, float]:
+    """The bounds of `at_most` or `at_least`, by metric.
+
+    Raises:
+        TypeError: they are no dict, or one is no number.
+        ValueError: one is not finite.
+    """
+    if not isinstance(bounds, Mapping):
+        raise TypeError(f"got {option}={bounds!r}, expected a dict {{metric: bound}}")
+    numbers = {}
+    for name, bound in bounds.items():
+        try:
+            numbers[name] = float(bound)
+        except (TypeError, ValueError):
+            raise TypeError(f"got {option}={{{name!r}: {bound!r}}}, expected a number") from None
+        if not math.isfinite(numbers[name]):
+            raise ValueError(f"got {option}={{{name!r}: {bound}}}, expected a finite number")
+    return numbers

@@ -240,6 +240,8 @@ def _named_numbers(result: Any, objectives: tuple[str, ...], at: str) -> dict[st
     for name, value in named.items():
         try:
             numbers[name] = float(value)
+        except OverflowError:  # an integer beyond all floats
+            numbers[name] = math.inf
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"got {type(value).__name__} for metric {name!r} at {at}, expected a number; "

@@ -12,6 +12,7 @@ import numpy as np
 from paretofuse.engine.extension import _C, thread_count
 from paretofuse.engine.merging.card import with_card
 from paretofuse.engine.routing.preference import Preference, as_preference, by_name
+from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.store.reader import Progress, Store
 from paretofuse.engine.termination import termination_raises
 
@@ -70,7 +71,7 @@ def merge_store(
     with termination_raises():
         return store.core.merge(
             routing,
-            out,
+            as_path(out),
             head=head or "",
             files=with_card(store.model_files(head), store, shares, routing, head),
             threads=thread_count(threads),

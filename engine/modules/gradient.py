@@ -127,6 +127,8 @@ class GradientCollector:
         if not losses:
             raise ValueError("got no losses, expected at least one scalar")
         for index, loss in enumerate(losses):
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"loss {index} is a {type(loss).__name__}, expected a scalar tensor")
             if loss.dim() != 0 or not loss.requires_grad:
                 raise ValueError(
                     f"loss {index} has shape {list(loss.shape)} and requires_grad={loss.requires_grad}; expected a "

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
+from paretofuse.engine.layout import is_text
+
 Route = Callable[[str], "str | None"]
 
 # The blocks that the field calls the MLP of a transformer layer: CLIP, GPT-2, LLaMA (mlp), T5 (DenseReluDense),
@@ -64,11 +66,15 @@ def assign_groups(names: Iterable[str], route: str | Route) -> dict[str, str | N
     groups: dict[str, str | None] = {}
     for name in names:
         group = chosen(name)
-        if group is not None and (not isinstance(group, str) or not group):
+        if group is not None and not (group and is_text(group)):
             raise TypeError(
                 f"route gave {group!r} for tensor {name!r}, expected a non-empty group name or None (not routed)"
             )
         groups[name] = group
+    if not names:
+        raise ValueError(
+            "got no tensor to merge, expected some floats that are neither heads nor scalar buffers"
+        )
     if all(group is None for group in groups.values()):
         shown = ", ".join(names[:4])
         raise ValueError(

@@ -101,7 +101,13 @@ def by_name(preference: Preference, objectives: Sequence[str]) -> dict[str, floa
 
 
 def is_grid(preference: object) -> bool:
-    """Whether these are preferences [K, E], a tensor or an array such as `simplex_grid` makes, rather than one [E]."""
+    """Whether these are several preferences rather than one.
+
+    Several are a tensor or an array [K, E], such as `simplex_grid` makes, or a list of preferences.
+    """
+    if isinstance(preference, list | tuple):
+        first = preference[0] if preference else 0.0
+        return isinstance(first, Mapping | list | tuple) or getattr(first, "ndim", 0) == 1
     return getattr(preference, "ndim", 1) == 2
 
 
@@ -152,11 +158,16 @@ def simplex_grid(objectives: int, points: int) -> np.ndarray:
 def _entries(preference: Any) -> list[Any]:
     if is_grid(preference):
         raise TypeError(
-            f"got preferences of shape {list(preference.shape)}, expected one preference: a number for each objective; "
-            "take a row at a time"
+            f"got {len(preference)} preferences, expected one preference: a number for each objective; take one at a "
+            "time"
         )
     if hasattr(preference, "tolist"):
-        preference = preference.tolist()
+        try:
+            preference = preference.tolist()
+        except RuntimeError:
+            raise TypeError(
+                "got a preference whose numbers cannot be read, expected a dense tensor that is not on the meta device"
+            ) from None
     if isinstance(preference, str | bytes) or not isinstance(preference, Sequence):
         raise TypeError(
             f"got a preference of type {type(preference).__name__}, expected a dict by objective name, a "

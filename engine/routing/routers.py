@@ -212,8 +212,18 @@ class Routers(nn.Module):
         return {**self.__dict__, "_host": None}
 
     def stored(self) -> dict[str, np.ndarray]:
-        """The parameters as a store keeps them, float32 by name: without trained planes, which are planes there."""
+        """The parameters as a store keeps them, float32 by name: without trained planes, which are planes there.
+
+        Raises:
+            ValueError: one is not finite, which no store takes.
+        """
         own = {name: t for name, t in self.state_dict().items() if not name.startswith("planes.")}
+        for name, tensor in own.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"the router parameter {name!r} holds NaN or infinity, as after a training that diverged; train "
+                    "anew with a lower lr"
+                )
         return {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
 
     @property

@@ -116,6 +116,7 @@ def rows_of(
         if not rows:
             raise ValueError("got no preferences, expected one for each row of the batch")
         weights = routers(torch.stack(rows))
+    weights = _tensor(weights)
     if weights.dim() != 3:
         raise ValueError(f"got weights of shape {list(weights.shape)}, expected [B, G, P]")
     return _checked(routers, weights)
@@ -162,10 +163,14 @@ def _checked(routers: Routers, weights: Tensor) -> Tensor:
 
 
 def _tensor(weights: object) -> Tensor:
-    """Routing weights as a tensor; TypeError where they are none."""
+    """Routing weights as a tensor; TypeError where they are none, or no real numbers."""
     try:
-        return torch.as_tensor(weights)
+        tensor = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"got weights={type(weights).__name__}, expected a tensor of routing weights [G, P]"
         ) from None
+    if tensor.is_complex() or tensor.dtype == torch.bool or tensor.is_meta or tensor.layout != torch.strided:
+        kind = "meta" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+        raise TypeError(f"got weights that are {kind}, expected a dense tensor of real numbers [G, P]")
+    return tensor

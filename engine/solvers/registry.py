@@ -54,6 +54,8 @@ def get_solver(method: str | Solver, options: Mapping[str, Any] | None = None) -
             raise ValueError(f"got {problem} for method {method!r}, expected options among {sorted(known)}")
         solver: Solver = kind(**options)
         return solver
+    if isinstance(method, type):
+        raise TypeError(f"got method {method.__name__}, a class, expected a solver: {method.__name__}(...)")
     if not callable(method):
         raise TypeError(
             f"got method of type {type(method).__name__}, expected a name or a solver (a callable)"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paretofuse.engine.errors import CheckpointError, some
-from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec
+from paretofuse.engine.layout import MERGED_DTYPES, Layout, Role, TensorSpec, is_text
 from paretofuse.engine.methods.transform import Transform
 from paretofuse.engine.planes.choose import Wanted
 from paretofuse.engine.routing.groups import Route, assign_groups
@@ -84,8 +84,8 @@ def make_plan(
     heads = tuple(heads or ())
     names, members = members_of(tuple(experts), objectives)
     for kind, given in (("expert", tuple(experts)), ("objective", names)):
-        if any(not name or set(name) & set("\n\r\0") for name in given):
-            raise ValueError(f"got {kind} names {list(given)}, expected non-empty single lines")
+        if not all(name and not set(name) & set("\n\r\0") and is_text(name) for name in given):
+            raise ValueError(f"got {kind} names {list(given)}, expected non-empty single lines of Unicode")
     if not isinstance(static_weight, (int, float)) or not abs(static_weight) < float("inf"):
         raise ValueError(f"got static_weight={static_weight!r}, expected a finite number such as 0.3")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
 from paretofuse.engine.errors import CheckpointError
-from paretofuse.engine.layout import ITEM_SIZE
+from paretofuse.engine.layout import ITEM_SIZE, is_text
 from paretofuse.engine.stacking.factors import Factors
 from paretofuse.engine.stacking.sharding import Sharding, shards
 from paretofuse.engine.stacking.skeleton import can_copy, make_skeleton
@@ -166,8 +166,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
     """A source over a state dict; names that share their whole memory are tied. Of DTensors, over the shards here.
 
     Raises:
-        TypeError: a value is not a tensor.
-        CheckpointError: a DTensor is a pending sum.
+        TypeError: a name is no text, or a value is not a tensor.
+        CheckpointError: a tensor has no data or is sparse, or a DTensor is a pending sum.
     """
     owners: dict[tuple[object, ...], str] = {}
     kept: dict[str, Tensor] = {}
@@ -175,10 +175,16 @@ def from_state_dict(tensors: Mapping[str, Tensor], label: str) -> Source:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{label}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
+        if not is_text(name):
+            raise TypeError(f"{label}: a tensor has the name {name!r}, expected a text")
+        if tensor.device.type == "meta":
+            raise CheckpointError(f"{label}: tensor {name!r} is on the meta device; load its weights first")
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{label}: tensor {name!r} is sparse; stack what tensor.to_dense() gives")
     tensors, shardings = shards(tensors, label)
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        owner = owners.setdefault(place, name) if tensor.numel() and tensor.device.type != "meta" else name
+        owner = owners.setdefault(place, name) if tensor.numel() else name
         if owner == name:
             kept[name] = tensor.detach()
         else:
@@ -197,9 +203,6 @@ def from_module(module: nn.Module, label: str) -> Source:
     """A source over a module's state dict, with its skeleton and, for HF models, its configuration."""
     module = unwrap(module)
     state = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
-    on_meta = [name for name, tensor in state.items() if tensor.device.type == "meta"]
-    if on_meta:
-        raise CheckpointError(f"{label}: tensor {on_meta[0]!r} is on the meta device; load its weights first")
     plain = from_state_dict(state, label)
     skeleton = make_skeleton(module) if can_copy(module) else None
     buffers = dict(module.named_buffers())

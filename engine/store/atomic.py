@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paretofuse.engine.extension import _C
+from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.termination import termination_raises
 
 Fresh = _C.Fresh
@@ -36,7 +37,7 @@ def fresh(place: str | os.PathLike[str], *, directory: bool = False) -> Iterator
         ValueError: a directory that cannot be replaced as a whole: a mount point, or the current one.
     """
     with termination_raises():
-        new = Fresh(place, directory=directory)
+        new = Fresh(as_path(place), directory=directory)
         try:
             yield new.path
             new.place()
@@ -51,7 +52,7 @@ def fresh(place: str | os.PathLike[str], *, directory: bool = False) -> Iterator
 def fresh_named(place: str | os.PathLike[str]) -> Iterator[Path]:
     """Like `fresh`, for writers that look at a file's name: a path of that name, in a fresh folder beside the place."""
     with termination_raises():
-        folder = Fresh(place, directory=True)
+        folder = Fresh(as_path(place), directory=True)
         try:
             path = folder.path / Path(place).name
             yield path

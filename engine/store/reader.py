@@ -27,6 +27,7 @@ import numpy as np
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout, Member, TensorSpec
+from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 
 Progress = Callable[[int, int], None]
@@ -121,7 +122,8 @@ class Store:
             StoreError: not a store, of a newer version, or its files are missing, truncated or contradict the
                 manifest; says which file and what to do.
         """
-        return cls(Path(path), _C.Store(path))
+        place = as_path(path)
+        return cls(place, _C.Store(place))
 
     @property
     def family(self) -> str:

@@ -19,6 +19,7 @@ from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout, one_for_each
 from paretofuse.engine.store.atomic import Fresh, name_the_file
+from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.store.reader import (
     BASE,
     MANIFEST,
@@ -96,7 +97,7 @@ class StoreWriter:
         Raises:
             ValueError: something stands there that is no store.
         """
-        self.path = Path(path)
+        self.path = as_path(path)
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"got objectives {list(self.objectives)}, expected at least one, each once")

@@ -20,7 +20,10 @@ def entropy_loss(logits: Tensor) -> Tensor:
 
     Raises:
         ValueError: there are no logits.
+        TypeError: they are no tensor.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"got {type(logits).__name__}, expected a tensor such as module(batch).logits")
     if logits.ndim == 0 or logits.numel() == 0:
         raise ValueError(
             f"got logits of shape {list(logits.shape)}, expected [..., classes] with at least one row"

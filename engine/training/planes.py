@@ -8,7 +8,7 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.layout import Member
 from paretofuse.engine.planes.trained import TrainedPlanes
 from paretofuse.engine.stacking.stack import lasting
-from paretofuse.engine.training.settings import check_number
+from paretofuse.engine.training.settings import LAST_SEED, check_number
 
 
 @lasting()
@@ -35,7 +35,7 @@ def add_planes(engine: Engine, rank: int = 4, *, seed: int = 0) -> None:
             f"got {type(engine).__name__} to add planes to, expected an engine that pf.stack or pf.load made"
         )
     check_number("rank", rank, 1)
-    check_number("seed", seed, 0)
+    check_number("seed", seed, 0, LAST_SEED)
     if engine.routers.planes is not None:
         raise ValueError(
             "got an engine that has trained planes already, expected one without; save and load it first, which makes "

@@ -18,6 +18,9 @@ PLANES_ONLY = ("plane_lr", "plane_shrinkage", "plane_orthogonality")
 _LEAST = {"steps": 1, "corner_every": 0, "preferences_per_step": 1, "accumulate": 1, "seed": 0, "sketch": 1}
 """The whole numbers among the settings, and the least that each may be."""
 
+LAST_SEED = 2**63 - 1
+"""The largest number that torch's generators start from."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,7 +48,9 @@ class Settings:
         """Raise TypeError unless each is of its kind, and ValueError unless it is in its range."""
         for name in (field.name for field in fields(self) if field.name not in ("sampler", "family")):
             if name != "sketch" or self.sketch is not None:
-                check_number(name, getattr(self, name), _LEAST.get(name))
+                check_number(
+                    name, getattr(self, name), _LEAST.get(name), LAST_SEED if name == "seed" else None
+                )
         check_family(self.family)
         for name in ("lr", "alpha", "row_lr", "plane_lr"):
             if not getattr(self, name) > 0:
@@ -82,12 +87,12 @@ class Settings:
         return start * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
 
-def check_number(name: str, value: object, least: int | None = None) -> None:
+def check_number(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Check an argument that is a whole number of at least `least`, or any finite number where that is None.
 
     Raises:
         TypeError: it is of another kind.
-        ValueError: it is below `least`, or not finite.
+        ValueError: it is below `least`, above `most`, or not finite.
     """
     kind = "a number" if least is None else "a whole number"
     plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
@@ -97,3 +102,5 @@ def check_number(name: str, value: object, least: int | None = None) -> None:
         raise ValueError(f"got {name}={value}, expected a finite number")
     if least is not None and plain < least:
         raise ValueError(f"got {name}={value}, expected at least {least}")
+    if most is not None and plain > most:
+        raise ValueError(f"got {name}={value}, expected at most {most}")

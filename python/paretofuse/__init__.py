@@ -68,11 +68,17 @@ __all__ = [
 ]  # fmt: skip
 
 
+_MODULES = ("methods", "solvers")
+"""Modules that `pf.solvers` and the like import when they are first asked for."""
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"paretofuse.{name}")
     raise AttributeError(f"module 'paretofuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*__all__, *_MODULES))

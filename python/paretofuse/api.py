@@ -350,9 +350,17 @@ def _device(device: str | torch.device) -> torch.device:
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"got device={device!r}, expected a torch.device or a name such as 'cuda:0'")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"got device={device!r}, expected a name such as 'cpu' or 'cuda:0'") from error
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"got device={str(device)!r}, which cannot be used here ({reason}); take 'cpu', or a machine that has it"
+        ) from error
+    return place
 
 
 def _blueprint(plan: Plan) -> Blueprint:

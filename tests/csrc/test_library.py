@@ -281,7 +281,8 @@ def test_wrong_arguments_say_what_is_wrong_and_change_nothing(library: Library, 
     before = engine.tensors()
     wrong: list[tuple[list[float], str]] = [
         ([0.5, 0.5], "got a preference of 2 numbers, expected 3"),
-        ([0.5, 0.5, 0.5], "sum 1.5, expected a sum of 1"),
+        ([0.5, 0.5, 0.5], "sum 1.5, expected a sum of 1; divide by the sum"),
+        ([0.0, 0.0, 0.0], "sum 0, expected a sum of 1$"),
         ([1.5, -0.5, 0.0], 'got -0.5 for objective "b"'),
         ([float("nan"), 0.5, 0.5], "got nan"),
         ([float("inf"), 0.0, 0.0], "got inf"),

@@ -99,7 +99,7 @@ def test_bad_input_changes_nothing() -> None:
     for grid in (torch.eye(3), np.eye(3), pf.simplex_grid(3, 4)):
         with pytest.raises(ValueError, match=r"got \d+ preferences, expected one"):
             engine.switch(grid)
-        with pytest.raises(TypeError, match=r"got preferences of shape \[\d+, 3\], expected one"):
+        with pytest.raises(TypeError, match=r"got \d+ preferences, expected one"):
             engine.replica(grid)
     with pytest.raises(ValueError, match="got no preferences"):
         engine.merge(np.empty((0, 3)))

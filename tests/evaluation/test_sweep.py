@@ -90,7 +90,7 @@ def test_modes_are_restored_after_an_error() -> None:
     assert engine.module[1].training
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 10**400])
 def test_non_finite_metric_names_the_preference(bad: float) -> None:
     def evaluate(module: torch.nn.Module) -> dict[str, float]:
         return {"cola": bad if shares(module)[0] == 0.25 else 0.5, "sst2": 0.5}

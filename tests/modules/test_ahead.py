@@ -121,7 +121,7 @@ def test_wrong_arguments() -> None:
     for wrong in (0, True, 1.5):
         with pytest.raises(ValueError, match=r"got at_once=.*at least 1"):
             engine.modules(pf.simplex_grid(3, 3), at_once=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="preference"):
+    with pytest.raises(ValueError, match=r"got preference .* with sum 1.8"):
         engine.modules([[0.5, 0.6, 0.7]])
     with pytest.raises(ValueError, match=r"got at_once=2 with live=True, expected 1"):
         engine.modules(pf.simplex_grid(3, 3), at_once=2, live=True)

@@ -344,5 +344,7 @@ def test_losses_that_are_no_scalars_of_the_live_module_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             engine.jacobian([out.sum(), wrong])
+    with pytest.raises(TypeError, match="loss 1 is a float, expected a scalar tensor"):
+        engine.jacobian([out.sum(), 1.0])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="no losses"):
         engine.jacobian([])

@@ -76,6 +76,7 @@ def test_refused_values(bad: object, words: list[str]) -> None:
         "cola", b"abc", 1.0, None, {0.5, 0.3}, torch.tensor(1.0), np.float64(1.0),
         [[1.0], [0.0], [0.0]], ["1", "0", "0"], [True, False, False], [None, 0.5, 0.5],
         torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), {"cola": "1"}, {"cola": [1.0]},
+    torch.zeros(3, device="meta"),
     ],
 )  # fmt: skip
 def test_refused_types(bad: object) -> None:

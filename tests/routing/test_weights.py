@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import paretofuse as pf
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Member
 from paretofuse.engine.routing import routers as routers_module
 from paretofuse.engine.routing import weights as weights_module
 from paretofuse.engine.routing.routers import FAMILIES, INITS, Routers
-from paretofuse.engine.routing.weights import check_one, coefficients, part_of_span, routing_at, routing_of
+from paretofuse.engine.routing.weights import (
+    check_one,
+    coefficients,
+    is_several,
+    part_of_span,
+    routing_at,
+    routing_of,
+    rows_of,
+)
+from tests.support.models import net_and_experts
 
 
 def test_one_set_of_weights_or_several() -> None:
@@ -137,6 +148,26 @@ def test_the_core_refuses_arrays_that_are_no_routers() -> None:
         _C.Routers("identity", members, arrays).weights(np.zeros((2, 3)))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["hidden.weight", "output.bias", "rows.weight"])
+def test_routers_that_diverged_are_neither_merged_nor_stored(
+    tmp_path: Path, name: str, number: float
+) -> None:
+    base, experts = net_and_experts(count=2)
+    engine = pf.stack(base, experts, family="rows")
+    engine.save(tmp_path / "s")
+    sound = (tmp_path / "s" / "manifest.json").read_bytes()
+    with torch.no_grad():
+        engine.routers.get_parameter(name).view(-1)[-1] = number
+    message = f"the router parameter '{name}' holds NaN or infinity"
+    if name != "rows.weight":
+        with pytest.raises(ValueError, match=message):
+            engine.switch([0.5, 0.5])
+    with pytest.raises(ValueError, match=message):
+        engine.save(tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == sound
+
+
 def test_row_coefficients_are_computed_where_the_routers_are() -> None:
     routers = Routers(["g"], ["a", "b"], rows=5, family="rows")
     with torch.no_grad():
@@ -146,3 +177,38 @@ def test_row_coefficients_are_computed_where_the_routers_are() -> None:
     assert torch.equal(found, routers([0.25, 0.75]))
     assert found.shape == (6, 2)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 3, dtype=torch.complex64), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3).to_sparse(), np.zeros((2, 3), dtype=complex), [[True, False, True]] * 2,
+    ],
+)  # fmt: skip
+def test_weights_that_are_no_real_numbers(wrong: object) -> None:
+    routers = Routers(("g", "h"), ("a", "b", "c"))
+    with pytest.raises(TypeError, match=r"got weights that are .*, expected a dense tensor of real numbers"):
+        routing_of(routers, None, wrong)
+    with pytest.raises(TypeError, match="expected a dense tensor of real numbers"):
+        rows_of(routers, None, wrong)  # type: ignore[arg-type]
+
+
+def test_rows_take_weights_in_lists() -> None:
+    routers = Routers(("g", "h"), ("a", "b", "c"))
+    assert torch.equal(rows_of(routers, None, [[[0.0] * 3] * 2] * 4), torch.zeros(4, 2, 3))  # type: ignore[arg-type]
+
+
+def test_a_list_of_preferences_is_several() -> None:
+    routers = Routers(("g", "h"), ("a", "b"))
+    grid = np.array([[0.25, 0.75], [1.0, 0.0]])
+    truth = routing_of(routers, grid, None)
+    several: list[object] = [
+        grid.tolist(), [tuple(row) for row in grid.tolist()], [{"a": 0.25, "b": 0.75}, {"a": 1.0}],
+        list(grid), list(torch.from_numpy(grid)),
+    ]  # fmt: skip
+    for preferences in several:
+        assert torch.equal(routing_of(routers, preferences, None), truth)  # type: ignore[arg-type]
+        assert is_several(preferences, None)  # type: ignore[arg-type]
+    for one in ([0.25, 0.75], [torch.tensor(0.25), torch.tensor(0.75)], np.array([0.25, 0.75])):
+        assert not is_several(one, None)

@@ -29,6 +29,8 @@ def test_names_and_options() -> None:
         get_solver(own, {"tolerance": 1})
     with pytest.raises(TypeError, match="got method of type int"):
         get_solver(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got method EPO, a class, expected a solver: EPO\(\.\.\.\)"):
+        get_solver(EPO)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

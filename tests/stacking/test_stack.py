@@ -199,10 +199,12 @@ def test_paths_that_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"x")
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "pytorch_model.bin").write_bytes(b"x")
+    pf.stack({"w": torch.ones(2)}, {"a": {"w": torch.zeros(2)}}).save(tmp_path / "store")
     for path, message in (
         (tmp_path / "none", "no such file or directory"),
         (tmp_path / "m.bin", "never pickles"),
         (tmp_path / "dir", "pickles are never read"),
+        (tmp_path / "store", "it is a store, of which `paretofuse merge` makes a model"),
     ):
         with pytest.raises(pf.CheckpointError, match=message):
             pf.stack(path, {"a": {}})
@@ -354,3 +356,43 @@ def test_plan_reads_no_data(tmp_path: Path) -> None:
         planes=parse("dense"),
     )  # fmt: skip
     assert set(reads) <= {"tied.weight"}
+
+
+@pytest.mark.parametrize("which", ["the base", "expert 'a'"])
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        (
+            {"w": torch.ones(2, device="meta")},
+            pf.CheckpointError,
+            "'w' is on the meta device; load its weights",
+        ),
+        ({"w": torch.ones(2).to_sparse()}, pf.CheckpointError, "'w' is sparse; stack what .*to_dense"),
+        ({1: torch.ones(2)}, TypeError, "the name 1, expected a text"),
+        ({"\ud800": torch.ones(2)}, TypeError, "expected a text"),
+    ],
+)
+def test_tensors_without_numbers_or_names(
+    which: str, entry: dict[str, torch.Tensor], error: type[Exception], message: str
+) -> None:
+    whole = {"w": torch.ones(2)}
+    base, expert = (entry, whole) if which == "the base" else (whole, entry)
+    with pytest.raises(error, match=f"{which}: .*{message}"):
+        pf.stack(base, {"a": expert})
+
+
+def test_names_that_no_manifest_holds() -> None:
+    base, experts = net_and_experts()
+    with pytest.raises(ValueError, match="expected non-empty single lines of Unicode"):
+        pf.stack(base, {"\ud800": experts["a"]})
+    with pytest.raises(TypeError, match="expected a non-empty group name"):
+        pf.stack(base, experts, route=lambda name: "\udfff")
+    with pytest.raises(ValueError, match="got no tensor to merge"):
+        pf.stack(base, experts, heads=["*"])
+
+
+def test_a_device_that_this_machine_lacks_is_told_at_once() -> None:
+    base, experts = net_and_experts()
+    for device in ("cuda:63", torch.device("cuda:63")):
+        with pytest.raises(ValueError, match=r"got device='cuda:63', which cannot be used here \(.*\); take"):
+            pf.stack(base, experts, device=device)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -281,3 +282,22 @@ except OSError as error:
     assert "new" in said.replace(str(tmp_path), "")
     left = [name for name in names(tmp_path) if not (tmp_path / name).is_symlink()]
     assert left == before
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (5, TypeError, "got a path of type int"),
+        (None, TypeError, "got a path of type NoneType"),
+        ("", ValueError, "got path ''"),
+        ("a\0b", ValueError, "which no file can have as its name"),
+        ("\ud800", ValueError, "which no file can have as its name"),
+    ],
+)
+def test_what_is_no_path_is_told_in_words(path: object, error: type[Exception], message: str) -> None:
+    base = {"w": torch.ones(2)}
+    engine = pf.stack(base, {"a": {"w": torch.zeros(2)}})
+    front = pf.Front(np.eye(1), np.eye(1), ("a",), ("x",))
+    for use in (pf.load, engine.save, lambda p: engine.save_pretrained(p, [1.0]), front.to_csv):
+        with pytest.raises(error, match=message):
+            use(path)  # type: ignore[operator]

@@ -142,6 +142,10 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "one dimension": (shaped(4), "lack 'rows.weight' of a shape that fits"),
     "other experts": (shaped(3, 2, 69), "lack 'rows.weight' of a shape that fits"),
     "no numbers": (shaped(2, 2, 0), "lack 'rows.weight' of a shape that fits"),
+    "no finite number": (
+        lambda held: held["rows.weight"].fill_(float("inf")),
+        "'rows.weight' holds NaN or infinity",
+    ),
     "half floats": (shaped(2, 2, 69, dtype=torch.float16), "should be F32"),
     "another parameter": (lambda held: held.update(columns=torch.zeros(2)), "unknown router parameters"),
 }

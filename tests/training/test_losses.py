@@ -36,3 +36,8 @@ def test_a_class_that_is_ruled_out_says_nothing():
 def test_no_logits_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected \[\.\.\., classes\]"):
         pf.entropy_loss(torch.zeros(shape))
+
+
+def test_what_is_no_tensor_is_told():
+    with pytest.raises(TypeError, match=r"got dict, expected a tensor such as module\(batch\)\.logits"):
+        pf.entropy_loss({"logits": torch.zeros(2, 3)})

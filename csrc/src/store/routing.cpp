@@ -91,6 +91,11 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t object
                                   " objectives, " + std::to_string(members_.size()) + " experts and " +
                                   std::to_string(rows) + " rows");
     }
+    const std::vector<float>& values = found->second.values;
+    if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); })) {
+      throw std::invalid_argument("the router parameter '" + name +
+                                  "' holds NaN or infinity, as after a training that diverged");
+    }
   }
   if (parameters_.size() != expected.size()) throw std::invalid_argument("unknown router parameters");
   columns1_ = transposed(parameters_.at("hidden.weight").values, hidden_, objectives_);
@@ -161,7 +166,7 @@ void check_preference(const Preference& preference, const std::vector<std::strin
   }
   if (std::abs(total - 1.0) > kSumTolerance) {
     throw std::invalid_argument("got preference " + shown(preference) + " with sum " + number(total) +
-                                ", expected a sum of 1; divide by the sum");
+                                ", expected a sum of 1" + (total > 0.0 ? "; divide by the sum" : ""));
   }
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paretofuse.engine.errors import CheckpointError
+from paretofuse.engine.store.reader import MANIFEST
 from paretofuse.engine.store.writer import is_model_file
 
 _SMALL_FILE = 64 << 20  # tokenizers are a few MiB; anything larger is no configuration
@@ -91,12 +92,12 @@ def weight_files(path: Path, label: str) -> tuple[list[Path], list[str]]:
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return found, []
-    pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-    advice = (
-        "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
-        if pickles
-        else f"expected {WEIGHTS[0]} or {WEIGHTS[0]}.index.json"
-    )
+    if (path / MANIFEST).is_file():
+        advice = "it is a store, of which `paretofuse merge` makes a model"
+    elif any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        advice = "pickles are never read; load and save it again with save_pretrained(..., safe_serialization=True)"
+    else:
+        advice = f"expected {WEIGHTS[0]} or {WEIGHTS[0]}.index.json"
     raise CheckpointError(f"{label}: no safetensors weights found in the directory; {advice}")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
+from pathlib import Path
 
 from paretofuse.cli.evaluating import add_evaluation, find_evaluation
 from paretofuse.cli.options import add_output, add_preference
@@ -31,6 +33,7 @@ def run(options: argparse.Namespace) -> Result:
 
     found = find_evaluation(options)
     if options.output:
+        _check_ours(options.output)
         prepare_file(options.output)
     engine = load_engine(options)
     evaluate, _ = found(engine)
@@ -48,3 +51,17 @@ def run(options: argparse.Namespace) -> Result:
     if options.output:
         write_file(options.output, (json.dumps(document, indent=1) + "\n").encode())
     return "\n".join(f"{name} {value:.6g}" for name, value in metrics.items()), document, 0
+
+
+def _check_ours(path: str) -> None:
+    """ValueError where a file is there that this command did not write."""
+    if not os.path.isfile(path):
+        return
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "metrics" not in found:
+        raise ValueError(
+            f"got out={path!r}, which is there already and holds no metrics; give another name, or move the file away"
+        )

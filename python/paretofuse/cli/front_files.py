@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def prepare_front_files(options: argparse.Namespace) -> None:
 
     Raises:
         ImportError: what draws a picture or a page is missing.
-        ValueError: the picture's name has no known ending, or the reference point is not finite.
+        ValueError: the picture's or the page's name has no known ending, two of the files are one, or the reference
+            point is not finite.
         OSError: nothing can be written there.
     """
     from paretofuse.engine.evaluation.arguments import plain_point
@@ -45,7 +47,14 @@ def prepare_front_files(options: argparse.Namespace) -> None:
         check_path(options.plot)
         prepare_file(options.plot)
     if options.html:
+        if not options.html.lower().endswith((".html", ".htm")):
+            raise ValueError(f"got page {options.html!r}, expected a name that ends in .html")
         prepare_file(options.html)
+    files = [path for path in (options.output, options.plot, options.html) if path]
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise ValueError(
+            f"got {', '.join(map(repr, files))} for the table and what shows it, expected other names"
+        )
 
 
 def check_front(options: argparse.Namespace, objectives: int, metrics: tuple[str, ...]) -> None:

@@ -33,6 +33,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    """A whole number of 1 to 1024, as the core takes them."""
+    if count(text) > 1024:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 to 1024")
+    return int(text)
+
+
 def entry(text: str) -> str:
     """MODULE:FUNCTION; what it names is looked up when the command runs."""
     module, _, name = text.partition(":")
@@ -89,7 +96,7 @@ def add_entry(parser: argparse.ArgumentParser, option: str, text: str, *, requir
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """How many threads do the work."""
     parser.add_argument(
-        "--threads", type=count, metavar="N", help="threads (default: all this process may use)"
+        "--threads", type=_threads, metavar="N", help="threads (default: all this process may use)"
     )
 
 

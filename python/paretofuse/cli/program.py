@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
 import paretofuse
@@ -134,7 +135,9 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     try:
-        result: Result = COMMANDS[options.command].run(options)
+        # What functions of the user's print must not be among the JSON.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            result: Result = COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         return _fail("KeyboardInterrupt", "interrupted", 130, options.json)
     except Exception as error:  # one line for the user; --traceback for whoever needs to look inside
@@ -173,8 +176,10 @@ def _message(error: Exception) -> str:
 
 
 def _plain_message(error: Exception) -> str:
-    if isinstance(error, ValueError | ImportError) and str(error):
-        return str(error)
+    """One line: an error that was foreseen says all in it, and of others the first line says enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ValueError | ImportError) and lines:
+        return " ".join(lines)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (--traceback shows where)"
+    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"

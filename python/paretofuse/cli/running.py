@@ -52,6 +52,10 @@ def load_engine(options: argparse.Namespace, *, replicas: int = 2) -> Engine:
     import paretofuse
 
     module = entry_point("--module", options.module)() if options.module else None
+    if options.module and module is None:
+        raise ValueError(
+            f"got nothing from --module {options.module}, expected the model; does it return it?"
+        )
     use_threads(options)
     return paretofuse.load(
         options.store, device=options.device, module=module, replicas=replicas, verify=options.verify

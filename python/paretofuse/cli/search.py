@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import paretofuse
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> Result:
             "got --plot or --html with --coefficients; both show fronts of preferences, leave them out"
         )
     found = find_evaluation(options, minimize=options.minimize)
-    logging.getLogger("optuna").setLevel(logging.WARNING)  # its own lines for each trial would break the bar
+    _silence_optuna()
     engine = load_engine(options)
     evaluate, maximize = found(engine)
     shared: dict[str, Any] = {
@@ -95,6 +95,14 @@ def run(options: argparse.Namespace) -> Result:
         engine, evaluate, options.budget, low=low, high=high, parts=options.parts or 1, **shared
     )
     return _told(options, front)
+
+
+def _silence_optuna() -> None:
+    """Its own lines for each trial would break the bar, and of an evaluation that fails it would print a traceback."""
+    with suppress(ImportError):  # which the search tells
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 
 def _told(options: argparse.Namespace, front: CoefficientFront) -> Result:

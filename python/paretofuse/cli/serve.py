@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument(
         "--model-name", default="paretofuse", metavar="NAME", help="what clients call the model"
     )
@@ -108,6 +108,13 @@ def run(options: argparse.Namespace) -> Result:
     return f"{options.store}: no longer served", {"store": options.store}, 0
 
 
+def _port(text: str) -> int:
+    """A port's number, or 0."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port, 1 to 65535, or 0 for a free one")
+    return int(text)
+
+
 def _keys(path: str) -> list[str]:
     """The lines of a file that are not empty.
 
@@ -115,7 +122,11 @@ def _keys(path: str) -> list[str]:
         ValueError: there are none.
         OSError: it cannot be read.
     """
-    keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"got {path}, which is no text in UTF-8, expected one key on each line") from None
+    keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise ValueError(
             f"got {path} without a key, expected one on each line; leave --api-key-file out to let all in"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import paretofuse
 from paretofuse.cli.evaluating import add_evaluation, find_evaluation
@@ -49,8 +51,24 @@ def processes(count: int, threads: int | None) -> Callable[[], ProcessPoolExecut
 
     share = threads or max(1, torch.get_num_threads() // count)
     return lambda: ProcessPoolExecutor(
-        count, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(share,)
+        count, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(share,)
     )
+
+
+def _begin_worker(threads: int) -> None:
+    """What each process of a sweep does first."""
+    import torch
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+
+
+def _end_with_the_sweep() -> None:
+    """End this process when the one that began it has ended, by SIGTERM or SIGKILL; it would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from paretofuse.engine.evaluation.arguments import finite_bounds
+
 if TYPE_CHECKING:
     from paretofuse.fronts.coefficients import CoefficientFront
     from paretofuse.fronts.front import Front
@@ -37,10 +39,8 @@ def choose_row(
     """
     inside = np.ones(len(front.values), dtype=bool)
     for word, bounds, sign in (("at_most", at_most, 1.0), ("at_least", at_least, -1.0)):
-        for name, bound in bounds.items():
-            values, limit = front.values[:, column(front, name)], float(bound)
-            if not np.isfinite(limit):
-                raise ValueError(f"got {word}={{{name!r}: {bound}}}, expected a finite number")
+        for name, limit in finite_bounds(word, bounds).items():
+            values = front.values[:, column(front, name)]
             within = sign * values <= sign * limit
             if not within.any():
                 edge = f"lowest {values.min():.6g}" if sign > 0 else f"highest {values.max():.6g}"

@@ -63,9 +63,9 @@ def read_table(path: str | os.PathLike[str], kind: str) -> Table:
         ValueError: the file is not such a table; names the line.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a mark
             rows = [row for row in csv.reader(file) if row]
-    except csv.Error as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"got {str(path)!r}, expected a CSV file that to_csv wrote: {error}") from error
     columns = [tuple(cell.split(":", 1)) for cell in rows[0]] if rows else []
     kinds = [column[0] for column in columns]

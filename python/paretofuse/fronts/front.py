@@ -17,6 +17,7 @@ from paretofuse.engine.evaluation.arguments import (
     reference_point,
 )
 from paretofuse.engine.evaluation.wrong_directions import against_preferences
+from paretofuse.engine.routing.preference import as_preference
 from paretofuse.fronts import choosing, files, table
 from paretofuse.fronts.choosing import Choice
 
@@ -37,7 +38,7 @@ class Front:
         maximize: whether larger values are better; a tuple of M booleans where metrics differ in that.
 
     Raises:
-        ValueError: shapes or names do not fit together, or a number is not finite.
+        ValueError: shapes or names do not fit together, a row is no preference, or a number is not finite.
         TypeError: `maximize` holds something else than booleans.
     """
 
@@ -61,6 +62,8 @@ class Front:
                 raise ValueError(
                     f"got {kind} {list(names)}, expected different names; rename the repeated ones"
                 )
+        for row in preferences.tolist():
+            as_preference(row, objectives)
         object.__setattr__(self, "preferences", preferences)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "objectives", objectives)

@@ -11,8 +11,10 @@ from paretofuse.engine.evaluation.arguments import (
     Maximize,
     Point,
     directions,
+    finite_bounds,
     plain_point,
 )
+from paretofuse.engine.training.settings import check_number
 from paretofuse.fronts import files
 from paretofuse.fronts.coefficients import CoefficientFront, Coefficients, Parts
 from paretofuse.fronts.front import Front
@@ -159,6 +161,9 @@ def _searched(
         plain_point(ref)
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f"got budget={budget!r}, expected a whole number of evaluations, at least 1")
+    check_number("seed", seed, 0)
+    finite_bounds("at_most", at_most or {})
+    finite_bounds("at_least", at_least or {})
     kept = None
     if out is not None:
         prepare_table(out, space.kind)

@@ -17,7 +17,13 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
 from paretofuse.engine.engine import Engine
-from paretofuse.engine.evaluation.arguments import Maximize, Point, directions, reference_point
+from paretofuse.engine.evaluation.arguments import (
+    Maximize,
+    Point,
+    directions,
+    finite_bounds,
+    reference_point,
+)
 from paretofuse.engine.evaluation.kept_rows import KeptRows, model_digest
 from paretofuse.engine.evaluation.progress import progress_bar
 from paretofuse.engine.evaluation.sweep import Evaluate, evaluate_at, metric_names, shown
@@ -170,7 +176,7 @@ def bounds_of(
     """
     bounds = np.where(larger, -np.inf, np.inf)
     for option, wanted, given in (("at_most", False, at_most), ("at_least", True, at_least)):
-        for name, bound in given.items():
+        for name, bound in finite_bounds(option, given).items():
             if name not in metrics:
                 raise ValueError(f"got {option} for {name!r}, expected some of the metrics {list(metrics)}")
             index = metrics.index(name)
@@ -180,8 +186,6 @@ def bounds_of(
                     f"got {option} for {name!r}, of which {way} numbers are better; expected {other}, or the other way "
                     "in maximize="
                 )
-            if not np.isfinite(bound):
-                raise ValueError(f"got {option}={bound} for {name!r}, expected a finite number")
             bounds[index] = bound
     return bounds
 
@@ -226,6 +230,8 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     Raises:
         ValueError: that is no URL of a database that SQLAlchemy can open here.
     """
+    if not isinstance(url, str):
+        raise TypeError(f"got storage={url!r}, expected a URL such as sqlite:///search.db")
     alone = url in _IN_MEMORY
     file = url.startswith("sqlite") and not alone
     attempt = 1

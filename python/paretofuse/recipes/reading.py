@@ -6,6 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+_SHOWN = 80
+"""Characters of a value that a message repeats."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -50,7 +53,7 @@ class Node:
             ValueError: it is none, or empty.
         """
         if not isinstance(self.value, list) or not self.value:
-            raise self.error(f"got {self.shown()} for {what}, expected a list")
+            raise self.error(f"got {self.shown()} for {what}, expected a list of at least one")
         return self.value
 
     def text(self, what: str) -> str:
@@ -83,7 +86,10 @@ class Node:
         """The value for a message."""
         if isinstance(self.value, dict):
             return "keys and values"
-        return "a list" if isinstance(self.value, list) else repr(self.value)
+        if isinstance(self.value, list):
+            return "a list" if self.value else "an empty list"
+        text = repr(self.value)
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def read_yaml(text: str, file: str) -> Node:

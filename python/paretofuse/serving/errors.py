@@ -172,6 +172,7 @@ def _shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # bytes, NaN inside
         text = repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

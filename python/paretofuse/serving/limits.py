@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 
@@ -35,5 +36,7 @@ class Limits:
             whole = field.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise TypeError(f"got {field.name}={value!r}, expected a {'whole ' if whole else ''}number")
-            if not (value >= 0 if field.name == "max_wait_ms" else value > 0):
-                raise ValueError(f"got {field.name}={value!r}, expected a number above 0")
+            if field.name == "max_wait_ms" and value == 0:
+                continue
+            if not 0 < value < math.inf:
+                raise ValueError(f"got {field.name}={value!r}, expected a finite number above 0")

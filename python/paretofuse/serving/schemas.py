@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from paretofuse.engine.layout import is_text
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -14,6 +17,23 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_whole_characters(cls, data: Any) -> Any:
+        """Refuse halves of surrogate pairs: JSON can write them (\\ud800), and no tokenizer or answer can hold them."""
+        waiting = [data]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                waiting += value
+            elif isinstance(value, str) and not is_text(value):
+                raise PydanticCustomError(
+                    "no_text", "half of a surrogate pair is no character; send whole ones"
+                )
+        return data
 
 
 class Bounds(_Strict):

@@ -83,8 +83,10 @@ def listening(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-    except BaseException:
+    except BaseException as error:
         listener.close()
+        if isinstance(error, OSError):  # which does not say of what it speaks
+            error.filename = f"{host}:{port}"
         raise
     return listener
 

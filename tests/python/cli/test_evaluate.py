@@ -29,11 +29,20 @@ def test_evaluate(
         "sst2": pytest.approx(-float(weight.sum())),
     }
     assert out.splitlines() == [f"{name} {value:.6g}" for name, value in told["metrics"].items()]
+    again = ["--evaluate", "evaluation:talks", "-o", "new/m.json", "--json"]
+    code, out, err = call(capsys, *usual, *again)  # in the place of the last one
+    assert (code, err) == (0, "talking\n")
+    assert json.loads(out)["metrics"] == {"cola": 1.0, "sst2": 2.0}
     for words, message in (
         ([], "got neither or both of --evaluate and --lm-eval"),
         (["--evaluate", "evaluation:Results.norms", "--lm-eval", "arc"], "neither or both"),
         (["--evaluate", "evaluation:none"], "has no 'none'"),
         (["--evaluate", "evaluation:one", "-o", "s"], "s: Is a directory"),
+        (
+            ["--evaluate", "evaluation:one", "-o", "evaluation.py"],
+            "--output evaluation.py, which is there already",
+        ),
+        (["--evaluate", "evaluation:one", "-o", "s/manifest.json"], "holds no metrics"),
         (["--evaluate", "evaluation:one", "--preference", "mrpc=1"], "mrpc"),
     ):
         code, out, err = call(capsys, *usual, *words)

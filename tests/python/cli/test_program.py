@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import paretofuse as pf
 from paretofuse.cli.program import COMMANDS
 from paretofuse.cli.running import in_options
 from tests.support.command import call
@@ -148,3 +151,53 @@ def test_bash_completes(tmp_path: Path, line: str, expected: set[str]) -> None:
         ["bash", "-c", script], capture_output=True, text=True, check=True, timeout=120, env=path
     )
     assert {word.strip() for word in done.stdout.split()} == expected
+
+
+def test_an_error_is_one_line_whatever_was_raised(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, shown in (
+        (ValueError("got this,\n  and that\n"), "got this, and that"),
+        (
+            TypeError("merge(): wrong arguments\n\nInvoked with: all the weights"),
+            "TypeError: merge(): wrong arguments",
+        ),
+        (RuntimeError(""), "RuntimeError"),
+    ):
+
+        def fails(_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(COMMANDS["info"], "run", fails)
+        code, out, err = call(capsys, "info", "s")
+        assert (code, out) == (1, "")
+        assert (
+            err.removesuffix("\n").removesuffix(" (--traceback shows where)") == f"paretofuse: error: {shown}"
+        )
+
+
+@pytest.mark.parametrize("threads", [1025, 10**18, 10**30])
+@pytest.mark.parametrize("command", ["merge", "stack", "adapter"])
+def test_more_threads_than_there_can_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, threads: int
+) -> None:
+    tensors = {name: {"w.weight": torch.full((2, 2), number)} for number, name in enumerate(("base", "a"), 1)}
+    for name, own in tensors.items():
+        save_file({key: value.float() for key, value in own.items()}, tmp_path / f"{name}.safetensors")
+    pf.stack(tmp_path / "base.safetensors", {"a": tmp_path / "a.safetensors"}).save(tmp_path / "s")
+    words = {
+        "merge": [tmp_path / "s", "--preference", "a=1"],
+        "adapter": [tmp_path / "s", "--preference", "a=1"],
+        "stack": [tmp_path / "base.safetensors", "--expert", f"a={tmp_path}/a.safetensors"],
+    }[command]
+    code, out, err = call(capsys, command, *words, "-o", tmp_path / "out", "--threads", str(threads))
+    assert (code, out) == (2, "")
+    assert err.endswith(f"argument --threads: got '{threads}', expected a whole number of 1 to 1024\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http", "1.5"])
+def test_a_port_that_there_cannot_be(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    code, _, err = call(capsys, "serve", "s", "--port", port)
+    assert code == 2
+    assert f"got '{port}', expected a port, 1 to 65535" in err

@@ -10,7 +10,7 @@ import pytest
 
 import paretofuse
 from tests.python.cli.test_sweep import sweep_folder
-from tests.support.command import call
+from tests.support.command import call, run
 
 pytest.importorskip("optuna")
 
@@ -61,6 +61,7 @@ def test_coefficients(
         ([*box, "--html", "f.html"], "got --plot or --html with --coefficients"),
         (["--budget", "5", "--coefficients", "1:0"], "expected finite numbers, low below high"),
         (["--budget", "5"], "is there already and is no front of preferences"),
+        (["--budget", "5", "--seed", "-1", "-o", "h.csv"], "got --seed -1, expected at least 0"),
     ):
         code, out, err = call(capsys, *usual, *words)
         assert (code, out) == (1, "")
@@ -69,3 +70,13 @@ def test_coefficients(
     assert code == 2
     assert "expected LOW:HIGH, two numbers such as 0:1" in err
     monkeypatch.delitem(sys.modules, "evaluation", raising=False)
+
+
+def test_an_evaluation_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = sweep_folder(tmp_path)
+    words = ["search", "s", "--module", "evaluation:build", "--budget", "3", "-o", "f.csv", "--evaluate"]
+    failed = run([*words, "evaluation:fails"], cwd=folder)  # a process of its own: Optuna is not there yet
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == "paretofuse: error: no data\n"
+    done = run([*words, "evaluation:counted"], cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 import paretofuse
 from tests.support.command import call, run
+from tests.support.waiting import until
 
 EVALUATE = """
 import torch
@@ -25,8 +28,24 @@ class Results:
 def build():
     return torch.nn.Linear(3, 2)
 
+def nothing():
+    return None
+
 def breaks(module):
     raise KeyError("labels")
+
+def fails(module):
+    raise ValueError("no data")
+
+def waits(module):
+    import os, pathlib, time
+    pathlib.Path("new").write_text(str(os.getpid()))
+    os.rename("new", "pid")
+    time.sleep(600)
+
+def talks(module):
+    print("talking")
+    return [1.0, 2.0]
 
 def counted(module):
     with open("count", "a") as file:
@@ -60,6 +79,10 @@ def sweep_folder(folder: Path) -> Path:
         (["-o", "f.csv", "--html", "/proc/none/front.html"], "/proc/none/front.html: ", 0),
         (["-o", "f.csv", "--plot", "front.xyz"], "expected a name that ends in one of", 0),
         (["-o", "f.csv", "--plot", "front"], "expected a name that ends in one of", 0),
+        (["-o", "f.csv", "--html", "evaluation.py"], "expected a name that ends in .html", 0),
+        (["-o", "f.html", "--html", "./f.html"], "got 'f.html', './f.html' for the table", 0),
+        (["-o", "f.png", "--plot", "f.png"], "got 'f.png', 'f.png' for the table", 0),
+        (["-o", "f.csv", "--module", "evaluation:nothing"], "got nothing from --module evaluation:nothing", 0),
         (["-o", "f.csv", "--chunksize", "2"], "got --chunksize 2 without --workers", 0),
         (["-o", "f.csv", "--reference", "cola=nan,sst2=0"], "expected finite numbers", 0),
         (["-o", "f.csv", "--reference", "cola=0,mrpc=0"], "got a reference point for ['cola', 'mrpc']", 1),
@@ -126,6 +149,29 @@ def test_sweep_in_processes(tmp_path: Path) -> None:
     for preference, values in zip(front.preferences, front.values.tolist(), strict=True):
         expected = float(engine.merge(preference).weight.detach().sum())
         assert values == [expected, -expected]
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and has not ended (nobody may have waited for it)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_sweep(tmp_path: Path, number: signal.Signals) -> None:
+    sweep_folder(tmp_path)
+    words = ["sweep", "s", "--points", "3", "--module", "evaluation:build", "-o", "f.csv", "--workers", "1"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "paretofuse", *words, "--evaluate", "evaluation:waits"], cwd=tmp_path
+    )
+    until((tmp_path / "pid").exists)
+    worker = int((tmp_path / "pid").read_text())
+    sweep.send_signal(number)
+    sweep.wait()
+    until(lambda: not runs(worker))
 
 
 def test_sweep_says_where_metrics_run_against_their_preferences(

@@ -83,3 +83,10 @@ def test_what_cannot_be_chosen(arguments: dict[str, object], message: str) -> No
     front = Front(np.eye(2), np.eye(2), NAMES[:2], NAMES[:2])
     with pytest.raises(ValueError, match=message):
         front.choose(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bounds", [5, ["news"], {"news": "few"}, {"news": None}])
+def test_bounds_that_are_no_numbers_by_name(bounds: object) -> None:
+    front = Front(np.eye(2), np.eye(2), NAMES[:2], NAMES[:2])
+    with pytest.raises(TypeError, match=r"got at_most=.*, expected a"):
+        front.choose(at_most=bounds)  # type: ignore[arg-type]

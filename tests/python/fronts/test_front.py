@@ -135,11 +135,22 @@ def test_csv_reads_well(tmp_path: Path) -> None:
         ("preference:a,maximize:x\n1,0.5\n1,half\n", "in row 3"),
         ("preference:a,maximize:x\n1,nan\n", r"values\[0, 0\], expected finite"),
         ("preference:a,maximize:x\n", r"shape \(0, 1\)"),
+        ("preference:a,maximize:x\n0.5,1\n", "got preference .* with sum 0.5"),
     ],
 )
 def test_broken_csv_is_a_clear_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "f.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
+        Front.from_csv(tmp_path / "f.csv")
+
+
+def test_csv_of_a_spreadsheet_and_of_no_text(tmp_path: Path) -> None:
+    front = front_of(np.eye(2))
+    front.to_csv(tmp_path / "f.csv")
+    (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "f.csv").read_bytes())
+    assert Front.from_csv(tmp_path / "marked.csv") == front
+    (tmp_path / "f.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"got '.*f\.csv', expected a CSV file that to_csv wrote"):
         Front.from_csv(tmp_path / "f.csv")
 
 
@@ -161,6 +172,8 @@ def test_front_is_frozen_and_independent_of_its_input() -> None:
         ({"values": np.zeros((2, 3))}, r"got values of shape \(2, 3\), expected \[P, 2\]"),
         ({"values": np.array([[0, 0], [0, np.inf]])}, r"got inf in values\[1, 1\]"),
         ({"preferences": np.zeros(2)}, r"got preferences of shape \(2,\)"),
+        ({"preferences": np.ones((2, 2))}, "got preference .* with sum 2"),
+        ({"preferences": np.array([[1, 0], [-1, 2]])}, "got -1 for objective 'a'"),
         ({"metrics": ("x", "x")}, "expected different names"),
         ({"maximize": (True, False, True)}, "got 3 entries in maximize"),
     ],

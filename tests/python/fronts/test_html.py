@@ -230,6 +230,18 @@ def test_the_keyboard_alone_is_enough(two: Page) -> None:
     expect(status).to_contain_text("news 12.5 %, poems 87.5 %")
 
 
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [("150", ["100", "0"]), ("-20", ["0", "100"]), ("1e1", ["10", "90"]), ("", ["50", "50"])],
+)
+def test_a_number_is_shown_as_it_was_taken(two: Page, typed: str, shown: list[str]) -> None:
+    number = two.get_by_role("spinbutton", name="news in percent")
+    number.fill(typed)
+    number.blur()
+    numbers = two.locator("#sliders input[type=number]")
+    assert [numbers.nth(at).input_value() for at in range(2)] == shown
+
+
 def test_the_table_of_points_says_all_and_takes(two: Page) -> None:
     two.get_by_text("Measured points as a table").click()
     rows = two.locator("#points tbody tr")

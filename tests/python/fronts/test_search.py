@@ -274,6 +274,13 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             pf.search(dial(), evaluation, 5, sampler=sampler, progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got storage='search\.db', which cannot be opened"):
         pf.search(dial(), evaluation, 5, storage="search.db", progress=False)
+    with pytest.raises(TypeError, match="got storage=5, expected a URL"):
+        pf.search(dial(), evaluation, 5, storage=5, progress=False)  # type: ignore[arg-type]
+    for bounds in (5, {"a": "few"}):
+        with pytest.raises(TypeError, match=r"got at_least=.*, expected a"):
+            pf.search(dial(), evaluation, 5, at_least=bounds, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got seed=-1, expected at least 0"):
+        pf.search(dial(), evaluation, 5, seed=-1, progress=False)
     with pytest.raises(TypeError, match="got evaluate=3"):
         pf.search(dial(), 3, 5, progress=False)  # type: ignore[arg-type]
     (tmp_path / "front.csv").write_text("my thesis")

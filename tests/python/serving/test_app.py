@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,33 @@ def test_unknown_addresses_and_broken_bodies(client: Any) -> None:
         assert (
             "expected a JSON object with Content-Type application/json" in answer.json()["error"]["message"]
         )
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("address", "body"),
+    [
+        ("completions", {"prompt": HALF}),
+        ("completions", {"prompt": ["a", HALF]}),
+        ("completions", {"prompt": "a", "stop": [HALF]}),
+        ("completions", {"prompt": "a", "model": HALF}),
+        ("completions", {"prompt": "a", "preference": {HALF: 1}}),
+        ("completions", {"prompt": "a", "preference": {"best": HALF}}),
+        ("completions", {"prompt": "a", HALF: 1}),
+        ("chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+        ("embeddings", {"input": HALF}),
+        ("classify", {"input": [HALF]}),
+        ("predict", {"input": {"deep": [{"deeper": HALF}]}}),
+        ("preference", {"preference": {HALF: 1}}),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_the_clients_fault(client: Any, address: str, body: Any) -> None:
+    call = client.put if address == "preference" else client.post
+    answer = call(f"/v1/{address}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "half of a surrogate pair is no character" in answer.json()["error"]["message"]
 
 
 def test_a_model_without_a_chat_template_refuses_chats(client: Any) -> None:

@@ -101,6 +101,14 @@ def test_answers_side_by_side_are_those_of_the_merged_models(page: Page, engine:
     assert answers == [greedy(engine, news, "user: Hi. assistant: ", 6) for news in (0.7, 0.1)]
 
 
+def test_the_heading_is_the_sliders_until_there_is_an_answer(page: Page) -> None:
+    set_preference(page, "A", 0.3)
+    expect(page.locator("#answer-heading-A")).to_have_text("A: news 30 %, poems 70 %")
+    ask(page, "Hi", 2)
+    set_preference(page, "A", 0.9)
+    expect(page.locator("#answer-heading-A")).to_have_text("A: news 30 %, poems 70 %")
+
+
 def test_refusals_are_shown_in_the_servers_words(page: Page) -> None:
     page.get_by_role("button", name="Answer at A and at B").click()
     expect(page.locator("#compared")).to_have_text("Write a prompt first.")

@@ -283,10 +283,13 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     store = text_store(tmp_path)
     (tmp_path / "none").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for words, message in (
         (["--api-key-file", tmp_path / "none"], "without a key"),
         (["--queue", "0"], "at least 1"),
-        (["--timeout", "0"], "--timeout 0.0, expected a number above 0"),
+        (["--timeout", "0"], "--timeout 0.0, expected a finite number above 0"),
+        (["--timeout", "inf"], "--timeout inf, expected a finite number above 0"),
+        (["--api-key-file", tmp_path / "binary"], "binary, which is no text in UTF-8"),
         (["--model-name", ""], "1 to 200 characters"),
         (["--front", tmp_path / "nothing.csv"], "No such file"),
         (["--host", "192.0.2.1", "--port", "0"], "assign requested address"),

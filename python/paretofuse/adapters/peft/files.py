@@ -54,7 +54,7 @@ def adapter_folder(path: Path, label: str) -> Path | None:
     if len(found) > 1:
         raise CheckpointError(
             f"{label}: holds the adapters {[folder.name for folder in found]}; name the folder of one, such as "
-            f"'{path.name}/{found[0].name}'"
+            f"'{found[0]}'"
         )
     return found[0] if found else None
 

@@ -86,12 +86,13 @@ function makeSliders(state) {
         state.set(withShare(front, state[state.slot], index, Math.min(1, Math.max(0, Number(input.value) / 100))));
         typed = null;
       });
+      input.addEventListener("change", show); // typed to its end: shown as it was taken
     }
     const words = element("label", { htmlFor: range.id, textContent: name });
     byId("sliders").append(element("div", { className: "slider" }, words, range, number, element("span", { textContent: "%" })));
     return { name, range, number };
   });
-  return () => {
+  function show() {
     byId("sliders").className = `sets-${state.slot}`;
     for (const { name, range, number } of rows) {
       const percent = 100 * state[state.slot][name];
@@ -99,7 +100,8 @@ function makeSliders(state) {
       range.setAttribute("aria-valuetext", `${name} ${short(percent)} % in ${state.slot}`);
       if (typed !== number) number.value = short(percent);
     }
-  };
+  }
+  return show;
 }
 
 /** A preference with one share set; what is left goes to the others as they stood, evenly where they were 0. */

@@ -139,6 +139,7 @@ async function answerOne(state, slot, task, body, signal) {
   const [place, took] = [byId(`answer-${slot}`), byId(`took-${slot}`)];
   const preference = rounded(state.front, state[slot]);
   byId(`answer-heading-${slot}`).textContent = `${slot}: ${spoken(state.front, preference)}`;
+  place.dataset.asked = "yes"; // from now on the heading is the answer's
   place.replaceChildren();
   place.classList.remove("wrong");
   place.setAttribute("aria-busy", "true");

@@ -84,7 +84,9 @@ function wire(state) {
   });
   byId("image").addEventListener("change", readImage);
   const show = () => {
-    for (const slot of ["A", "B"]) byId(`answer-heading-${slot}`).textContent ||= `${slot}: ${spoken(front, state[slot])}`;
+    for (const slot of ["A", "B"]) {
+      if (!byId(`answer-${slot}`).dataset.asked) byId(`answer-heading-${slot}`).textContent = `${slot}: ${spoken(front, state[slot])}`;
+    }
     const shown = encodeURIComponent(written(front, state[state.slot]));
     byId("weights").href = `v1/models/${shown}/weights`;
     byId("adapter").href = `v1/models/${shown}/adapter`;
