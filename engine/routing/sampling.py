@@ -54,6 +54,8 @@ def make_sampler(
     """
     if objectives < 1:
         raise ValueError(f"got {objectives} objectives, expected at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"got seed={seed!r}, expected a whole number from 0 on")
     if not 0 < alpha < float("inf"):
         raise ValueError(f"got alpha={alpha}, expected a number > 0; 1 is uniform over the simplex")
     if corner_every < 0 or corner_every == 1:

@@ -107,6 +107,9 @@ def test_corners_come_in_turn() -> None:
         ({"alpha": float("nan")}, "got alpha=nan"),
         ({"corner_every": -1}, "corner_every=-1"),
         ({"corner_every": 1}, "corner_every=1"),
+        ({"seed": -1}, "got seed=-1, expected a whole number"),
+        ({"seed": 1.5}, "got seed=1.5, expected a whole number"),
+        ({"seed": True, "name": "low_discrepancy"}, "got seed=True, expected a whole number"),
     ],
 )
 def test_bad_samplers(change: dict[str, object], message: str) -> None:
