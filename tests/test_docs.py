@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -46,6 +47,31 @@ def test_every_public_header_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "cpp_api.md").read_text(encoding="utf-8")
     for header in (ROOT / "csrc" / "include" / "paretofuse").iterdir():
         assert f"../csrc/include/paretofuse/{header.name}\n" in page
+
+
+def test_every_module_that_is_told_to_be_run_can_be() -> None:
+    """`python -m` imports any module without a word: one that has no main says nothing and does nothing."""
+    told = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+    told += [*(ROOT / "docs").glob("*.md"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")]
+    told += [path for room in ("engine", "kernels", "python") for path in (ROOT / room).rglob("*.py")]
+    names = {
+        name.rstrip(".")
+        for path in told
+        for name in re.findall(
+            r"python3? -m ((?:paretofuse|benchmarks)[\w.]*)", path.read_text(encoding="utf-8")
+        )
+    }
+    assert len(names) > 8
+    assert [name for name in sorted(names) if not runs(name)] == []
+
+
+def runs(name: str) -> bool:
+    """Whether `python -m` has something to run."""
+    spec = find_spec(name)
+    assert spec is not None, name
+    if spec.submodule_search_locations is not None:
+        return find_spec(f"{name}.__main__") is not None
+    return '__name__ == "__main__"' in Path(str(spec.origin)).read_text(encoding="utf-8")
 
 
 def test_every_place_of_the_map_is_there() -> None:
