@@ -30,7 +30,7 @@ HEADERS = {
 
 
 class Guard:
-    """Refuses what is too large or has no key, counts requests, and adds HEADERS.
+    """Refuses what is too large or has no key, counts requests, adds HEADERS, and answers HEAD wherever GET is.
 
     Args:
         app: what answers.
@@ -64,6 +64,9 @@ class Guard:
             return
         status = 500
         left = self._body_bytes
+        head = scope["method"] == "HEAD"
+        if head:  # as GET, whose body is left out; it costs what GET costs
+            scope = {**scope, "method": "GET"}
 
         async def bounded() -> Message:
             nonlocal left
@@ -80,6 +83,8 @@ class Guard:
                 given = {name.lower() for name, _ in message["headers"]}
                 extra = [(n.encode(), v.encode()) for n, v in HEADERS.items() if n.encode() not in given]
                 message["headers"] = [*message["headers"], *extra]
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:

@@ -51,6 +51,16 @@ def greedy(engine: pf.Engine, preference: dict[str, float], prompt: str, tokens:
     return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.parametrize("address", ["/healthz", "/readyz", "/metrics", "/v1/models", "/v1/front", "/"])
+def test_head_is_get_without_its_body(client: Any, address: str) -> None:
+    """What watches a server asks so."""
+    full, head = client.get(address), client.head(address)
+    assert (head.status_code, head.content) == (full.status_code, b"")
+    assert head.headers["content-type"] == full.headers["content-type"]
+    refused = client.head("/v1/completions")
+    assert (refused.status_code, refused.content) == (405, b"")
+
+
 def test_what_it_says_of_itself(client: Any) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ok"}
