@@ -1,14 +1,16 @@
 """The merge of planes of low rank: matrices whose planes are factors, for K preferences, in one launch for all of them.
 
-    out[k, o, i] = base[o, i] + sum_r (weights[k, group, plane(r)] + weights[k, row(o), plane(r)]) * B[o, r] * A[r, i]
+    out[k, o, i] = base[o, i] + sum_r w(o, plane(r)) * B[o, r] * A[r, i] + sum_d w(o, plane(d)) * D_d[o, i]
+    w(o, p) = weights[k, group, p] + weights[k, row(o), p]
 
-    base [O, I]   B [O, R]   A [R, I], the factors of all planes side by side   weights [K, G, P], or [K, G + rows, P]
-    out [K, M], with each matrix somewhere in it
+    base [O, I]   B [O, R]   A [R, I], the factors of all planes side by side   D_d [O, I], dense planes beside them
+    weights [K, G, P], or [K, G + rows, P]   out [K, M], with each matrix somewhere in it
 
-No plane is ever made dense. A program takes a tile [BLOCK_O, BLOCK_I] of one matrix, reads its base once, and adds the
-products of slices of B and A for each preference, in float32; the result is rounded once. A table says which tile is
-whose. Where the device has no matrix instruction for float32 (NVIDIA), each factor is split into two TF32 numbers,
-which three products multiply to about float32's own rounding.
+No plane of low rank is ever made dense. A program takes a tile [BLOCK_O, BLOCK_I] of one matrix, reads its base once,
+and adds the products of slices of B and A and the dense planes' tiles for each preference, in float32; the result is
+rounded once. Tables say which tile is whose, and where dense planes lie. Where the device has no matrix instruction for
+float32 (NVIDIA), each factor is split into two TF32 numbers, which three products multiply to about float32's own
+rounding.
 """
 
 from __future__ import annotations
@@ -34,19 +36,22 @@ WARPS, MANY_WARPS, STAGES = 4, 8, 1
 """With twice the tile, or with loads of factors ahead, registers leave no room for a second program. Many warps for
 row coefficients over a float32 base, whose registers four would spill on sm_100."""
 
-FIELDS = 10
+FIELDS = 12
 """Of a matrix in the table, int64: distance of its base from the first one and place of its output, in elements; places
-of its B and A among the factors and of its ranks; O, I, R; its group, and the row of its first row's weights."""
+of its B and A among the factors and of its ranks; O, I, R; its group, and the row of its first row's weights; the place
+of its first dense plane among those, and their number."""
 
 
 @partial(jit, any_value=("preferences", "width", "planes"))
 def lowrank_merge_kernel(
     factors: tl.tensor,
     base: tl.tensor,
+    dense: tl.tensor,
     plane_of: tl.tensor,
     weights: tl.tensor,
     matrices: tl.tensor,
     tiles: tl.tensor,
+    dense_planes: tl.tensor,
     out: tl.tensor,
     preferences: tl.tensor,
     width: tl.tensor,
@@ -57,11 +62,15 @@ def lowrank_merge_kernel(
     BI: tl.constexpr,
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
+    DENSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Grid: (tiles,). tiles [tiles, 3] int32: a matrix, and where in it the tile begins. R is a multiple of RANKS."""
+    """Grid: (tiles,). tiles [tiles, 3] int32: a matrix, and where in it the tile begins. R is a multiple of RANKS.
+
+    dense_planes [planes, 2] int64: a plane's number, and its distance from the first one, in elements.
+    """
     place = tiles + tl.program_id(0) * 3
     matrix = matrices + tl.load(place).to(tl.int64) * FIELDS
     o = tl.load(place + 1) + tl.arange(0, BO)  # [BO]
@@ -92,6 +101,18 @@ def lowrank_merge_kernel(
             right = tl.load(a + r[:, None] * ins + i[None, :], mask=(i < ins)[None, :], other=0.0)
             scaled = left.to(tl.float32) * w  # [BO, RANKS]
             total = dot(scaled, right.to(tl.float32), total, PRECISION, INTERPRETED)
+        if DENSE:
+            entry = dense_planes + tl.load(matrix + 10) * 2
+            for _ in range(0, tl.load(matrix + 11)):
+                d, apart = tl.load(entry), tl.load(entry + 1)
+                if ALIGNED:
+                    apart = tl.multiple_of(apart, 16)
+                share = tl.load(own + group * planes + d)
+                if ROWS:
+                    by_rows = own + (row + o[:, None]) * planes + d
+                    share += tl.load(by_rows, mask=(o < outs)[:, None] & (row >= 0), other=0.0)  # [BO, 1]
+                total += share * tl.load(dense + apart + at, mask=inside, other=0.0).to(tl.float32)
+                entry += 2
         rounded = round_to(total, out.dtype.element_ty, INTERPRETED)
         tl.store(out + tl.cast(k, tl.int64) * out_stride + to + at, rounded, mask=inside)
 
@@ -102,10 +123,11 @@ class Matrix:
 
     Attributes:
         base: [O, I], contiguous.
-        planes: of each that changes it: its number, B [O, r] and A [r, I].
+        planes: of each of low rank that changes it: its number, B [O, r] and A [r, I].
         offset: of its output in out[k].
         group: its row of the weights.
         first_row: where its first row's own coefficients lie in the weights; negative: it has none.
+        dense: of each other plane that changes it: its number, and D [O, I], contiguous.
     """
 
     base: Tensor
@@ -113,6 +135,7 @@ class Matrix:
     offset: int
     group: int
     first_row: int
+    dense: Sequence[tuple[int, Tensor]] = ()
 
 
 class Factors:
@@ -170,40 +193,55 @@ def lowrank_merge_launch(
     """One launch on `out` [K, M]; all arguments already checked, the weights [K, G, P] contiguous.
 
     Args:
-        matrices: bases of one dtype.
+        matrices: bases of one dtype, and dense planes of one.
         factors: of them.
         weights, out: as above.
         by_row: whether rows have coefficients.
         precision: "tf32x3", or "ieee" where matrix instructions multiply float32 as it is.
     """
     first = matrices[0].base
+    dense = [plane for matrix in matrices for _, plane in matrix.dense]
+    nearest = dense[0] if dense else first
+    entries: list[tuple[int, int]] = []
     rows, tiles = [], [torch.empty(0, 3, dtype=torch.int64)]
     for number, (matrix, (b_at, a_at, ranks_at, size)) in enumerate(
         zip(matrices, factors.places, strict=True)
     ):
         outs, ins = matrix.base.shape
-        distance = (matrix.base.data_ptr() - first.data_ptr()) // first.element_size()
         rows.append(
-            (distance, matrix.offset, b_at, a_at, ranks_at, outs, ins, size, matrix.group, matrix.first_row)
-        )
+            (
+                _apart(matrix.base, first), matrix.offset, b_at, a_at, ranks_at, outs, ins, size, matrix.group,
+                matrix.first_row, len(entries), len(matrix.dense),
+            )
+        )  # fmt: skip
+        entries += [(j, _apart(plane, nearest)) for j, plane in matrix.dense]
         starts = torch.arange(0, outs, BLOCK_O), torch.arange(0, ins, BLOCK_I)
         tiles.append(torch.cartesian_prod(torch.tensor([number]), *starts))
     aligned = all(n % 16 == 0 for row in rows for n in (row[0], row[1], row[3], row[6]))
+    aligned = aligned and all(distance % 16 == 0 for _, distance in entries)
     k, width, planes = weights.shape
     table = torch.cat(tiles).to(out.device, torch.int32)
     return Launch(
         lowrank_merge_kernel,
         (len(table) if k else 0,),
         (
-            factors.values, first, factors.plane_of, weights,
-            torch.tensor(rows, dtype=torch.int64, device=out.device), table, out, k, width, planes, out.stride(0),
+            factors.values, first, nearest, factors.plane_of, weights,
+            torch.tensor(rows, dtype=torch.int64, device=out.device), table,
+            torch.tensor(entries or [(0, 0)], dtype=torch.int64, device=out.device), out, k, width, planes,
+            out.stride(0),
         ),
         {
-            "FIELDS": FIELDS, "BO": BLOCK_O, "BI": BLOCK_I, "RANKS": RANKS, "ROWS": by_row, "ALIGNED": aligned,
+            "FIELDS": FIELDS, "BO": BLOCK_O, "BI": BLOCK_I, "RANKS": RANKS, "ROWS": by_row,
+            "DENSE": bool(dense), "ALIGNED": aligned,
             "PRECISION": precision, "INTERPRETED": interpreted(lowrank_merge_kernel),
             "num_warps": MANY_WARPS if by_row and first.dtype == torch.float32 else WARPS, "num_stages": STAGES,
         },
     )  # fmt: skip
+
+
+def _apart(tensor: Tensor, first: Tensor) -> int:
+    """How many elements one tensor lies behind another of its dtype."""
+    return (tensor.data_ptr() - first.data_ptr()) // first.element_size()
 
 
 def bind_lowrank_merge(
@@ -215,7 +253,8 @@ def bind_lowrank_merge(
     host no more than the launch. It is no operator of torch: nothing tells autograd that `out` was written to.
 
     Args:
-        matrices: at least one; bases of one dtype (float32, bfloat16 or float16) on one device.
+        matrices: at least one; bases of one dtype (float32, bfloat16 or float16) on one device, and dense planes of
+            one of these dtypes.
         factors: `Factors` of these matrices, which merges of several shapes may share.
         weights: [K, G, P] float32, contiguous; with row coefficients [K, G + rows, P]. Groups, rows and planes of the
             matrices must be in range: they are read on the device only, and not checked.
@@ -231,6 +270,9 @@ def bind_lowrank_merge(
         raise ValueError("matrices: got none, expected at least one; there is nothing to merge")
     first = matrices[0].base
     require(lowrank_merge_kernel, first.device.type, INSTEAD)
+    kinds = {plane.dtype for matrix in matrices for _, plane in matrix.dense}
+    if len(kinds) > 1:
+        raise TypeError(f"dense: got {sorted(map(str, kinds))}, expected one dtype; bind a merge for each")
     for matrix in matrices:
         _check(matrix, first, out.shape[-1])
     checks.check_tensor("weights", weights, (torch.float32,), (len(out), *weights.shape[1:]), first.device)
@@ -268,3 +310,6 @@ def _check(matrix: Matrix, first: Tensor, length: int) -> None:
         rank = a.shape[0] if a.ndim else 0
         checks.check_tensor("B", b, checks.FLOATS, (base.shape[0], rank), first.device)
         checks.check_tensor("A", a, checks.FLOATS, (rank, base.shape[1]), first.device)
+    for _, plane in matrix.dense:
+        checks.check_tensor("dense", plane, checks.FLOATS, tuple(base.shape), first.device)
+        checks.check_contiguous("dense", plane)

@@ -32,7 +32,7 @@ from paretofuse.engine.merging.flat import (
     flatten,
     kind_of,
 )
-from paretofuse.engine.merging.low_rank import all_low_rank, low_rank_merger
+from paretofuse.engine.merging.low_rank import is_merged_here, low_rank_merger
 from paretofuse.engine.stacking.sharding import Sharding
 from paretofuse.engine.stacking.stack import Stack, lasting, settled
 from paretofuse.kernels.lowrank_merge import Factors
@@ -214,12 +214,12 @@ class BoundStack:
                 parts.append(triton_merger(buffers, flat, small, rows, self.layout))
                 here = [spec for spec in here if self.kinds[spec.name] == LOWRANK]
                 thin = {
-                    s.name: s for s in here if all_low_rank([own.get(s.name) for own in self.stack.planes])
+                    s.name: s for s in here if is_merged_here([own.get(s.name) for own in self.stack.planes])
                 }
                 parts.append(low_rank_merger(list(thin.values()), rows, self.stack, flat, self._factors))
                 here = [
                     spec for spec in here if spec.name not in thin
-                ]  # PyTorch's: planes of several formats
+                ]  # PyTorch's: quantized planes beside those of low rank
             maker = native if backend == "native" else reference_merger
             parts.append(maker(here, rows, self.stack, out))
 

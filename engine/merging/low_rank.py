@@ -1,7 +1,7 @@
 """Merging planes of low rank by the Triton kernel: one launch for each device and dtype, and no plane made dense.
 
-Bases and outputs lie where they are; the factors of a tensor's planes are copied side by side once, those of trained
-planes anew for each merge. A tensor that has planes of other formats besides is PyTorch's (`reference_merger`).
+Bases, dense planes and outputs lie where they are; the factors of a tensor's planes are copied side by side once, those
+of trained planes anew for each merge. A tensor that has quantized planes besides is PyTorch's (`reference_merger`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from paretofuse.engine.dtypes import TO_TORCH
 from paretofuse.engine.layout import TensorSpec, columns_of, place, rows_of
 from paretofuse.engine.merging.backends import Merger, by_shape
 from paretofuse.engine.merging.flat import FlatOutputs
+from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.stacking.stack import Stack
@@ -24,8 +26,13 @@ Part = tuple[Sequence[Matrix], Factors, Tensor]
 
 
 def all_low_rank(planes: Sequence[Plane | None]) -> bool:
-    """Whether the kernel can merge a tensor: each of its planes is of low rank, or absent."""
+    """Whether each of a tensor's planes is of low rank, or absent."""
     return all(plane is None or isinstance(plane, LowRank) for plane in planes)
+
+
+def is_merged_here(planes: Sequence[Plane | None]) -> bool:
+    """Whether the kernel can merge a tensor: each of its planes is of low rank, dense, or absent."""
+    return all(plane is None or isinstance(plane, LowRank | Dense) for plane in planes)
 
 
 def low_rank_merger(
@@ -35,7 +42,7 @@ def low_rank_merger(
     out: FlatOutputs,
     held: dict[tuple[str, ...], Factors],
 ) -> Merger:
-    """Bind a merge of tensors whose planes are `all_low_rank`.
+    """Bind a merge of tensors whose planes are `is_merged_here`.
 
     Args:
         specs: the tensors, of one device.
@@ -81,8 +88,10 @@ def _bind(parts: Sequence[Part], shape: torch.Size, by_row: bool) -> Merger:
 
 def _matrix(spec: TensorSpec, offset: int, group: int, stack: Stack) -> Matrix:
     """A tensor as the kernel takes it: [rows, columns]."""
-    planes = ((j, own.get(spec.name)) for j, own in enumerate(stack.planes))
+    planes = [(j, own.get(spec.name)) for j, own in enumerate(stack.planes)]
     factors = [(j, plane.b, plane.a) for j, plane in planes if isinstance(plane, LowRank)]
     span = stack.layout.row_spans.get(spec.name)
-    base = stack.base[spec.name].contiguous().view(rows_of(spec.shape), columns_of(spec.shape))
-    return Matrix(base, factors, offset, group, -1 if span is None else span.start)
+    shape, dtype = (rows_of(spec.shape), columns_of(spec.shape)), TO_TORCH[spec.delta_dtype]
+    dense = [(j, p.values.to(dtype).contiguous().view(shape)) for j, p in planes if isinstance(p, Dense)]
+    base = stack.base[spec.name].contiguous().view(shape)
+    return Matrix(base, factors, offset, group, -1 if span is None else span.start, dense)

@@ -110,8 +110,9 @@ def variants(architecture: str, dtypes: Iterable[str], deltas: Iterable[str] = (
 
 
 def _is_for_libraries(variant: Variant, architecture: str) -> bool:
-    """Whether libparetofuse launches a merge of low rank: its factors are float32, whatever the base is."""
-    return is_launched(variant, architecture) and variant.arguments["factors"] == "*fp32"
+    """Whether libparetofuse launches a merge of low rank: its factors are float32, with no dense planes beside them."""
+    alone = variant.arguments["factors"] == "*fp32" and not variant.constants["DENSE"]
+    return is_launched(variant, architecture) and alone
 
 
 def export(

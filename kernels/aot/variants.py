@@ -243,15 +243,20 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
 
 
 def lowrank_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """The merge of planes of low rank, without coefficients for rows and with them; factors as the base or float32."""
+    """The merge of planes of low rank, by row or not; alone, with factors in float32 too, or beside dense planes."""
     for dtype, by_row, precision in product(dtypes, (False, True), ("tf32x3", "ieee")):
-        for factors in dict.fromkeys((dtype, "fp32")):
+        for factors, beside in (
+            (dtype, False),
+            (dtype, True),
+            *([] if dtype == "fp32" else [("fp32", False)]),
+        ):
             base = _empty(dtype, OUTS, INS)
-            matrix = Matrix(base, [(0, _empty(factors, OUTS, 16), _empty(factors, 16, INS))], 0, 0, -1)
+            low_rank = [(0, _empty(factors, OUTS, 16), _empty(factors, 16, INS))]
+            matrix = Matrix(base, low_rank, 0, 0, -1, [(1, base)] if beside else [])
             weights, out = _empty("fp32", 1, 5, 3), _empty(dtype, 1, LARGE)
             found = lowrank_merge_launch([matrix], Factors([matrix]), weights, out, by_row, precision)
-            rows = "_rows" if by_row else ""
-            yield describe(f"lowrank_merge{rows}_{dtype}_{factors}_{precision}", found, "tiles, 1, 1")
+            words = f"lowrank_merge{'_rows' if by_row else ''}{'_beside_dense' if beside else ''}"
+            yield describe(f"{words}_{dtype}_{factors}_{precision}", found, "tiles, 1, 1")
 
 
 def is_launched(variant: Variant, architecture: str) -> bool:

@@ -175,7 +175,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fields": (change_all("lowrank_merge_fp32", FIELDS=9), "another table of matrices"),
     "unaligned": (change_all("lowrank_merge_fp32", ALIGNED=False), "and planes of low rank; write it by"),
     "output": (
-        lambda m: entries(m, "lowrank_merge_fp32")[0]["arguments"][6].update(type="*bf16"),
+        lambda m: entries(m, "lowrank_merge_fp32")[0]["arguments"][8].update(type="*bf16"),
         "an output of another type",
     ),
     "grid": (lambda m: entries(m, "lowrank_merge_fp32")[0].update(grid="1, 1, 1"), "another launch grid"),

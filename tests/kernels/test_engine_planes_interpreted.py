@@ -177,14 +177,14 @@ def test_an_expert_that_changes_nothing_takes_no_memory() -> None:
     torch.testing.assert_close(jacobians[0], jacobians[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_switch_of_low_rank_planes_is_one_launch_and_others_beside_them_are_pytorchs(
+def test_a_switch_of_low_rank_planes_is_one_launch_beside_dense_ones_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One for all matrices of factors, one for the biases; trained planes beside dense ones take no kernel."""
+    """One for all matrices of factors, one for the biases; trained planes beside int8 ones are PyTorch's."""
     from paretofuse.kernels.launch import Launch
 
-    low, dense = engines("lowrank:3"), engines("dense")
-    for engine in dense:
+    low, dense, quantized = engines("lowrank:3"), engines("dense"), engines("int8")
+    for engine in (*dense, *quantized):
         pf.add_planes(engine, rank=2, seed=3)
         for factor in engine.routers.planes.factors:
             factor.data.add_(0.1)
@@ -194,6 +194,10 @@ def test_a_switch_of_low_rank_planes_is_one_launch_and_others_beside_them_are_py
     names.clear()
     low[0].switch([0.5, 0.5])
     assert names == ["merge_kernel", "lowrank_merge_kernel"]
-    names.clear()
     compare(*dense, torch.float32)
+    names.clear()
+    dense[0].switch([0.5, 0.5])
+    assert names == ["merge_kernel", "lowrank_merge_kernel"]
+    names.clear()
+    compare(*quantized, torch.float32)
     assert set(names) == {"merge_kernel"}

@@ -22,21 +22,28 @@ def make(
     count: int,
     rows: bool,
     device: str = "cpu",
+    beside: torch.dtype | None = None,
 ) -> tuple[list[Matrix], Tensor, int]:
-    """Matrices with planes of ranks 1 to 20, weights [K, G + rows, P], and the length of out."""
+    """Matrices with planes of ranks 1 to 20, weights [K, G + rows, P], and the length of out.
+
+    With dense planes of the dtype `beside` in the place of some.
+    """
     g = torch.Generator().manual_seed(seed)
     pick = random.Random(seed)
     matrices, offset, first_row = [], 0, GROUPS
     for number, (outs, ins) in enumerate(shapes):
         some = pick.sample(range(PLANES), pick.randint(0 if number else 2, PLANES))
-        planes = []
+        planes, dense = [], []
         for j in some:
+            if beside is not None and pick.random() < 0.6:
+                dense.append((j, torch.randn(outs, ins, generator=g).to(device, beside)))
+                continue
             rank = pick.choice((1, 3, 8, 16, 20))
             b, a = torch.randn(outs, rank, generator=g), torch.randn(rank, ins, generator=g)
             planes.append((j, b.to(device, factors), a.to(device, factors)))
         base = torch.randn(outs, ins, generator=g).to(device, dtype)
         own = rows and pick.random() < 0.7
-        matrices.append(Matrix(base, planes, offset, pick.randrange(GROUPS), first_row if own else -1))
+        matrices.append(Matrix(base, planes, offset, pick.randrange(GROUPS), first_row if own else -1, dense))
         first_row += outs if own else 0
         offset += -(-outs * ins // 1024) * 1024
     weights = torch.randn(count, first_row, PLANES, generator=g)
@@ -51,6 +58,11 @@ def merged(matrix: Matrix, weights: Tensor, dtype: torch.dtype) -> Tensor:
         if matrix.first_row >= 0:
             w = w + weights[matrix.first_row :][: len(b), j, None].to(dtype)
         total = total + (w * b.to(dtype)) @ a.to(dtype)
+    for j, plane in matrix.dense:
+        w = weights[matrix.group, j].to(dtype).expand(len(plane), 1)
+        if matrix.first_row >= 0:
+            w = w + weights[matrix.first_row :][: len(plane), j, None].to(dtype)
+        total = total + w * plane.to(dtype)
     return total
 
 
@@ -81,9 +93,10 @@ def test_there_is_no_fallback_on_the_cpu():
 @pytest.mark.parametrize("factors", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("beside", [None, torch.bfloat16])
 @pytest.mark.parametrize("shapes", [[(768, 3072), (2304, 768)], [(70, 131), (16, 33), (300, 48)]])
-def test_on_the_gpu(dtype, factors, rows, shapes):
-    matrices, weights, length = make(1, shapes, dtype, factors, 3, rows, "cuda")
+def test_on_the_gpu(dtype, factors, rows, shapes, beside):
+    matrices, weights, length = make(1, shapes, dtype, factors, 3, rows, "cuda", beside)
     out = torch.full((3, length), float("nan"), dtype=dtype, device="cuda")
     bind_lowrank_merge(matrices, Factors(matrices), weights, out, by_row=rows)()
     check(matrices, weights, out)

@@ -25,6 +25,18 @@ def test_every_dtype(dtype, factors, rows):
     check(matrices, weights, out)
 
 
+@pytest.mark.parametrize("beside", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [False, True])
+def test_dense_planes_beside_those_of_low_rank(dtype, beside, rows):
+    """In one pass, for two preferences, each with its own weights; some matrices have dense planes alone."""
+    matrices, weights, length = make(3, [(70, 144), (16, 33), (9, 64)], dtype, dtype, 2, rows, beside=beside)
+    assert any(matrix.dense and matrix.planes for matrix in matrices)
+    out = torch.full((2, length), float("nan"), dtype=dtype)
+    bind_lowrank_merge(matrices, Factors(matrices), weights, out, by_row=rows)()
+    check(matrices, weights, out)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_shapes_and_preferences(seed):
     pick = random.Random(seed)

@@ -165,13 +165,15 @@ struct Merge {
 
 // kernels/lowrank_merge.py
 struct LowRankMerge {
-  Address factors, base, plane_of, weights, matrices, tiles, out;
+  static constexpr int kFields = 12;  // of a matrix
+  Address factors, base, dense, plane_of, weights, matrices, tiles, dense_planes, out;
   std::int32_t preferences, width, planes;
   std::int64_t out_stride;
   Address global_scratch, profile_scratch;
 
   explicit LowRankMerge(Arguments& arguments) {
-    for (Address* field : {&factors, &base, &plane_of, &weights, &matrices, &tiles, &out}) {
+    for (Address* field :
+         {&factors, &base, &dense, &plane_of, &weights, &matrices, &tiles, &dense_planes, &out}) {
       arguments.take(*field);
     }
     for (std::int32_t* field : {&preferences, &width, &planes}) arguments.take(*field);
@@ -184,7 +186,8 @@ struct LowRankMerge {
     const bool by_row = words[2] == "rows";
     const DType dtype = dtype_of(words[words.size() - 3]);
     if (words[words.size() - 2] != "fp32" || preferences != 1) misuse("factors of another type", 0);
-    for (const Address address : {factors, base, plane_of, weights, matrices, tiles, out}) {
+    for (const Address address :
+         {factors, base, dense, plane_of, weights, matrices, tiles, dense_planes, out}) {
       if (address % 16 != 0) misuse("an argument that is no multiple of 16", 0);
     }
     const std::byte* tile = host(tiles, std::size_t{grid} * 12, "tiles");
@@ -192,10 +195,12 @@ struct LowRankMerge {
     for (unsigned t = 0; t < grid; ++t) {
       std::int32_t where[3];
       std::memcpy(where, tile + std::size_t{t} * 12, 12);
-      std::int64_t f[10];
-      const std::byte* matrix = host(matrices + static_cast<Address>(where[0]) * 80, 80, "matrices");
+      std::int64_t f[kFields];
+      const std::byte* matrix =
+          host(matrices + static_cast<Address>(where[0]) * sizeof f, sizeof f, "matrices");
       if (matrix == nullptr) return;
-      std::memcpy(f, matrix, 80);
+      std::memcpy(f, matrix, sizeof f);
+      if (f[11] != 0) return void(misuse("dense planes, which this kernel does not read", 0));
       for (const int i : {0, 1, 2, 3, 6, 7}) {
         if (f[i] % 16 != 0) return void(misuse("a matrix that is not aligned", 0));
       }
@@ -208,7 +213,7 @@ struct LowRankMerge {
   }
 
  private:
-  void merge_one(DType dtype, bool by_row, const std::int64_t (&f)[10], std::int64_t o,
+  void merge_one(DType dtype, bool by_row, const std::int64_t (&f)[kFields], std::int64_t o,
                  std::int64_t i) const {
     const auto at = static_cast<Address>(o * f[6] + i);
     const std::byte* from =

@@ -54,10 +54,10 @@ constexpr Argument kMergeArguments[] = {
     {"experts", "i32"},    {"groups", "i32"},         {"preferences", "i32"},    {"delta_stride", "i64"},
     {"out_stride", "i64"}, {"global_scratch", "*i8"}, {"profile_scratch", "*i8"}};
 constexpr Argument kLowRankArguments[] = {
-    {"factors", "*fp32"},      {"base", kFloats}, {"plane_of", "*i32"},  {"weights", "*fp32"},
-    {"matrices", "*i64"},      {"tiles", "*i32"}, {"out", kFloats},      {"preferences", "i32"},
-    {"width", "i32"},          {"planes", "i32"}, {"out_stride", "i64"}, {"global_scratch", "*i8"},
-    {"profile_scratch", "*i8"}};
+    {"factors", "*fp32"},  {"base", kFloats},         {"dense", kFloats},        {"plane_of", "*i32"},
+    {"weights", "*fp32"},  {"matrices", "*i64"},      {"tiles", "*i32"},         {"dense_planes", "*i64"},
+    {"out", kFloats},      {"preferences", "i32"},    {"width", "i32"},          {"planes", "i32"},
+    {"out_stride", "i64"}, {"global_scratch", "*i8"}, {"profile_scratch", "*i8"}};
 
 bool is_float(const std::string& type) { return type == "*fp32" || type == "*bf16" || type == "*fp16"; }
 
@@ -120,7 +120,7 @@ LowRankKernel parse_low_rank(const Json& json, const Json& constants, const std:
   LowRankKernel kernel;
   kernel.code = parse_code(json, folder, "tiles, 1, 1");
   kernel.dtype = types[1];
-  if (types[6] != types[1]) fail("an output of another type than the base");
+  if (types[8] != types[1]) fail("an output of another type than the base");
   kernel.by_row = truth_at(constants, "ROWS");
   const std::int64_t outs = size_at(constants, "BO", kTile), ins = size_at(constants, "BI", kTile);
   if (outs != kTileOuts || ins != kTileIns || size_at(constants, "RANKS", kTile) != kRanks)
@@ -152,7 +152,7 @@ MergeKernels parse(const std::string& folder, const std::string& text) {
     if (symbol == "merge_kernel" && size_at(constants, "TILE", kLargest) == kTile) {
       kernels.merges.push_back(parse_merge(entry, constants, folder));
     }
-    if (symbol == "lowrank_merge_kernel" && truth_at(constants, "ALIGNED")) {
+    if (symbol == "lowrank_merge_kernel" && truth_at(constants, "ALIGNED") && !truth_at(constants, "DENSE")) {
       kernels.low_rank.push_back(parse_low_rank(entry, constants, folder));
     }
   }

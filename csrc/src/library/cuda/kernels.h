@@ -15,7 +15,7 @@ inline constexpr std::int64_t kInt8Groups[] = {1024, 32};  // elements of a scal
 inline constexpr std::int64_t kInt4Groups[] = {32};
 inline constexpr std::int64_t kSharedRow = 128;  // divides the rows of the kernels that share coefficients
 inline constexpr std::int64_t kAlignedColumns = 16;           // divides the columns of a matrix of low rank
-inline constexpr std::int64_t kMatrixFields = 10;             // of each in the table that the kernel reads
+inline constexpr std::int64_t kMatrixFields = 12;             // of each in the table that the kernel reads
 inline constexpr std::int64_t kTileOuts = 64, kTileIns = 64;  // the tile of a matrix of low rank
 inline constexpr std::int64_t kRanks = 16;                    // multiplied at a time
 

@@ -85,7 +85,8 @@ std::vector<LowRankMerge::Matrix> LowRankMerge::place(const Model& model) {
     const std::int64_t own = spec.role == Role::routed ? rows_ + spec.first_row : -1;
     for (const std::int64_t field :
          {bucket_.offsets[i], bucket_.offsets[i], matrix.factors, matrix.factors + matrix.outs * ranks,
-          static_cast<std::int64_t>(first), matrix.outs, matrix.ins, ranks, model.rows().of(spec), own}) {
+          static_cast<std::int64_t>(first), matrix.outs, matrix.ins, ranks, model.rows().of(spec), own,
+          std::int64_t{0}, std::int64_t{0}}) {
       table.push_back(field);
     }
     for (std::int64_t o = 0; o < matrix.outs; o += kTileOuts) {
@@ -128,8 +129,10 @@ void LowRankMerge::launch(DeviceAddress weights, bool by_row, void* stream) cons
   std::int32_t preferences = 1, width = rows_, planes = planes_;
   std::int64_t out_stride = bucket_.length();
   // In the order that kernels.cpp checks.
-  void* arguments[] = {&factors,     &base,  &plane_of, &weights,    &matrices,   &tiles,     &out,
-                       &preferences, &width, &planes,   &out_stride, &no_scratch, &no_scratch};
+  DeviceAddress no_dense = base, no_dense_planes = matrices;
+  void* arguments[] = {&factors,  &base,   &no_dense,        &plane_of,   &weights,
+                       &matrices, &tiles,  &no_dense_planes, &out,        &preferences,
+                       &width,    &planes, &out_stride,      &no_scratch, &no_scratch};
   (by_row ? by_row_ : plain_).launch(tile_count_, stream, arguments);
 }
 
