@@ -102,7 +102,7 @@ def variants(architecture: str, dtypes: Iterable[str], deltas: Iterable[str] = (
             *merge_variants((dtype,)),
             *(v for v in mixed if v.arguments["base"] == v.arguments["out"] == f"*{dtype}"),
             *row_merge_variants((dtype,), deltas),
-            *(v for v in lowrank_variants((dtype,)) if _is_for_libraries(v, architecture)),
+            *(v for v in lowrank_variants((dtype,), deltas) if _is_for_libraries(v, architecture)),
             *grad_variants((dtype,)),
         )
         chosen.update({variant.name: variant for variant in found})
@@ -110,9 +110,8 @@ def variants(architecture: str, dtypes: Iterable[str], deltas: Iterable[str] = (
 
 
 def _is_for_libraries(variant: Variant, architecture: str) -> bool:
-    """Whether libparetofuse launches a merge of low rank: its factors are float32, with no dense planes beside them."""
-    alone = variant.arguments["factors"] == "*fp32" and not variant.constants["DENSE"]
-    return is_launched(variant, architecture) and alone
+    """Whether libparetofuse launches a merge of low rank: its factors are float32, whatever the base is."""
+    return is_launched(variant, architecture) and variant.arguments["factors"] == "*fp32"
 
 
 def export(

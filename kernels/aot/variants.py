@@ -242,21 +242,23 @@ def rows_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
         yield describe(f"rows_weights_grad_{name}", found)
 
 
-def lowrank_variants(dtypes: tuple[str, ...] = FLOATS) -> Iterator[Variant]:
-    """The merge of planes of low rank, by row or not; alone, with factors in float32 too, or beside dense planes."""
+def lowrank_variants(dtypes: tuple[str, ...] = FLOATS, deltas: Iterable[str] = ()) -> Iterator[Variant]:
+    """The merge of planes of low rank, by row or not, factors as the base or in float32; alone, or beside dense planes.
+
+    Args:
+        dtypes: of base and output.
+        deltas: dtypes of dense planes, besides the base's own.
+    """
     for dtype, by_row, precision in product(dtypes, (False, True), ("tf32x3", "ieee")):
-        for factors, beside in (
-            (dtype, False),
-            (dtype, True),
-            *([] if dtype == "fp32" else [("fp32", False)]),
-        ):
+        for factors, delta in product(dict.fromkeys((dtype, "fp32")), dict.fromkeys(("", dtype, *deltas))):
             base = _empty(dtype, OUTS, INS)
             low_rank = [(0, _empty(factors, OUTS, 16), _empty(factors, 16, INS))]
-            matrix = Matrix(base, low_rank, 0, 0, -1, [(1, base)] if beside else [])
+            beside = [(1, _empty(delta, OUTS, INS))] if delta else []
+            matrix = Matrix(base, low_rank, 0, 0, -1, beside)
             weights, out = _empty("fp32", 1, 5, 3), _empty(dtype, 1, LARGE)
             found = lowrank_merge_launch([matrix], Factors([matrix]), weights, out, by_row, precision)
-            words = f"lowrank_merge{'_rows' if by_row else ''}{'_beside_dense' if beside else ''}"
-            yield describe(f"{words}_{dtype}_{factors}_{precision}", found, "tiles, 1, 1")
+            words = f"lowrank_merge{'_rows' if by_row else ''}{'_beside_dense' if delta else ''}"
+            yield describe(f"{words}_{dtype}_{delta or dtype}_{factors}_{precision}", found, "tiles, 1, 1")
 
 
 def is_launched(variant: Variant, architecture: str) -> bool:

@@ -24,10 +24,10 @@ from tests.support.kernels import needs_triton
 from tests.support.models import net_and_experts
 
 R = [0.2, 0.3, 0.5]
-STATIC = ["merge_any_fp32_i8_fp32", "lowrank_merge_fp32_fp32_tf32x3"]
+STATIC = ["merge_any_fp32_i8_fp32", "lowrank_merge_fp32_fp32_fp32_tf32x3"]
 ROUTED = [
     "merge_at_most_4_fp32_fp32_fp32", "merge_any_fp32_i8_fp32", "merge_small_groups_fp32_u8_fp32",
-    "lowrank_merge_fp32_fp32_tf32x3", "merge_small_groups_fp32_i8x32_fp32",
+    "lowrank_merge_beside_dense_fp32_fp32_fp32_tf32x3", "merge_small_groups_fp32_i8x32_fp32",
 ]  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def test_tensors_whose_rows_share_coefficients_are_merged_apart_from_others(
         for name in (
             "merge_rows_at_most_4_fp32_fp32_fp32", "merge_any_row_fp32_fp32_fp32", "merge_rows_any_fp32_i8_fp32",
             "merge_any_row_fp32_i8_fp32", "merge_rows_small_groups_fp32_i8x32_fp32", "merge_any_row_fp32_i8x32_fp32",
-            "merge_rows_small_groups_fp32_u8_fp32", "merge_any_row_fp32_u8_fp32", "lowrank_merge_rows_fp32_fp32_tf32x3",
+            "merge_rows_small_groups_fp32_u8_fp32", "merge_any_row_fp32_u8_fp32",
+            "lowrank_merge_rows_beside_dense_fp32_fp32_fp32_tf32x3",
         )
     }  # fmt: skip
     cuda.close()
@@ -181,7 +182,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "grid": (lambda m: entries(m, "lowrank_merge_fp32")[0].update(grid="1, 1, 1"), "another launch grid"),
     "no low rank": (without("lowrank"), "has no merge of base fp32 and planes of low rank"),
     "no rows": (without("merge_rows", "merge_any_row"), "and deltas fp32 by row; write it by"),
-    "no low rank by row": (without("lowrank_merge_rows"), "planes of low rank by row; write it by"),
+    "no low rank by row": (
+        without("lowrank_merge_rows"),
+        "planes of low rank beside deltas fp32 by row; write it by",
+    ),
 }
 
 

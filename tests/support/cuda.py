@@ -34,6 +34,7 @@ SHAPES = {
     "dense": (5, 256), "thin": (21, 30), "byte": (7, 384), "narrow": (40, 33), "half": (12, 128), "nibble": (9, 33),
     "low": (70, 96), "lower": (65, 144), "crooked": (6, 2, 3), "mixed": (4, 256), "groups": (6, 128),
     "bytes": (9, 128), "odd": (31, 33),
+    "beside": (66, 80), "cut": (7, 48),
 }  # fmt: skip
 """Of planes_store's routed matrices: rows that share coefficients and rows that do not, one tile and several."""
 
@@ -62,6 +63,9 @@ def planes_store(path: Path, dtype: torch.dtype = torch.float32, *, by_row: bool
     for j, absent in enumerate(("dense", "byte", "low")):
         del planes[j][f"{absent}.weight"]
     planes[1]["mixed.weight"] = Dense.encode(torch.ones(4, 256), dtype)
+    for j, name in ((0, "beside"), (2, "beside"), (1, "cut")):
+        shape = SHAPES[name]
+        planes[j][f"{name}.weight"] = Dense.encode(0.1 * torch.randn(shape, generator=generator), dtype)
     layout = Layout(("a", "b", "c"), tuple(specs), 0.3)
     routers = Routers(layout.groups, layout.objectives, "identity")
     persist.save(path, Stack(layout, base, tuple(planes), {}), routers, Blueprint())
@@ -80,7 +84,7 @@ def _encoded(name: str, delta: torch.Tensor, rank: int, dtype: torch.dtype) -> P
         return Int8.encode(delta, {"groups": 64, "bytes": 32, "odd": 32}.get(name, 1024))
     if name in ("half", "nibble"):
         return Int4.encode(delta, 32)
-    if name in ("low", "lower", "crooked", "thinner"):
+    if name in ("low", "lower", "crooked", "thinner", "beside", "cut"):
         found = LowRank.encode(delta, rank)
         return LowRank.of_factors(*(f.to(dtype).float() for f in (found.b, found.a)), delta.shape)
     return Dense.encode(delta, dtype)

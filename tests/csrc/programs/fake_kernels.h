@@ -183,8 +183,8 @@ struct LowRankMerge {
 
   void carry_out(const std::string& file, unsigned grid) const {
     const std::vector<std::string> words = words_of(file);
-    const bool by_row = words[2] == "rows";
-    const DType dtype = dtype_of(words[words.size() - 3]);
+    const bool by_row = words[2] == "rows", beside = words[by_row ? 3 : 2] == "beside";
+    const DType dtype = dtype_of(words[words.size() - 4]), deltas = dtype_of(words[words.size() - 3]);
     if (words[words.size() - 2] != "fp32" || preferences != 1) misuse("factors of another type", 0);
     for (const Address address :
          {factors, base, dense, plane_of, weights, matrices, tiles, dense_planes, out}) {
@@ -200,20 +200,20 @@ struct LowRankMerge {
           host(matrices + static_cast<Address>(where[0]) * sizeof f, sizeof f, "matrices");
       if (matrix == nullptr) return;
       std::memcpy(f, matrix, sizeof f);
-      if (f[11] != 0) return void(misuse("dense planes, which this kernel does not read", 0));
+      if (f[11] != 0 && !beside) return void(misuse("dense planes, which this kernel does not read", 0));
       for (const int i : {0, 1, 2, 3, 6, 7}) {
         if (f[i] % 16 != 0) return void(misuse("a matrix that is not aligned", 0));
       }
       for (std::int64_t o = where[1]; o < std::min<std::int64_t>(where[1] + 64, f[5]); ++o) {
         for (std::int64_t i = where[2]; i < std::min<std::int64_t>(where[2] + 64, f[6]); ++i) {
-          merge_one(dtype, by_row, f, o, i);
+          merge_one(dtype, deltas, by_row, f, o, i);
         }
       }
     }
   }
 
  private:
-  void merge_one(DType dtype, bool by_row, const std::int64_t (&f)[kFields], std::int64_t o,
+  void merge_one(DType dtype, DType deltas, bool by_row, const std::int64_t (&f)[kFields], std::int64_t o,
                  std::int64_t i) const {
     const auto at = static_cast<Address>(o * f[6] + i);
     const std::byte* from =
@@ -221,6 +221,19 @@ struct LowRankMerge {
     std::byte* to = host(out + (static_cast<Address>(f[1]) + at) * size_of(dtype), size_of(dtype), "out");
     if (from == nullptr || to == nullptr) return;
     float merged = load(dtype, from);
+    for (std::int64_t d = f[10]; d < f[10] + f[11]; ++d) {  // dense ones first, as the CPU does
+      const std::byte* entry = host(dense_planes + static_cast<Address>(d) * 16, 16, "dense_planes");
+      if (entry == nullptr) return;
+      const std::int64_t plane = number<std::int64_t>(entry, 0), place = number<std::int64_t>(entry, 1);
+      if (place % 16 != 0) misuse("a dense plane that is not aligned", 0);
+      const std::byte* delta =
+          host(dense + (static_cast<Address>(place) + at) * size_of(deltas), size_of(deltas), "D");
+      if (delta == nullptr) return;
+      float weight = real(weights, f[8] * planes + plane, "weights");
+      if (by_row) weight += real(weights, (f[9] + o) * planes + plane, "weights");
+      const float product = weight * load(deltas, delta);
+      merged += product;
+    }
     for (std::int64_t r = 0; r < f[7]; ++r) {
       const std::byte* owner = host(plane_of + static_cast<Address>(f[4] + r) * 4, 4, "plane_of");
       if (owner == nullptr) return;

@@ -33,13 +33,20 @@ Kind kind_of(const Plane& plane, std::int64_t columns) {
 
 Kind kind_of(const Store& store, const TensorSpec& spec) {
   std::vector<Kind> found;
+  bool dense = true;  // whether the planes that are not read from where they lie are dense ones
   for (std::size_t e = 0; e < store.experts.size(); ++e) {
     const Plane plane = store.plane(e, spec);
-    if (plane.values != nullptr) found.push_back(kind_of(plane, columns_of(spec.shape)));
+    if (plane.values == nullptr) continue;
+    found.push_back(kind_of(plane, columns_of(spec.shape)));
+    dense = dense && (found.back().format != Format::Dense || plane.format == Format::Dense);
   }
-  const bool same =
-      std::all_of(found.begin(), found.end(), [&](const Kind& kind) { return kind == found[0]; });
-  return found.empty() || !same ? kDense : found[0];
+  const auto all = [&](auto holds) { return std::all_of(found.begin(), found.end(), holds); };
+  const auto thin = [](const Kind& kind) { return kind.format == Format::LowRank; };
+  if (!found.empty() && all([&](const Kind& kind) { return kind == found[0]; })) return found[0];
+  // Dense planes beside those of low rank are read where they lie; others are decoded.
+  const bool beside = dense && std::any_of(found.begin(), found.end(), thin) &&
+                      all([&](const Kind& kind) { return thin(kind) || kind == kDense; });
+  return beside ? Kind{Format::LowRank, 0} : kDense;
 }
 
 // A tensor of one row has one coefficient, however long the row is.

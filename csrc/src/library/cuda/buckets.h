@@ -18,7 +18,7 @@ struct Bucket {
   Role role;
   DType dtype;
   DType delta_dtype;
-  Format format;                      // of all planes in here
+  Format format;                      // of all planes in here; dense ones may lie beside those of low rank
   std::int64_t group;                 // of quantized ones, elements; else 0
   bool shares;                        // whether kSharedRow divides the rows of each tensor
   std::vector<std::size_t> tensors;   // positions in the manifest

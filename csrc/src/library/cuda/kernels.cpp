@@ -122,6 +122,7 @@ LowRankKernel parse_low_rank(const Json& json, const Json& constants, const std:
   kernel.dtype = types[1];
   if (types[8] != types[1]) fail("an output of another type than the base");
   kernel.by_row = truth_at(constants, "ROWS");
+  if (truth_at(constants, "DENSE")) kernel.dense = types[2];
   const std::int64_t outs = size_at(constants, "BO", kTile), ins = size_at(constants, "BI", kTile);
   if (outs != kTileOuts || ins != kTileIns || size_at(constants, "RANKS", kTile) != kRanks)
     fail("another tile");
@@ -152,7 +153,7 @@ MergeKernels parse(const std::string& folder, const std::string& text) {
     if (symbol == "merge_kernel" && size_at(constants, "TILE", kLargest) == kTile) {
       kernels.merges.push_back(parse_merge(entry, constants, folder));
     }
-    if (symbol == "lowrank_merge_kernel" && truth_at(constants, "ALIGNED") && !truth_at(constants, "DENSE")) {
+    if (symbol == "lowrank_merge_kernel" && truth_at(constants, "ALIGNED")) {
       kernels.low_rank.push_back(parse_low_rank(entry, constants, folder));
     }
   }
@@ -202,13 +203,15 @@ const MergeKernel& MergeKernels::choose(const MergeUse& use, std::int64_t expert
                   (written ? "" : " --delta-dtype " + use.deltas) + "`");
 }
 
-const LowRankKernel& MergeKernels::choose_low_rank(DType dtype, bool by_row) const {
+const LowRankKernel& MergeKernels::choose_low_rank(const std::string& dtype, bool by_row,
+                                                   const std::string& dense) const {
   for (const LowRankKernel& kernel : low_rank) {
-    if (kernel.dtype == triton_name(dtype) && kernel.by_row == by_row) return kernel;
+    if (kernel.dtype == dtype && kernel.by_row == by_row && kernel.dense == dense) return kernel;
   }
-  throw CudaError(folder + ": has no merge of base " + triton_name(dtype) + " and planes of low rank" +
-                  (by_row ? " by row" : "") + "; write it by `python -m paretofuse.kernels.aot --dtype " +
-                  triton_name(dtype) + "`");
+  throw CudaError(folder + ": has no merge of base " + dtype + " and planes of low rank" +
+                  (dense.empty() ? "" : " beside deltas " + dense) + (by_row ? " by row" : "") +
+                  "; write it by `python -m paretofuse.kernels.aot --dtype " + dtype +
+                  (dense.empty() ? "" : " --delta-dtype " + dense) + "`");
 }
 
 }  // namespace paretofuse

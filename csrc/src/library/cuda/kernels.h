@@ -58,6 +58,7 @@ struct LowRankKernel {
   KernelCode code;
   std::string dtype;  // of base and output
   bool by_row;        // whether it reads coefficients of the rows
+  std::string dense;  // of dense planes beside those of low rank; empty: it reads none
 };
 
 struct MergeKernels {
@@ -69,7 +70,7 @@ struct MergeKernels {
   // The kernel for such a merge of that many experts, by the rule of kernels/launch.py: the smallest that
   // holds all experts, else the one that loops. Throws CudaError if the folder has none.
   const MergeKernel& choose(const MergeUse& use, std::int64_t experts) const;
-  const LowRankKernel& choose_low_rank(DType dtype, bool by_row) const;
+  const LowRankKernel& choose_low_rank(const std::string& dtype, bool by_row, const std::string& dense) const;
 };
 
 // Triton's name of a type of numbers: of floats, or of planes of a format.
