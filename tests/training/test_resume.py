@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import paretofuse as pf
 from paretofuse.engine.solvers import EPO
@@ -319,6 +320,75 @@ def data_of(kind: str, batches: int) -> Any:
     if kind == "loader":
         return DataLoader(TensorDataset(x[: 4 * batches], y[: 4 * batches]), batch_size=4)
     return DataLoader(Stream(4 * batches), batch_size=4)
+
+
+class Shuffled:
+    """Batches in an order that Python or NumPy draws."""
+
+    def __init__(self, shuffle: Callable[[Any], None]) -> None:
+        self.shuffle = shuffle
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = list(range(5))
+        self.shuffle(order)
+        rows = list(Stream(20))
+        for i in order:
+            x, y = zip(*rows[4 * i : 4 * i + 4], strict=True)
+            yield torch.stack(x), torch.stack(y)
+
+
+def random_data(kind: str) -> Any:
+    rows = list(Stream(20))
+    own = torch.Generator().manual_seed(8)
+    given: dict[str, Any] = {
+        "generator": {"shuffle": True, "generator": own},
+        "sampler": {"sampler": RandomSampler(rows, generator=own)},
+        "augmented": {"collate_fn": lambda b: [torch.stack(x) + np.random.rand() for x in zip(*b, strict=True)]},  # noqa: NPY002
+    }  # fmt: skip
+    if kind in given:
+        return DataLoader(rows, batch_size=4, **given[kind])  # type: ignore[arg-type]
+    return Shuffled(random.shuffle if kind == "python" else np.random.shuffle)
+
+
+def noisy(module: nn.Module, batch: Any) -> Tensor:
+    return loss(module, (batch[0] + random.random() + np.random.randn(), batch[1]))  # noqa: NPY002
+
+
+@pytest.mark.parametrize("kind", ["generator", "sampler", "augmented", "python", "numpy", "loss"])
+def test_whatever_draws_random_numbers_repeats_and_resumes(tmp_path: Path, kind: str) -> None:
+    def trained(data: Any, **settings: Any) -> dict[str, Tensor]:
+        random.seed()  # as in another process
+        np.random.seed()  # noqa: NPY002
+        own = data.sampler.generator.get_state() if kind in ("generator", "sampler") else None
+        engine, _ = problem()
+        called = noisy if kind == "loss" else loss
+        pf.fit(
+            engine, {name: (data, called) for name in engine.objectives}, steps=12, progress=False, **settings
+        )
+        assert own is None or torch.equal(data.sampler.generator.get_state(), own)
+        return state(engine)
+
+    data = random_data(kind)
+    whole = trained(data)
+    assert equal(trained(data), whole)
+    path = tmp_path / "run.ckpt"
+    trained(data, checkpoint=path, callback=lambda record: record["step"] == 7)
+    assert equal(trained(random_data(kind), checkpoint=path), whole)
+
+
+def test_the_seed_of_a_loaders_own_generator_counts() -> None:
+    def first(seed: int) -> Tensor:
+        loader = DataLoader(
+            TensorDataset(torch.arange(32)),
+            batch_size=8,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        found: Tensor = Batches(loader, "left", 3, 0).take()[0]
+        return found
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
 
 
 @pytest.mark.parametrize("kind", ["list", "loader", "stream"])
