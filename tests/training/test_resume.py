@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import paretofuse as pf
+from paretofuse.engine.engine import Engine
 from paretofuse.engine.solvers import EPO
 from paretofuse.engine.training.batches import Batches
+from paretofuse.engine.training.checkpoint import read_checkpoint, write_checkpoint
+from tests.support.models import perturbed
 from tests.training.test_fit import equal, loss, problem, state
 
 
@@ -299,6 +302,45 @@ def test_other_mode_and_static_weight_are_refused_by_name(tmp_path: Path) -> Non
     engine, objectives = problem(static_weight=0.7)
     with pytest.raises(ValueError, match=r"static_weight=0\.3 \(now 0\.7\)"):
         pf.fit(engine, objectives, **settings)
+
+
+def rows_changed(first: int) -> Engine:
+    """Experts of which one has other rows from here on, in a tensor of 300 * 300 numbers."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300), nn.Linear(300, 1))
+    experts = {name: perturbed(base, i) for i, name in enumerate(("left", "right"))}
+    with torch.no_grad():
+        experts["left"][1].weight[first:] += 0.1  # type: ignore[index]
+    return pf.stack(base, experts)
+
+
+def headed(seed: int) -> Engine:
+    """Experts that differ from those of another seed in their heads alone."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+    experts = {name: perturbed(base, i) for i, name in enumerate(("left", "right"))}
+    torch.manual_seed(seed)
+    for expert in experts.values():
+        nn.init.normal_(expert[1].weight)  # type: ignore[index]
+    return pf.stack(base, experts, heads=["1"])
+
+
+@pytest.mark.parametrize("made", [rows_changed, headed])
+def test_experts_that_begin_alike_and_other_heads_are_refused(
+    tmp_path: Path, made: Callable[[int], Engine]
+) -> None:
+    def train(engine: Engine, steps: int) -> None:
+        given = {name: (data_of("list", 3), loss) for name in engine.objectives}
+        pf.fit(engine, given, steps=steps, checkpoint=tmp_path / "run.ckpt", progress=False)
+
+    train(made(150), 1)
+    with pytest.raises(ValueError, match=r"belongs to a run with tensors='\w{16}' \(now '\w{16}'\); use"):
+        train(made(200), 2)
+    tensors, kept = read_checkpoint(tmp_path / "run.ckpt")
+    train(made(150), 2)
+    del kept["settings"]["tensors"]  # as version 0.1.0 wrote it
+    write_checkpoint(tmp_path / "run.ckpt", tensors, kept)
+    train(made(200), 2)
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
