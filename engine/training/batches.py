@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
 
+from paretofuse.engine.distributed import rank_and_size
 from paretofuse.engine.training.random_state import host_states, set_host_states
 from paretofuse.engine.training.random_state import seed as seed_random_state
 
@@ -25,6 +27,9 @@ class Batches:
         name: the objective's name, for messages.
         seed: the run's seed.
         index: the objective's index.
+
+    Raises:
+        ValueError: the iterable is one process's share of the data.
     """
 
     def __init__(self, data: Iterable[Any], name: str, seed: int, index: int) -> None:
@@ -36,7 +41,15 @@ class Batches:
         self.taken = 0
         self._iterator: Iterator[Any] | None = None
         self._state: tuple[Any, ...] | None = None
-        self._generators = _generators_of(data)
+        self._generators = {
+            g: g.initial_seed() for g in _of_parts(data, "generator") if isinstance(g, torch.Generator)
+        }
+        shares = (data, *_of_parts(data, "sampler"))
+        if rank_and_size()[1] > 1 and any(isinstance(part, DistributedSampler) for part in shares):
+            raise ValueError(
+                f"the data of objective {name!r} has a DistributedSampler, expected all batches in every process: they "
+                "share out each step's `accumulate` batches themselves; leave the sampler out"
+            )
 
     @property
     def length(self) -> int | None:
@@ -109,12 +122,11 @@ class Batches:
             set_host_states(outside, generators)
 
 
-def _generators_of(data: Any) -> dict[torch.Generator, int]:
-    """The generators of a DataLoader and its samplers, each with the seed that its user gave it."""
+def _of_parts(data: Any, name: str) -> list[Any]:
+    """An attribute of a DataLoader and its samplers, of each that has it."""
     parts = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     parts.append(getattr(parts[2], "sampler", None))
-    found = [getattr(part, "generator", None) for part in parts]
-    return {g: g.initial_seed() for g in found if isinstance(g, torch.Generator)}
+    return [getattr(part, name) for part in parts if hasattr(part, name)]
 
 
 _END = object()

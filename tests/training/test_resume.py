@@ -19,7 +19,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
@@ -471,6 +478,22 @@ def test_each_epoch_seed_and_objective_has_an_order_of_its_own() -> None:
     assert all(sorted(order) == list(range(32)) for order in found)
     assert len({tuple(order) for order in found}) == len(found)
     assert orders(shuffled(), 3) == found[:3]
+
+
+def test_one_processs_share_of_the_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = TensorDataset(torch.arange(32))
+    sampler: Any = DistributedSampler(rows, num_replicas=2, rank=0)
+    shared = DataLoader(rows, batch_size=8, sampler=sampler)
+    in_batches = DataLoader(rows, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+    for loader in (shared, in_batches):
+        Batches(loader, "left", 3, 0)  # a process alone may learn from a part
+        with monkeypatch.context() as several:
+            several.setattr("paretofuse.engine.training.batches.rank_and_size", lambda: (0, 2))
+            Batches(DataLoader(rows, batch_size=8, shuffle=True), "left", 3, 0)
+            with pytest.raises(
+                ValueError, match="'left' has a DistributedSampler, expected all batches in every"
+            ):
+                Batches(loader, "left", 3, 0)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 4])
