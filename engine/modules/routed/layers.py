@@ -135,7 +135,7 @@ class RoutedAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
         self.dropout, self.batch_first = source.dropout, source.batch_first
-        # What torch's own encoder layers ask before they read the weights past this forward: they shall not.
+        # Encoder layers of somebody's own, made after torch's, ask this before they read the weights past this forward.
         self._qkv_same_embed_dim = False
         self.in_proj = in_proj
         self.in_proj_bias = in_proj_bias
@@ -275,9 +275,22 @@ def bias_names(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Exchange submodules wherever they stand, in place; returns the module, or its own replacement."""
+    """Exchange submodules wherever they stand, in place; returns the module, or its own replacement.
+
+    What has got a replacement inside must call it: torch's encoders would read its weights past it in eval mode, and
+    give it nested tensors.
+    """
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-    return replacements.get(module, module)
+    built, new = replacements.get(module, module), set(replacements.values())
+    for part in built.modules():
+        if isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not new.isdisjoint(
+            part.modules()
+        ):
+            if isinstance(part, nn.TransformerEncoder):
+                part.use_nested_tensor = False
+            else:
+                part.activation_relu_or_gelu = 0  # asked before that shortcut alone
+    return built
