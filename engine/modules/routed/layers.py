@@ -6,7 +6,7 @@ reads base and deltas where they lie. `fused.py` gives it one set of routing wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -275,22 +275,24 @@ def bias_names(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Exchange submodules wherever they stand, in place; returns the module, or its own replacement.
-
-    What has got a replacement inside must call it: torch's encoders would read its weights past it in eval mode, and
-    give it nested tensors.
-    """
+    """Exchange submodules wherever they stand, in place; returns the module, or its own replacement."""
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-    built, new = replacements.get(module, module), set(replacements.values())
-    for part in built.modules():
-        if isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not new.isdisjoint(
-            part.modules()
-        ):
-            if isinstance(part, nn.TransformerEncoder):
-                part.use_nested_tensor = False
-            else:
-                part.activation_relu_or_gelu = 0  # asked before that shortcut alone
+    built = replacements.get(module, module)
+    take_no_shortcut(built, replacements.values())
     return built
+
+
+def take_no_shortcut(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Have torch's encoders in a module call these parts of theirs, on plain tensors, for good.
+
+    In eval mode they would read the parts' weights past their forward, and give them nested tensors.
+    """
+    called = set(parts)
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and not called.isdisjoint(encoder.modules()):
+            encoder.use_nested_tensor = False
+        if isinstance(encoder, nn.TransformerEncoderLayer) and not called.isdisjoint(encoder.modules()):
+            encoder.activation_relu_or_gelu = 0  # asked before that shortcut alone
