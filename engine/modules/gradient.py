@@ -201,7 +201,7 @@ class GradientCollector:
         def reduce(x: Tensor, gradient: Tensor) -> None:
             self._enter_pass()
             with torch.autocast(x.device.type, enabled=False):
-                tokens = (x.flatten(0, -2).float(), gradient.flatten(0, -2).float())
+                tokens = tuple(torch.atleast_2d(t).flatten(0, -2).float() for t in (x, gradient))
                 right, left = tokens[::-1] if transposed else tokens
                 self._add_factors(
                     name, planes, lambda b, a, weight: factor_gradients_of_tokens(b, a, left, right, weight)

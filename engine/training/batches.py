@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils.data import DistributedSampler
 
+from paretofuse.engine.distributed import rank_and_size
+from paretofuse.engine.training.random_state import host_states, set_host_states
 from paretofuse.engine.training.random_state import seed as seed_random_state
 
 
@@ -16,14 +18,18 @@ class Batches:
     """An endless stream over an iterable, with a random state of its own.
 
     Every epoch starts from a seed made of the run's seed, the stream's index and the epoch, and whatever the iterable
-    draws from torch's random state comes from there: so the stream depends neither on the model nor on the other
-    objectives, and `seek` finds any place again by repeating one epoch's draws.
+    draws from the random states of torch, Python and NumPy, or from a generator that was given to a DataLoader or its
+    sampler, comes from there: so the stream depends neither on the model nor on the other objectives, and `seek` finds
+    any place again by repeating one epoch's draws. Such a generator's own seed counts too; its state stays as it is.
 
     Args:
         data: the iterable.
         name: the objective's name, for messages.
         seed: the run's seed.
         index: the objective's index.
+
+    Raises:
+        ValueError: the iterable is one process's share of the data.
     """
 
     def __init__(self, data: Iterable[Any], name: str, seed: int, index: int) -> None:
@@ -34,7 +40,16 @@ class Batches:
         self.epoch = 0
         self.taken = 0
         self._iterator: Iterator[Any] | None = None
-        self._state: Tensor | None = None
+        self._state: tuple[Any, ...] | None = None
+        self._generators = {
+            g: g.initial_seed() for g in _of_parts(data, "generator") if isinstance(g, torch.Generator)
+        }
+        shares = (data, *_of_parts(data, "sampler"))
+        if rank_and_size()[1] > 1 and any(isinstance(part, DistributedSampler) for part in shares):
+            raise ValueError(
+                f"the data of objective {name!r} has a DistributedSampler, expected all batches in every process: they "
+                "share out each step's `accumulate` batches themselves; leave the sampler out"
+            )
 
     @property
     def length(self) -> int | None:
@@ -86,21 +101,32 @@ class Batches:
                 )
 
     def _begin_epoch(self) -> None:
-        # A large odd multiplier keeps neighbouring seeds, objectives and epochs apart. The CPU's generator alone: data
+        # A large odd multiplier keeps neighbouring seeds, objectives and epochs apart. The host's states alone: data
         # is drawn there, and seeding the GPUs as well would repeat the model's dropout with every epoch.
-        seed_random_state((self._seed * 1_000_003 + self._index * 7_919 + self.epoch) % (1 << 63))
+        number = self._seed * 1_000_003 + self._index * 7_919 + self.epoch
+        seed_random_state(number % (1 << 63))
+        for generator, own in self._generators.items():
+            generator.manual_seed((own * 15_485_863 + number) % (1 << 63))
         self._iterator = iter(self._data)
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
-        outside = torch.get_rng_state()
+        generators = list(self._generators)
+        outside = host_states(generators)
         if self._state is not None:
-            torch.set_rng_state(self._state)
+            set_host_states(self._state, generators)
         try:
             yield
         finally:
-            self._state = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            self._state = host_states(generators)
+            set_host_states(outside, generators)
+
+
+def _of_parts(data: Any, name: str) -> list[Any]:
+    """An attribute of a DataLoader and its samplers, of each that has it."""
+    parts = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    parts.append(getattr(parts[2], "sampler", None))
+    return [getattr(part, name) for part in parts if hasattr(part, name)]
 
 
 _END = object()

@@ -19,7 +19,7 @@ from paretofuse.engine.methods.words import parse_words
 from paretofuse.engine.modules.factory import routed_names
 from paretofuse.engine.modules.heads import with_head
 from paretofuse.engine.modules.routed.fuse import fused_layers
-from paretofuse.engine.modules.routed.layers import is_conv1d
+from paretofuse.engine.modules.routed.layers import is_conv1d, take_no_shortcut
 from paretofuse.engine.planes.choose import encode, parse
 from paretofuse.engine.planes.plane import Plane, to
 from paretofuse.engine.stacking.stack import lasting
@@ -146,6 +146,7 @@ def _by_regression(
     sums = {name: RegMean() for name in layers.values()}
     data = [Batches(o.data, o.name, 0, index) for index, o in enumerate(objectives)]
     seen = [[stream.take() for _ in range(batches)] for stream in data]
+    take_no_shortcut(live.module, layers)
     with eval_mode(live.module):
         for number in experts:
             weights = torch.zeros(1, len(engine.groups), len(planes), device=engine.device)

@@ -119,7 +119,8 @@ def fit(
         capture: True for a model that one GPU's kernels merge: from the second step on, merging, forward and backward
             passes and the gradients' reduction are replayed as one CUDA graph. All batches of an objective must be of
             the same shapes, and losses must read no value back (`.item()`, masks of any length).
-        seed: of preferences, data order and dropout. torch's global random state is as before afterwards.
+        seed: of preferences, data order and dropout. The global random states of torch, Python and NumPy, from which
+            losses and data may draw, are as before afterwards.
         checkpoint: a file; resumed from if it exists, written every `checkpoint_every` steps, at the end, and when
             the run is interrupted (SIGINT, SIGTERM, SIGHUP) or an error ends it, with all steps until then. Only
             `steps` may differ from those of the run that wrote it: the rest of a lengthened run follows the longer

@@ -36,7 +36,7 @@ class Inputs:
 
     def take(self, x: Tensor) -> None:
         """Inputs [..., I]."""
-        rows = x.detach().flatten(0, -2).to(torch.float32)
+        rows = torch.atleast_2d(x.detach()).flatten(0, -2).to(torch.float32)
         if self.products is None:
             self.products = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.products.addmm_(rows.T, rows)

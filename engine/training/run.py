@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,8 @@ class Run:
             "groups": self.engine.groups,
             "init": self.engine.routers.init,
             "rank": None if self.planes is None else self.planes.rank,
-            "weights": self._fingerprint(),
+            "weights": self._fingerprint(_first),
+            "tensors": self._fingerprint(_many, self.engine.heads),
             "static_weight": layout.static_weight,
             "method": self.solver,
             "validation": None if self.early_stopping is None else self.early_stopping.identity(),
@@ -294,8 +295,10 @@ class Run:
         }
         return {name: plain(value) for name, value in described.items()}
 
-    def _fingerprint(self) -> str:
-        """Tells one base and its experts from others, by the first numbers of each tensor and its group."""
+    def _fingerprint(
+        self, part: Callable[[Tensor], Tensor], heads: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> str:
+        """Tells one base, its experts and their heads from others, by a part of each tensor, and its group."""
         digest = hashlib.sha256()
         stack = self.engine._stack
         planes = [
@@ -303,20 +306,33 @@ class Run:
             for own in stack.planes
             if not any(map(trained_factors, own.values()))
         ]
-        for tensors in (stack.base, *planes):
+        for tensors in (stack.base, *planes, *(heads or {}).values()):
             for name, tensor in tensors.items():
-                first = tensor.detach().flatten()[:64].contiguous().cpu()
-                digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+                own = part(tensor.detach().flatten()).contiguous().cpu()
+                digest.update(name.encode() + own.view(torch.uint8).numpy().tobytes())
         digest.update(json.dumps(self.engine.tensor_groups).encode())
         return digest.hexdigest()[:16]
 
     def _check_same(self, path: Path, theirs: Any) -> None:
         if not isinstance(theirs, Mapping):
             raise damaged(path, "it does not say whose run it is")
-        # Checkpoints from before there were families are of scalar runs.
-        different = list(differences({"family": "scalar", **theirs}, self._identity))
+        # Checkpoints from before there were families are of scalar runs; those of 0.1.0 tell tensors by their start.
+        older = {"family": "scalar", "tensors": self._identity["tensors"]}
+        different = list(differences({**older, **theirs}, self._identity))
         if different:
             raise ValueError(
                 f"{path} belongs to a run with {', '.join(different)}; use the same settings to resume it, or name "
                 "another checkpoint file to start anew"
             )
+
+
+def _first(numbers: Tensor) -> Tensor:
+    """The start of a tensor [N], by which checkpoints of version 0.1.0 tell it."""
+    return numbers[:64]
+
+
+def _many(numbers: Tensor) -> Tensor:
+    """A tensor [N] as a whole, or of a large one, which may lie in a file, 64 pieces of 1024 numbers all over it."""
+    if len(numbers) <= 1 << 16:
+        return numbers
+    return numbers[: len(numbers) // 64 * 64].view(64, -1)[:, :1024]

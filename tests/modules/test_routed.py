@@ -202,6 +202,32 @@ def test_attention_in_torchs_own_encoder_layer() -> None:
         engine.fused_module.self_attn(x, x, x, is_causal=True)
 
 
+ROUTED = {"attention": "self_attn", "one layer": "linear1", "norms": "norm", "all": ""}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of merged models, which may take it
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("part", ROUTED)
+def test_torchs_own_encoder_takes_no_shortcut_past_what_is_replaced(part: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True), 2).eval()
+    experts = {name: perturbed(base, i) for i, name in enumerate("abc")}
+    engine = pf.stack(base, experts, route=lambda name: name if ROUTED[part] in name else None)
+    x, padding = torch.randn(3, 5, 12), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    shut = padding if padded else None
+    check(engine, lambda m: m(x, src_key_padding_mask=shut)[~padding].square().mean(), rtol=1e-4)
+    engine.train_at(R, materialize=False)
+    grid = [R, [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]
+    with torch.no_grad():
+        fused = engine.fused_module(x, src_key_padding_mask=shut)
+        batched = engine.batched(grid)(x, src_key_padding_mask=shut)
+        merged = [engine.merge(r)(x, src_key_padding_mask=shut) for r in grid]
+    torch.testing.assert_close(fused[~padding], merged[0][~padding], rtol=1e-4, atol=1e-5)
+    for b, own in enumerate(merged):
+        torch.testing.assert_close(batched[b][~padding[b]], own[b][~padding[b]], rtol=1e-4, atol=1e-5)
+
+
 class Twice(nn.Module):
     """A layer used twice, under two names, with and without checkpointing."""
 

@@ -180,6 +180,50 @@ def test_where_no_input_is_active_it_is_the_experts_mean() -> None:
     assert (plane[:, :2] - average[:, :2]).abs().max() > 1e-3
 
 
+class Alone(nn.Module):
+    """Gives its layer one example without an axis for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(row) for row in x])
+
+
+def test_regmean_takes_inputs_of_one_axis() -> None:
+    torch.manual_seed(0)
+    base, data = Alone().eval(), [torch.randn(8, 6)]
+    experts = {"a": perturbed(base, 1, 0.1), "b": perturbed(base, 2, 0.1)}
+    merged = []
+    for model in (Alone, nn.Linear):
+        engine = pf.stack(base, experts)
+        own = Alone.forward if model is Alone else lambda module, x: module.layer(x)
+        found = {name: (data, lambda module, x, own=own: own(module, x).square().mean()) for name in experts}
+        pf.add_consensus(engine, "regmean", objectives=found)
+        merged.append(last_plane(engine)["layer.weight"])
+    torch.testing.assert_close(*merged)
+
+
+def test_regmean_sees_the_inputs_of_torchs_own_encoder_with_padding() -> None:
+    merged = []
+    data, padding = [torch.randn(3, 5, 8)], torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = module(x, src_key_padding_mask=padding)[~padding].square().mean()
+        return found
+
+    for shortcut in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=shortcut).eval()
+        engine = pf.stack(base, {"a": perturbed(base, 1, 0.1), "b": perturbed(base, 2, 0.1)})
+        pf.add_consensus(engine, "regmean", objectives={name: (data, loss) for name in engine.objectives})
+        merged.append(last_plane(engine))
+    torch.testing.assert_close(*merged)
+
+
 def test_layers_that_keep_their_weight_the_other_way_round_and_ties() -> None:
     """GPT-2's Conv1D [I, O]; its embedding, which the output layer shares, is no linear layer's alone: the mean."""
     base = tiny_gpt2()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_only_those_are_seeded(three_gpus: list[Generator]) -> None:
 def test_states_go_and_come_back(three_gpus: list[Generator]) -> None:
     with random_state.forked(()):
         states = random_state.random_states((0, 2))
-        assert list(states) == ["cpu", "cuda.0", "cuda.2"]
+        assert list(states) == ["cpu", "python", "numpy", "cuda.0", "cuda.2"]
         first = torch.rand(3)
         states["cuda.0"] = torch.full((4,), 9, dtype=torch.uint8)
         del states["cuda.2"]  # written on a machine with one GPU
@@ -72,3 +74,42 @@ def test_a_fork_gives_the_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
     assert asked == [[1, 2]]
+
+
+def draws() -> list[float]:
+    """Of each kind, normal numbers too: of those the generators make two and hold one back."""
+    return [float(torch.rand(())), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]  # noqa: NPY002
+
+
+def test_python_and_numpy_are_seeded_kept_and_given_back() -> None:
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    outside = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    with random_state.forked(()):
+        random_state.seed(5)
+        first = draws()
+        states = random_state.random_states(())
+        second = draws()
+        random_state.seed(5)
+        assert draws() == first
+        random_state.set_random_states(states, ())
+        assert draws() == second
+        del states["python"], states["numpy"]  # written by a version that kept torch's alone
+        random_state.set_random_states(states, ())
+        assert draws()[0] == second[0]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == outside  # noqa: NPY002
+
+
+def test_another_generator_that_somebody_gave_to_numpy_is_left_alone() -> None:
+    own = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        before = np.random.get_state(legacy=False)  # noqa: NPY002
+        with random_state.forked(()):
+            random_state.seed(5)
+            states = random_state.random_states(())
+            assert list(states) == ["cpu", "python"]
+            random_state.set_random_states(states, ())
+        assert np.random.get_state(legacy=False) == before  # noqa: NPY002
+    finally:
+        np.random.set_bit_generator(own)

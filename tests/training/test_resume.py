@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +18,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    TensorDataset,
+)
 
 import paretofuse as pf
+from paretofuse.engine.engine import Engine
 from paretofuse.engine.solvers import EPO
-from paretofuse.engine.training.batches import Batches
+from paretofuse.engine.training.checkpoint import read_checkpoint, write_checkpoint
+from tests.support.models import perturbed
 from tests.training.test_fit import equal, loss, problem, state
 
 
@@ -300,6 +306,45 @@ def test_other_mode_and_static_weight_are_refused_by_name(tmp_path: Path) -> Non
         pf.fit(engine, objectives, **settings)
 
 
+def rows_changed(first: int) -> Engine:
+    """Experts of which one has other rows from here on, in a tensor of 300 * 300 numbers."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300), nn.Linear(300, 1))
+    experts = {name: perturbed(base, i) for i, name in enumerate(("left", "right"))}
+    with torch.no_grad():
+        experts["left"][1].weight[first:] += 0.1  # type: ignore[index]
+    return pf.stack(base, experts)
+
+
+def headed(seed: int) -> Engine:
+    """Experts that differ from those of another seed in their heads alone."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+    experts = {name: perturbed(base, i) for i, name in enumerate(("left", "right"))}
+    torch.manual_seed(seed)
+    for expert in experts.values():
+        nn.init.normal_(expert[1].weight)  # type: ignore[index]
+    return pf.stack(base, experts, heads=["1"])
+
+
+@pytest.mark.parametrize("made", [rows_changed, headed])
+def test_experts_that_begin_alike_and_other_heads_are_refused(
+    tmp_path: Path, made: Callable[[int], Engine]
+) -> None:
+    def train(engine: Engine, steps: int) -> None:
+        given = {name: (data_of("list", 3), loss) for name in engine.objectives}
+        pf.fit(engine, given, steps=steps, checkpoint=tmp_path / "run.ckpt", progress=False)
+
+    train(made(150), 1)
+    with pytest.raises(ValueError, match=r"belongs to a run with tensors='\w{16}' \(now '\w{16}'\); use"):
+        train(made(200), 2)
+    tensors, kept = read_checkpoint(tmp_path / "run.ckpt")
+    train(made(150), 2)
+    del kept["settings"]["tensors"]  # as version 0.1.0 wrote it
+    write_checkpoint(tmp_path / "run.ckpt", tensors, kept)
+    train(made(200), 2)
+
+
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
     """A data set that does not know its length."""
 
@@ -342,33 +387,3 @@ def test_more_data_is_another_run_too(tmp_path: Path) -> None:
     pf.fit(engine, {name: (data_of("list", 3), loss) for name in engine.objectives}, steps=5, **settings)
     with pytest.raises(ValueError, match=r"batches\.left=3 \(now 4\)"):
         pf.fit(engine, {name: (data_of("list", 4), loss) for name in engine.objectives}, steps=6, **settings)
-
-
-def shuffled(seed: int = 3, index: int = 0) -> Batches:
-    return Batches(
-        DataLoader(TensorDataset(torch.arange(32)), batch_size=8, shuffle=True), "left", seed, index
-    )
-
-
-def orders(batches: Batches, epochs: int) -> list[list[int]]:
-    return [[int(x) for _ in range(4) for x in batches.take()[0]] for _ in range(epochs)]
-
-
-def test_each_epoch_seed_and_objective_has_an_order_of_its_own() -> None:
-    found = [*orders(shuffled(), 3), *orders(shuffled(seed=4), 1), *orders(shuffled(index=1), 1)]
-    assert all(sorted(order) == list(range(32)) for order in found)
-    assert len({tuple(order) for order in found}) == len(found)
-    assert orders(shuffled(), 3) == found[:3]
-
-
-@pytest.mark.parametrize("taken", [0, 1, 3, 4])
-def test_seek_finds_any_place(taken: int) -> None:
-    stream = shuffled()
-    for _ in range(4 + taken):
-        stream.take()
-    place = stream.epoch, stream.taken
-    other = shuffled()
-    other.take()
-    other.seek(*place)
-    assert (other.epoch, other.taken) == place
-    assert torch.equal(stream.take()[0], other.take()[0])

@@ -245,6 +245,21 @@ def test_weights_that_are_read_past_their_layer_and_layers_that_run_twice() -> N
         assert not torch.equal(exact, torch.zeros_like(exact))
 
 
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (0, 40), (2, 3, 40)])
+def test_any_number_of_axes_before_the_inputs_is_served(shape: tuple[int, ...]) -> None:
+    base = net()
+    engine = pf.stack(base, experts_of(base), route="tensor")
+    x = torch.randn(shape)
+
+    def loss(model: Call) -> Tensor:
+        return model(x.to(next(iter(model.parameters())).dtype)).square().sum()  # type: ignore[attr-defined]
+
+    with sketched(engine):
+        engine.train_at(R)
+        (ours,) = engine.jacobian([loss(engine.module)])
+    close(ours, expected(engine, loss, of_rank(engine, {"0.weight", "3.weight"})))
+
+
 @pytest.mark.parametrize("materialize", [True, False])
 @pytest.mark.parametrize("family", ["scalar", "rows"])
 def test_trained_planes_keep_their_exact_gradients(family: str, materialize: bool) -> None:

@@ -6,7 +6,7 @@ reads base and deltas where they lie. `fused.py` gives it one set of routing wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -135,7 +135,7 @@ class RoutedAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
         self.dropout, self.batch_first = source.dropout, source.batch_first
-        # What torch's own encoder layers ask before they read the weights past this forward: they shall not.
+        # Encoder layers of somebody's own, made after torch's, ask this before they read the weights past this forward.
         self._qkv_same_embed_dim = False
         self.in_proj = in_proj
         self.in_proj_bias = in_proj_bias
@@ -280,4 +280,19 @@ def replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-    return replacements.get(module, module)
+    built = replacements.get(module, module)
+    take_no_shortcut(built, replacements.values())
+    return built
+
+
+def take_no_shortcut(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Have torch's encoders in a module call these parts of theirs, on plain tensors, for good.
+
+    In eval mode they would read the parts' weights past their forward, and give them nested tensors.
+    """
+    called = set(parts)
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and not called.isdisjoint(encoder.modules()):
+            encoder.use_nested_tensor = False
+        if isinstance(encoder, nn.TransformerEncoderLayer) and not called.isdisjoint(encoder.modules()):
+            encoder.activation_relu_or_gelu = 0  # asked before that shortcut alone
