@@ -33,8 +33,8 @@ BLOCK_O, BLOCK_I, RANKS = 64, 64, 16
 """The tile of a matrix, and how much of the rank is multiplied at a time: what tensor cores take at least."""
 
 WARPS, MANY_WARPS, STAGES = 4, 8, 1
-"""With twice the tile, or with loads of factors ahead, registers leave no room for a second program. Many warps for
-row coefficients over a float32 base, whose registers four would spill on sm_100."""
+"""With twice the tile, or with loads of factors ahead, registers leave no room for a second program. Many warps where
+four would spill: for row coefficients over a float32 base (sm_100), for float32 factors over a half one (sm_80)."""
 
 FIELDS = 12
 """Of a matrix in the table, int64: distance of its base from the first one and place of its output, in elements; places
@@ -219,6 +219,8 @@ def lowrank_merge_launch(
         tiles.append(torch.cartesian_prod(torch.tensor([number]), *starts))
     aligned = all(n % 16 == 0 for row in rows for n in (row[0], row[1], row[3], row[6]))
     aligned = aligned and all(distance % 16 == 0 for _, distance in entries)
+    wide = first.dtype == torch.float32
+    many = by_row if wide else factors.values.dtype == torch.float32
     k, width, planes = weights.shape
     table = torch.cat(tiles).to(out.device, torch.int32)
     return Launch(
@@ -234,7 +236,7 @@ def lowrank_merge_launch(
             "FIELDS": FIELDS, "BO": BLOCK_O, "BI": BLOCK_I, "RANKS": RANKS, "ROWS": by_row,
             "DENSE": bool(dense), "ALIGNED": aligned,
             "PRECISION": precision, "INTERPRETED": interpreted(lowrank_merge_kernel),
-            "num_warps": MANY_WARPS if by_row and first.dtype == torch.float32 else WARPS, "num_stages": STAGES,
+            "num_warps": MANY_WARPS if many else WARPS, "num_stages": STAGES,
         },
     )  # fmt: skip
 
