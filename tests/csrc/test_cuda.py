@@ -22,7 +22,7 @@ import torch
 import paretofuse as pf
 from tests.support import cpplib
 from tests.support.cpplib import Library, LibraryError
-from tests.support.cuda import STORES, assert_cpu_results, equal, net_store
+from tests.support.cuda import STORES, assert_cpu_results, assert_same_merge, equal, net_store
 from tests.support.fake_cuda import STREAM, Driver
 from tests.support.kernel_folder import write_kernels
 from tests.support.process import run
@@ -52,9 +52,7 @@ def test_results_are_the_cpus(
         assert_cpu_results(cuda.tensors(stream), engine.tensors())
         shape = len(engine.names("group")), len(engine.names("plane"))
         weights = random.normal(size=shape).astype(np.float32)
-        engine.switch_weights(weights)
-        cuda.switch_weights(weights, stream)
-        assert_cpu_results(cuda.tensors(stream), engine.tensors())
+        assert_same_merge(engine, cuda, weights, stream)
     assert {name: cuda.view(name).data for name in cuda.names} == addresses
     engine.close()
     cuda.switch(preference)  # it outlives the engine
@@ -69,9 +67,7 @@ def test_a_tensor_of_several_tiles(library: Library, driver: Driver, kernels: Pa
     engine = library.open(tmp_path / "store")
     cuda = engine.cuda(kernels, driver.path)
     weights = np.random.default_rng(2).normal(size=(len(base), 5)).astype(np.float32)
-    engine.switch_weights(weights)
-    cuda.switch_weights(weights, STREAM)
-    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
+    assert_same_merge(engine, cuda, weights, STREAM)
     cuda.close()
     driver.check()
 

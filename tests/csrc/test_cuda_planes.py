@@ -17,7 +17,7 @@ import torch
 import paretofuse as pf
 from paretofuse.kernels.aot import build
 from tests.support.cpplib import Library, LibraryError
-from tests.support.cuda import assert_cpu_results, planes_store
+from tests.support.cuda import assert_cpu_results, assert_same_merge, planes_store
 from tests.support.fake_cuda import STREAM, Driver
 from tests.support.kernel_folder import write_kernels
 from tests.support.kernels import needs_triton
@@ -74,9 +74,7 @@ def test_weights_with_and_without_row_coefficients_take_turns(
     groups = len(layout.groups)
     for rows in (layout.row_count, 0, layout.row_count):
         weights = random.normal(size=(groups + rows, 3)).astype(np.float32)
-        engine.switch_weights(weights)
-        cuda.switch_weights(weights, STREAM)
-        assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
+        assert_same_merge(engine, cuda, weights, STREAM)
     with pytest.raises(LibraryError, match="or with row coefficients"):
         cuda.switch_weights(weights[:-1])
     cuda.close()
@@ -92,10 +90,8 @@ def test_more_experts_than_registers_hold_with_their_row_coefficients(
     engine = library.open(tmp_path / "store")
     cuda = engine.cuda(kernels, driver.path)
     weights = np.random.default_rng(2).normal(size=(1 + 3, 9)).astype(np.float32)
-    engine.switch_weights(weights)
-    cuda.switch_weights(weights, STREAM)
+    assert_same_merge(engine, cuda, weights, STREAM)
     assert driver.launched() == ["merge_rows_any_fp32_fp32_fp32.cubin"]
-    assert_cpu_results(cuda.tensors(STREAM), engine.tensors())
     cuda.close()
     driver.check()
 

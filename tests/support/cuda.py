@@ -21,6 +21,7 @@ from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
+from tests.support.cpplib import Cuda, Engine
 from tests.support.models import net_and_experts
 
 
@@ -110,6 +111,13 @@ def assert_cpu_results(device: dict[str, Any], host: dict[str, Any], *, bits: bo
         got, truth = (_floats(found[name]) for found in (device, host))
         error = float(abs(got - truth).max(initial=0.0))
         assert error <= ROUNDING[str(host[name].dtype)] * float(abs(truth).max(initial=0.0)), name
+
+
+def assert_same_merge(engine: Engine, cuda: Cuda, weights: np.ndarray, stream: int) -> None:
+    """Both merge at routing weights, and the device has the CPU's results."""
+    engine.switch_weights(weights)
+    cuda.switch_weights(weights, stream)
+    assert_cpu_results(cuda.tensors(stream), engine.tensors())
 
 
 def _is_float(array: np.ndarray) -> bool:

@@ -30,7 +30,8 @@ struct Bucket {
 };
 
 // The buckets of all routed and static tensors, in the order of their first tensors. Planes that no kernel
-// reads as they are, of several formats or of unusual groups or shapes, are to be decoded: those are dense.
+// reads as they are, of unusual groups or shapes or of several formats (but dense beside low rank), are to be
+// decoded: those are dense.
 std::vector<Bucket> make_buckets(const Store& store, const WeightRows& rows);
 
 }  // namespace paretofuse

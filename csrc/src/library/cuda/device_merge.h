@@ -55,7 +55,7 @@ class DeviceMerge {
 // Planes in flat buffers, as floats or quantized, merged by kernels/routed_merge.py.
 std::unique_ptr<DeviceMerge> flat_merge(const Source& source, Bucket bucket);
 
-// Matrices whose planes are all of low rank, merged by kernels/lowrank_merge.py.
+// Matrices with planes of low rank, dense ones beside them or not, merged by kernels/lowrank_merge.py.
 std::unique_ptr<DeviceMerge> low_rank_merge(const Source& source, Bucket bucket);
 
 }  // namespace paretofuse
