@@ -39,7 +39,7 @@ class Engine:
 
     Attributes:
         layout: the tensor table.
-        routers: the trained part; `routers(preference)` gives the routing weights, [G, P] or [G + R, P].
+        routers: the trained part; `routers(preference)` gives the routing weights, [G, P] or more.
         device: where the routers live; and base, deltas and merged models, unless the base was split over devices.
         backend: "reference", "native" or "triton"; with several devices, the first one's.
         pool: the replicas; its length says how many `replica` may keep.
@@ -337,7 +337,7 @@ class Engine:
             flat: with the gradients of all factors of trained planes behind, in their order.
 
         Returns:
-            float64 [M, G, P] or [M, G + R, P]; flat [M, D].
+            float64 [M, G, P] (or G + R, G + R + C); flat [M, D].
 
         Raises:
             ValueError: a loss is not a scalar, or `train_at` was not called.
@@ -439,11 +439,11 @@ class Engine:
         )
 
     def set_family(self, family: str) -> None:
-        """Give the routers row coefficients ("rows"), zero so that merges stay as they are, or none ("scalar").
+        """Give the routers a family's coefficients ("rows", "rows+columns", "scalar": none), zero: merges stay alike.
 
         Raises:
-            ValueError: no such family, a backend without row coefficients, or some that are not zero would be lost.
+            ValueError: no such family, shards of one process, or coefficients that are not zero would be lost.
         """
-        if family == "rows":
+        if family != "scalar":
             self._bound.check_rows(len(self.groups) + self.layout.row_count)
         self.routers.set_family(family)

@@ -62,9 +62,34 @@ class TensorSpec:
         return rows_of(self.shape)
 
     @property
+    def own_columns(self) -> int:
+        """Columns that can have coefficients of their own: a matrix's; none of any other tensor."""
+        return self.shape[1] if len(self.shape) == 2 else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the base tensor."""
         return self.numel * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where a tensor's coefficients lie on the first axis of routing weights, [G], [G + R] or [G + R + C].
+
+    Attributes:
+        group: its group's place, which the weights always have.
+        rows: those of its rows, R for all routed tensors; None for a static tensor.
+        columns: those of its columns, C for all routed matrices; None for what is no routed matrix.
+    """
+
+    group: int
+    rows: slice | None = None
+    columns: slice | None = None
+
+    def part(self, first: int, last: int) -> Spans:
+        """Those of its rows first .. last."""
+        rows = None if self.rows is None else slice(self.rows.start + first, self.rows.start + last)
+        return Spans(self.group, rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -142,18 +167,27 @@ class Layout:
         return {t.name: rows[t.group] for t in self.tensors if t.group is not None}
 
     @cached_property
-    def row_spans(self) -> dict[str, slice]:
-        """Where each routed tensor's row coefficients lie on the [G + R] axis of routing weights: behind the groups."""
-        spans, end = {}, len(self.groups)
+    def spans(self) -> dict[str, Spans]:
+        """Where each routed tensor's coefficients lie: behind the groups all rows, behind these all columns."""
+        spans, row = {}, len(self.groups)
+        column = row + self.row_count
         for spec in self.with_role("routed"):
-            spans[spec.name] = slice(end, end + spec.rows)
-            end += spec.rows
+            rows, columns = slice(row, row + spec.rows), slice(column, column + spec.own_columns)
+            spans[spec.name] = Spans(
+                self.group_index[spec.name], rows, columns if len(spec.shape) == 2 else None
+            )
+            row, column = rows.stop, columns.stop
         return spans
 
     @property
     def row_count(self) -> int:
         """Rows of all routed tensors together: R."""
         return sum(spec.rows for spec in self.with_role("routed"))
+
+    @property
+    def column_count(self) -> int:
+        """Columns of all routed matrices together: C."""
+        return sum(spec.own_columns for spec in self.with_role("routed"))
 
     def summary(self) -> str:
         """Sizes at a glance."""

@@ -76,7 +76,7 @@ def merge_tensor_reference(
     Args:
         base: any shape.
         deltas: one for each expert, of the base's shape; None where the expert leaves the tensor unchanged.
-        weights_row: [E], or [E, rows]: one for each row.
+        weights_row: [E], [E, rows], or of a matrix [E, rows + columns]: what its row has plus what its column has.
         dtype: of the result.
 
     Returns:
@@ -85,9 +85,22 @@ def merge_tensor_reference(
     merged = base.to(torch.float32, copy=True)
     for weight, delta in zip(weights_row.to(torch.float32), deltas, strict=True):
         if delta is not None:
-            own = weight if weight.dim() == 0 else weight.view(-1, *[1] * (delta.dim() - 1))
-            merged += own * delta.to(torch.float32)
+            merged += spread(weight, delta.shape) * delta.to(torch.float32)
     return merged.to(dtype)
+
+
+def spread(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A weight that broadcasts over a tensor of this shape.
+
+    Args:
+        weight: [], [..., rows] or, of a matrix, [..., rows + columns]: what its row has plus what its column has.
+        shape: the tensor's.
+    """
+    if weight.dim() == 0:
+        return weight
+    rows = shape[0] if len(shape) > 1 else 1
+    by_row = weight[..., :rows].reshape(*weight.shape[:-1], *[-1, *[1] * (len(shape) - 1)][: len(shape)])
+    return by_row if weight.shape[-1] == rows else by_row + weight[..., None, rows:]
 
 
 def routed_grad_reference(

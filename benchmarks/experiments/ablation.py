@@ -11,14 +11,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 import paretofuse as pf
 from benchmarks.demo import as_text
 from benchmarks.experiments import tables
-from benchmarks.experiments.columns import Held, on_turned
 from benchmarks.experiments.contenders import DENSITY, Contender, contenders, learned
 from benchmarks.experiments.experiment import Contend, Context, Experiment, Outcome
 from benchmarks.experiments.run import Load, Plan, run_contenders
@@ -30,6 +29,7 @@ PLAIN_STACK: Mapping[str, Any] = {"route": "tensor", "family": "scalar"}
 PLAIN_FIT: Mapping[str, Any] = {"lr": 0.06, "sampler": "low_discrepancy"}
 """What every setting below changes; written out, so that a change of defaults does not change the question."""
 ROWS: Mapping[str, Any] = {"family": "rows"}
+COLUMNS: Mapping[str, Any] = {"family": "rows+columns"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Setting:
 
     `merged` is the method of `pf.add_consensus`, whose merge of all experts is one more plane, of no objective.
     `stop`: early stopping by batches that routers learn from ("seen"), or by a tenth of the data that they do not
-    ("held"); the experts learned from all of it. `held` turns the models, so that columns have coefficients
-    (`benchmarks.experiments.columns`).
+    ("held"); the experts learned from all of it.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Setting:
     stop: Literal["", "seen", "held"] = ""
     rank: int | None = None
     merged: str | None = None
-    held: Held | None = None
 
 
 SETTINGS = (
@@ -82,11 +80,13 @@ SETTINGS = (
         Setting(f"rows, {method.partition(':')[0]} plane", ROWS, merged=method)
         for method in (f"ties:density={DENSITY}", f"dare_linear:density={DENSITY}", "tsv", "iso_c", "regmean")
     ),
+    Setting("rows+columns", COLUMNS),
     *(
-        Setting(held + end, ROWS, fit, held=held)
-        for held in get_args(Held)
-        for end, fit in (("", {}), (", row_lr 0.01", {"row_lr": 1e-2}), (", row_lr 0.06", {"row_lr": 6e-2}))
+        Setting(f"rows+columns, row_lr {rate:g}", COLUMNS, {"row_lr": rate})
+        for rate in (0.0075, 0.01, 0.015, 0.06)
     ),
+    Setting("rows+columns, shrinkage 0.3", COLUMNS, {"row_shrinkage": 0.3}),
+    Setting("rows+columns and rank 4", COLUMNS, rank=4),
 )
 """What is asked: fineness, planes, learning rates, shrinkage, corners, validation, sketches, columns."""
 
@@ -117,9 +117,6 @@ def listed(experiment: Experiment) -> list[Contender]:
                 held = ["held"] if setting.stop == "held" else []
                 settings |= {"stop": [HELD_OUT_BATCHES, STOP_EVERY, STOP_PATIENCE, *held]}
                 run = stopping(taken, stack, fit, setting.stop)
-            if setting.held is not None:
-                settings |= {"held": setting.held}
-                run = on_turned(run, setting.held)
             # Short runs first: they are the first to say something.
             found.append(Contender(label(setting.name, steps), run, 1 / steps, settings))
     return found

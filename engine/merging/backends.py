@@ -3,10 +3,10 @@
     out[k][p] = base[p] + sum_j weights[k, row(p), j] * plane[j][p]        weights [K, G, P] float32
 
 A merger is bound to its base, planes and outputs once and called with weights as often as one likes: the routing
-weights for routed tensors, behind which the row coefficients may follow (`Routers`), the one row of the static weight
-for static ones. It always starts from the pristine base. "reference" is plain PyTorch (the truth), "native" the C++
-core (CPU), "triton" one launch for each flat buffer (CUDA and ROCm). The maker is chosen by device or by name, never by
-a silent fallback.
+weights for routed tensors, behind which the coefficients of rows and columns may follow (`Routers`), the one row of the
+static weight for static ones. It always starts from the pristine base. "reference" is plain PyTorch (the truth),
+"native" the C++ core (CPU), "triton" one launch for each flat buffer (CUDA and ROCm). The maker is chosen by device or
+by name, never by a silent fallback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME, TO_TORCH
-from paretofuse.engine.layout import TILE, Layout, TensorSpec, columns_of
+from paretofuse.engine.layout import TILE, Layout, Spans, TensorSpec, columns_of
 from paretofuse.engine.merging.flat import FlatInputs, FlatOutputs
 from paretofuse.engine.merging.native import MergePlan
 from paretofuse.engine.planes.plane import memories, merged_tensor
@@ -28,7 +28,7 @@ from paretofuse.engine.stacking.stack import Stack
 from paretofuse.kernels.routed_merge import SMALLEST_SHARED, bind_merge
 
 Merger = Callable[[Tensor], None]
-"""Takes weights float32 [K, G, P] or [K, G + R, P], wherever they lie, and rewrites its outputs."""
+"""Takes weights float32 [K, G, P], [K, G + R, P] or [K, G + R + C, P], wherever they lie, and rewrites its outputs."""
 
 MergerMaker = Callable[
     [Sequence[TensorSpec], Mapping[str, int], Stack, Sequence[Mapping[str, Tensor]]], Merger
@@ -79,7 +79,6 @@ def reference_merger(
         stack: base and deltas.
         out: for each preference, the tensors to write, by name.
     """
-
     device = out[0][specs[0].name].device if specs else None
 
     def merge(weights: Tensor) -> None:
@@ -87,7 +86,7 @@ def reference_merger(
         for spec in specs:
             planes = [own.get(spec.name) for own in stack.planes]
             for k, tensors in enumerate(out):
-                own = coefficients(weights[k], rows[spec.name], stack.layout.row_spans.get(spec.name))
+                own = coefficients(weights[k], stack.layout.spans.get(spec.name, Spans(0)))
                 tensors[spec.name].copy_(
                     merged_tensor(stack.base[spec.name], planes, own, TO_TORCH[spec.dtype])
                 )
@@ -103,8 +102,10 @@ def native_merger(
     Args: as `reference_merger`'s.
     """
 
-    groups = len(set(rows.values()))
-    spans = [stack.layout.row_spans[spec.name] if spec.group and spec.numel else slice(0) for spec in specs]
+    groups, none = len(set(rows.values())), slice(0)
+    with_rows = groups + stack.layout.row_count
+    spans = [stack.layout.spans.get(spec.name, Spans(0)) if spec.numel else Spans(0) for spec in specs]
+    row_spans, column_spans = [own.rows or none for own in spans], [own.columns or none for own in spans]
     plan = MergePlan(
         base=[stack.base[spec.name].data_ptr() for spec in specs],
         planes=[memories([own.get(spec.name) for own in stack.planes]) for spec in specs],
@@ -119,18 +120,29 @@ def native_merger(
     addresses = np.array([[t[spec.name].data_ptr() for spec in specs] for t in out], dtype=np.uint64)
 
     def merge(weights: Tensor, _keep_alive: object = (stack, out)) -> None:
-        weights, by_row = weights.cpu(), None
-        if weights.shape[1] > groups:  # [P, rows] of each preference and tensor, as the core reads them
-            own = [[w[span].T.contiguous() for span in spans] for w in weights]
-            by_row = np.array([[t.data_ptr() for t in row] for row in own], np.uint64)
+        weights = weights.cpu()
+        by_row = _coefficients(weights, row_spans if weights.shape[1] > groups else [])
+        by_column = _coefficients(weights, column_spans if weights.shape[1] > with_rows else [])
         plan.run(
             weights[:, :groups].contiguous().numpy(),
             addresses,
-            row_weights=by_row,
+            row_weights=_addresses(by_row),
+            column_weights=_addresses(by_column),
             threads=torch.get_num_threads(),
         )
 
     return merge
+
+
+def _coefficients(weights: Tensor, spans: Sequence[slice]) -> list[list[Tensor]]:
+    """Of each preference and tensor those of its rows or columns, [P, count], as the core reads them."""
+    return [[w[span].T.contiguous() for span in spans] for w in weights]
+
+
+def _addresses(tensors: Sequence[Sequence[Tensor]]) -> np.ndarray | None:
+    """Where they lie; None where there are none."""
+    table = np.array([[t.data_ptr() for t in row] for row in tensors], np.uint64)
+    return table if table.size else None
 
 
 def frugal_merger(
@@ -237,7 +249,7 @@ class _Places:
         entries, self.shared = [], TILE
         for spec in wanted:
             tiles, columns = -(-spec.numel // TILE), columns_of(spec.shape)
-            span = layout.row_spans.get(spec.name, slice(-1, 0))
+            span = layout.spans.get(spec.name, Spans(0)).rows or slice(-1, 0)
             if spec.rows > 1:
                 self.shared = math.gcd(self.shared, columns)
             else:

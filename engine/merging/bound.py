@@ -41,8 +41,8 @@ from paretofuse.kernels.lowrank_merge import Factors
 class BoundStack:
     """A stack's tensors and what merges them.
 
-    Routed tensors take the routing weights [K, G, P], or with row coefficients [K, G + R, P]. Static tensors take each
-    plane's static weight (`Layout.static_weights`).
+    Routed tensors take the routing weights [K, G, P], with coefficients of rows [K, G + R, P], of columns too
+    [K, G + R + C, P]. Static tensors take each plane's static weight (`Layout.static_weights`).
 
     Args:
         stack: its tensors may lie on several devices; one that has a device of its own is put there.
@@ -96,6 +96,9 @@ class BoundStack:
         self.stack = stack = settled(stack)
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
+        self._with_rows = (
+            len(self.layout.groups) + self.layout.row_count
+        )  # routing weights that name no column
         self._static: dict[str, Tensor] | None = None
         self._factors: dict[tuple[str, ...], Factors] = {}
 
@@ -202,10 +205,14 @@ class BoundStack:
         flat: FlatOutputs | None,
         out: Sequence[Mapping[str, Tensor]],
     ) -> Merger:
-        """Each device's own merger, one after the other; first the files that the stack is mapped from are checked."""
+        """Each device's own merger, one after the other; first the files that the stack is mapped from are checked.
+
+        The Triton kernels read no coefficients of columns: with those PyTorch merges.
+        """
         parts: list[Merger] = []
+        plain: list[Merger] = []
         for device, backend in self.backends.items():
-            here = [spec for spec in specs if self.places[spec.name] == device]
+            here = every = [spec for spec in specs if self.places[spec.name] == device]
             if not here:
                 continue
             if backend == "triton" and flat is not None:
@@ -222,11 +229,12 @@ class BoundStack:
                 ]  # PyTorch's: quantized planes beside those of low rank
             maker = native if backend == "native" else reference_merger
             parts.append(maker(here, rows, self.stack, out))
+            plain += parts[-1:] if backend == "native" else [reference_merger(every, rows, self.stack, out)]
 
         def merge_all(weights: Tensor) -> None:
             self.stack.check()
             self.check_rows(weights.shape[1])
-            for merge in parts:
+            for merge in plain if weights.shape[1] > self._with_rows else parts:
                 merge(weights)
 
         return merge_all

@@ -6,11 +6,13 @@ Memory stays at two output buffers and the mapped pages of one batch, whatever t
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 
 import numpy as np
 
 from paretofuse.engine.extension import _C, thread_count
 from paretofuse.engine.merging.card import with_card
+from paretofuse.engine.routing.families import FAMILIES
 from paretofuse.engine.routing.preference import Preference, as_preference, by_name
 from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.store.reader import Progress, Store
@@ -50,7 +52,8 @@ def merge_store(
         out: a directory (the weights, the model's own files and a model card, README.md), or a path that ends in
             .safetensors. An earlier merge there is replaced, and nothing else is. A directory's weights of more than
             5 GB are cut into several files with an index, as transformers cuts them.
-        weights: routing weights instead of a preference, [G, P], or [G + R, P] where rows have coefficients.
+        weights: routing weights instead of a preference, [G, P], with those of rows [G + R, P], of columns too
+            [G + R + C, P].
         head: the objective whose head to use; none keeps the base's.
         threads: threads of the native kernel; unless told, as many as this process may use.
         isa: forces an instruction set, see `paretofuse doctor`.
@@ -83,11 +86,10 @@ def merge_store(
 
 
 def _routing_weights(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
-    """The routing weights of a preference, or the given ones, float32 [G, P] or [G + R, P]."""
-    groups, planes = len(store.layout.groups), len(store.layout.members)
-    shapes = [(groups, planes)]
-    if store.family == "rows":
-        shapes.append((groups + store.layout.row_count, planes))
+    """The routing weights of a preference, or the given ones, float32 [G, P], [G + R, P] or [G + R + C, P]."""
+    layout, planes = store.layout, len(store.layout.members)
+    widths = accumulate((len(layout.groups), layout.row_count, layout.column_count))
+    shapes = [(width, planes) for width in widths][: 1 + FAMILIES.index(store.family)]
     if (preference is None) == (weights is None):
         raise ValueError("got both or neither of a preference and weights, expected one of them")
     if preference is not None:

@@ -90,8 +90,10 @@ def _matrix(spec: TensorSpec, offset: int, group: int, stack: Stack) -> Matrix:
     """A tensor as the kernel takes it: [rows, columns]."""
     planes = [(j, own.get(spec.name)) for j, own in enumerate(stack.planes)]
     factors = [(j, plane.b, plane.a) for j, plane in planes if isinstance(plane, LowRank)]
-    span = stack.layout.row_spans.get(spec.name)
+    spans = stack.layout.spans.get(spec.name)
     shape, dtype = (rows_of(spec.shape), columns_of(spec.shape)), TO_TORCH[spec.delta_dtype]
     dense = [(j, p.values.to(dtype).contiguous().view(shape)) for j, p in planes if isinstance(p, Dense)]
     base = stack.base[spec.name].contiguous().view(shape)
-    return Matrix(base, factors, offset, group, -1 if span is None else span.start, dense)
+    return Matrix(
+        base, factors, offset, group, -1 if spans is None or spans.rows is None else spans.rows.start, dense
+    )

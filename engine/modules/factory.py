@@ -43,8 +43,8 @@ def live_module(
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: the first routing weights, [1, G, P]; with row coefficients [1, G + R, P], for which a fused module is
-            then made.
+        weights: the first routing weights, [1, G, P]; or with coefficients of rows and columns, for which a fused
+            module is then made.
         fused: whether linear layers give way to those of `routed/layers.py`.
         sketch_rank: of the planes that stand in for others in the gradient of a fused module's routing weights; None
             for the exact one.
@@ -128,14 +128,14 @@ def _mixed_weight(
     name: str,
 ) -> MixedWeight:
     """The weight of a fused layer, given the routing weights [G, P] on each device."""
-    base, row, span = bound.stack.base[name], bound.rows[name], bound.layout.row_spans[name]
+    base, spans = bound.stack.base[name], bound.layout.spans[name]
     mix, transposed = mixes[base.device], is_conv1d(layer)
     backend = bound.backends[base.device]
     if backend == "native":
         planes = [own.get(name) for own in given]
         release = partial(bound.stack.release, [name])
         sketches = [] if sketch_rank is None else [sketch(plane, sketch_rank) for plane in planes]
-        return LayerwiseWeight(base, planes, mix, row, transposed, release, span, sketches)
+        return LayerwiseWeight(base, planes, mix, spans, transposed, release, sketches)
     if sketch_rank is not None:
         raise ValueError(
             f"got sketch={sketch_rank} and materialize=False with the {backend} backend, whose fused layers have "
@@ -148,5 +148,5 @@ def _mixed_weight(
         )
     factors = {j: plane for j, own in enumerate(given) if isinstance(plane := own.get(name), LowRank)}
     if factors and all_low_rank([own.get(name) for own in given]):
-        return LowRankWeight(base, SideBySide.of(factors, transposed), mix, row, transposed, span)
-    return RoutedWeight(base, bound.deltas[name], mix, row, transposed, span)
+        return LowRankWeight(base, SideBySide.of(factors, transposed), mix, spans, transposed)
+    return RoutedWeight(base, bound.deltas[name], mix, spans, transposed)

@@ -1,7 +1,8 @@
 """Gradients of the routing weights, by hooks on the live module's parameters.
 
     dLoss/dL[g, e] = sum over p in g of <dLoss/dW_p, D_e,p>
-    dLoss/dC[row, e] = <dLoss/dW_p[row], D_e,p[row]>                       where rows have coefficients
+    dLoss/dS[row, e] = <dLoss/dW_p[row], D_e,p[row]>                       where rows have coefficients
+    dLoss/dT[column, e] = <dLoss/dW_p[:, column], D_e,p[:, column]>        where columns have some
 
 and of the factors of trained planes, as engine/planes/trained.py says. Layers that learn by sketches give the same sums
 without dLoss/dW (`sketched.py`).
@@ -17,7 +18,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +30,7 @@ from paretofuse.engine.merging import native
 from paretofuse.engine.merging.flat import FlatInputs
 from paretofuse.engine.modules.kernel_sums import KernelSums
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
-from paretofuse.engine.planes.plane import Plane, memories
+from paretofuse.engine.planes.plane import Plane, Sums, memories
 from paretofuse.engine.planes.trained import (
     TrainedPlanes,
     factor_gradients,
@@ -38,7 +41,7 @@ from paretofuse.engine.routing.weights import coefficients
 
 
 class GradientCollector:
-    """Collects dLoss/dL [G, P], or with row coefficients [G + R, P], float64, during backward passes.
+    """Collects dLoss/dL [G, P], or with coefficients of rows and columns [G + R + C, P], float64, in backward passes.
 
     Behind it go the gradients of all factors of trained planes, flat, in the order of `TrainedPlanes.factors`.
 
@@ -101,7 +104,7 @@ class GradientCollector:
         for leaf in self._leaves:
             leaf.requires_grad_(True)
         self._armed = True
-        if routing_weights.shape != self._pending.shape:  # rows have coefficients now
+        if routing_weights.shape != self._pending.shape:  # rows have coefficients now, or columns
             self._pending = self._pending.new_zeros(routing_weights.shape)
         self._forget()
         self._routing_weights = routing_weights
@@ -179,10 +182,11 @@ class GradientCollector:
         planes = [own.get(name) for own in self._planes]
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         self._add_factors(name, planes, lambda b, a, weight: factor_gradients(b, a, dense, weight))
-        if name in self._kernels and not self._by_row:
+        by = self._sums(name)
+        if name in self._kernels and by == "whole":
             self._kernels[name].add(name, dense)
         else:
-            self._add(name, inner_products(dense, planes, self._by_row))
+            self._add(name, inner_products(dense, planes, by))
 
     def take_tokens(
         self, name: str, planes: Sequence[LowRank | None], *, transposed: bool
@@ -206,21 +210,27 @@ class GradientCollector:
                 self._add_factors(
                     name, planes, lambda b, a, weight: factor_gradients_of_tokens(b, a, left, right, weight)
                 )
-                self._add(name, token_sums(planes, left, right, self._by_row))
+                self._add(name, token_sums(planes, left, right, self._sums(name)))
 
         return reduce
 
-    @property
-    def _by_row(self) -> bool:
-        return len(self._pending) > len(self._layout.groups)
+    def _sums(self, name: str) -> Sums:
+        """Which sums a tensor's coefficients want."""
+        spans, width = self._layout.spans[name], len(self._pending)
+        if spans.columns is not None and width >= spans.columns.stop:
+            return "row and column"
+        return "row" if spans.rows is not None and width >= spans.rows.stop else "whole"
 
     def _add(self, name: str, sums: Tensor) -> None:
-        """Add what was found of one tensor's coefficients, [P] or by row [P, rows]."""
-        sums = sums.to(self._pending.device)
-        if sums.dim() == 2:
-            self._pending[self._layout.row_spans[name]] += sums.T
-            sums = sums.sum(1)
-        self._pending[self._layout.group_index[name]] += sums
+        """Add what was found of one tensor's coefficients, [P], [P, rows] or [P, rows + columns]."""
+        sums, spans = sums.to(self._pending.device), self._layout.spans[name]
+        if sums.dim() == 2 and spans.rows is not None:
+            rows, columns = sums.T.tensor_split([spans.rows.stop - spans.rows.start])
+            self._pending[spans.rows] += rows
+            if spans.columns is not None and len(columns):
+                self._pending[spans.columns] += columns
+            sums = rows.sum(0)
+        self._pending[spans.group] += sums
 
     def _add_factors(
         self,
@@ -232,7 +242,7 @@ class GradientCollector:
         trained = [(j, b_and_a) for j, plane in enumerate(planes) if (b_and_a := trained_factors(plane))]
         if not trained or self._mix is None:
             return
-        weights = coefficients(self._mix, self._layout.group_index[name], self._layout.row_spans[name])
+        weights = coefficients(self._mix, self._layout.spans[name])
         for j, (b, a) in trained:
             for factor, sums in zip((b, a), gradients(b, a, weights[j]), strict=True):
                 self._factor_sums[self._spans[id(factor)]] += sums.flatten().to(self._factor_sums.device)
@@ -306,28 +316,47 @@ class GradientCollector:
         torch.autograd.backward([self._routing_weights], [gradient], retain_graph=True)
 
 
-def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by_row: bool = False) -> Tensor:
-    """<gradient, plane_j> for every plane; None counts as zero. Reads the gradient once on the CPU.
+def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by: Sums = "whole") -> Tensor:
+    """<gradient, plane_j> for every plane; None counts as zero. The CPU reads the gradient once for each kind of sum.
+
+    Args:
+        gradient: of the tensor's shape; a matrix's where sums by column are wanted.
+        planes: of the tensor.
+        by: which sums: "whole", "row", or "row and column".
 
     Returns:
-        float64 [P], or by row [P, rows].
+        float64 [P], [P, rows] or [P, rows + columns].
     """
     if gradient.is_sparse:
         gradient = gradient.to_dense()
     if gradient.device.type != "cpu" or gradient.dtype not in TO_NAME or not any(planes):
-        gradient = gradient.detach()
-        zero = gradient.new_zeros(rows_of(gradient.shape) if by_row else (), dtype=torch.float64)
-        return torch.stack(
-            [zero if p is None else p.inner_rows(gradient) if by_row else p.inner(gradient) for p in planes]
-        )
+        return torch.stack([_sums_of(plane, gradient.detach(), by) for plane in planes])
     gradient = gradient.contiguous()
-    sums = native.inner(
-        gradient.data_ptr(),
-        memories(planes),
-        gradient.numel(),
-        grad_dtype=TO_NAME[gradient.dtype],
-        columns=columns_of(gradient.shape),
-        by_row=by_row,
-        threads=torch.get_num_threads(),
+    wanted: tuple[Literal["whole", "row", "column"], ...] = (
+        ("row", "column") if by == "row and column" else (by,)
     )
-    return torch.from_numpy(sums)
+    sums = [
+        native.inner(
+            gradient.data_ptr(),
+            memories(planes),
+            gradient.numel(),
+            grad_dtype=TO_NAME[gradient.dtype],
+            columns=columns_of(gradient.shape),
+            by=each,
+            threads=torch.get_num_threads(),
+        )
+        for each in wanted
+    ]
+    return torch.from_numpy(sums[0] if len(sums) == 1 else np.concatenate(sums, 1))
+
+
+def _sums_of(plane: Plane | None, gradient: Tensor, by: Sums) -> Tensor:
+    """One plane's by PyTorch, float64 [], [rows] or [rows + columns]."""
+    if plane is None:
+        rows, columns = rows_of(gradient.shape), columns_of(gradient.shape)
+        shape = {"whole": (), "row": (rows,), "row and column": (rows + columns,)}[by]
+        return gradient.new_zeros(shape, dtype=torch.float64)
+    if by == "whole":
+        return plane.inner(gradient)
+    sums = plane.inner_rows(gradient)
+    return sums if by == "row" else torch.cat([sums, plane.inner_columns(gradient)])

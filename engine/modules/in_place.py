@@ -150,7 +150,7 @@ class InPlaceModules:
         return weights
 
     def jacobian(self, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients [M, G, P] or [M, G + R, P] of losses of the module trained last, and [M, F] of all factors.
+        """Gradients [M, G, P] (or G + R, G + R + C) of losses of the module trained last, and [M, F] of all factors.
 
         Raises:
             ValueError: a loss is not a scalar, or nothing was trained.

@@ -28,12 +28,12 @@ class LiveModule:
 
     Args:
         module: the module; its merged tensors are the mergers' outputs.
-        merge_routed: rewrites the routed tensors, from weights [1, G, P] or [1, G + R, P]; static tensors are merged
-            already.
+        merge_routed: rewrites the routed tensors, from weights [1, G, P], [1, G + R, P] or [1, G + R + C, P]; static
+            tensors are merged already.
         names: the routed tensors that it rewrites.
         layout: the tensor table.
         planes: for each expert, its planes by name.
-        weights: the first routing weights, [1, G, P] or [1, G + R, P].
+        weights: the first routing weights, [1, G, P], [1, G + R, P] or [1, G + R + C, P].
         flat: the buffers of planes that the Triton kernels read where they lie, of routed tensors.
         mixes: the routing weights that a fused module's layers read, rewritten with every merge; one for
             each device.

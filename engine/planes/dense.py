@@ -10,7 +10,8 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import by_row, row_sums
+from paretofuse.engine.planes.plane import column_sums, row_sums
+from paretofuse.kernels.reference import spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Dense:
 
     def add_to(self, merged: Tensor, weight: Tensor) -> None:
         """See `Plane`."""
-        merged += by_row(weight, self.shape) * self.values.float()
+        merged += spread(weight, self.shape) * self.values.float()
 
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
@@ -59,6 +60,10 @@ class Dense:
     def inner_rows(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
         return row_sums(gradient, self.decode())
+
+    def inner_columns(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return column_sums(gradient, self.decode())
 
     def memory(self) -> Memory:
         """See `Plane`."""

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from paretofuse.engine.layout import TILE
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import by_row, row_sums
+from paretofuse.engine.planes.plane import column_sums, row_sums
+from paretofuse.kernels.reference import spread
 
 SMALLEST = 32
 """Elements that the kernels take at a time: a step never crosses from one scale to the next."""
@@ -109,7 +110,7 @@ class Quantized(ABC):
 
     def add_to(self, merged: Tensor, weight: Tensor) -> None:
         """See `Plane`."""
-        merged += by_row(weight, self.shape) * self.decode()
+        merged += spread(weight, self.shape) * self.decode()
 
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
@@ -118,6 +119,10 @@ class Quantized(ABC):
     def inner_rows(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
         return row_sums(gradient, self.decode())
+
+    def inner_columns(self, gradient: Tensor) -> Tensor:
+        """See `Plane`."""
+        return column_sums(gradient, self.decode())
 
     def memory(self) -> Memory:
         """See `Plane`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.planes.plane import Plane, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +91,13 @@ class LowRank:
         return LowRank(self.b[first:last], self.a, (last - first, *self.shape[1:]))
 
     def add_to(self, merged: Tensor, weight: Tensor) -> None:
-        """See `Plane`; the product is added without being stored."""
-        left = self.b.float() * (weight if weight.dim() == 0 else weight.unsqueeze(1))
-        merged.view(len(left), -1).addmm_(left, self.a.float())
+        """See `Plane`; the product is added without being stored, with columns a second one: B (A k)."""
+        b, a = self.b.float(), self.a.float()
+        rows, columns = by_side(weight, len(b))
+        matrix = merged.view(len(b), -1)
+        matrix.addmm_(b * rows, a)
+        if columns is not None:
+            matrix.addmm_(b, a * columns)
 
     def inner(self, gradient: Tensor) -> Tensor:
         """See `Plane`: sum of B * (G A^T)."""
@@ -102,6 +106,10 @@ class LowRank:
     def inner_rows(self, gradient: Tensor) -> Tensor:
         """See `Plane`."""
         return self._products(gradient).sum(1)
+
+    def inner_columns(self, gradient: Tensor) -> Tensor:
+        """See `Plane`: sum over ranks of A * (B^T G)."""
+        return (self.a.double() * (self.b.double().T @ gradient.reshape(len(self.b), -1).double())).sum(0)
 
     def _products(self, gradient: Tensor) -> Tensor:
         """B * (G A^T), float64 [rows, rank]."""
@@ -118,25 +126,40 @@ def _holds(dtype: torch.dtype, numbers: Tensor) -> bool:
     return torch.equal(numbers.to(dtype).float(), numbers)
 
 
-def token_sums(planes: Sequence[Plane | None], left: Tensor, right: Tensor, by_row: bool) -> Tensor:
+def by_side(weight: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+    """A weight [], [rows] or [rows + columns] as factors of B and of A: [1 or rows, 1], and [columns] or None."""
+    if weight.dim() == 0 or len(weight) == rows:
+        return weight.reshape(-1, 1), None
+    return weight[:rows].unsqueeze(1), weight[rows:]
+
+
+def token_sums(planes: Sequence[Plane | None], left: Tensor, right: Tensor, by: Sums) -> Tensor:
     """<left^T right, B A> of every low-rank plane, others counting as zero; left^T right is not made.
 
-    It is the sum over tokens of (left B) * (right A^T), and a row of it that of B * (left^T (right A^T)). All factors
-    lie side by side, so that each step is one product.
+    It is the sum over tokens of (left B) * (right A^T), a row of it that of B * (left^T (right A^T)), and a column that
+    of A^T * (right^T (left B)). All factors lie side by side, so that each step is one product.
 
     Args:
         planes: of a matrix [rows, columns].
         left, right: float32 [tokens, rows] and [tokens, columns].
+        by: "whole", "row", or "row and column".
 
     Returns:
-        float32 [P], or by row [P, rows].
+        float32 [P], [P, rows] or [P, rows + columns].
     """
     own = [(j, plane) for j, plane in enumerate(planes) if isinstance(plane, LowRank)]
-    sums = left.new_zeros(len(planes), left.shape[1] if by_row else 1)
+    counts = {"whole": 1, "row": left.shape[1], "row and column": left.shape[1] + right.shape[1]}
+    sums = left.new_zeros(len(planes), counts[by])
     if own:
         b = torch.cat([plane.b.float() for _, plane in own], 1)  # [rows, sum of ranks]
-        low = right @ torch.cat([plane.a.float() for _, plane in own]).T  # [tokens, sum of ranks]
-        products = b * (left.T @ low) if by_row else ((left @ b) * low).sum(0, keepdim=True)
+        a = torch.cat([plane.a.float() for _, plane in own])  # [sum of ranks, columns]
+        low = right @ a.T  # [tokens, sum of ranks]
+        if by == "whole":
+            products = ((left @ b) * low).sum(0, keepdim=True)
+        else:
+            products = b * (left.T @ low)
+        if by == "row and column":
+            products = torch.cat([products, a.T * (right.T @ (left @ b))])
         for (j, _), part in zip(own, products.split([plane.rank for _, plane in own], 1), strict=True):
             sums[j] = part.sum(1)
-    return sums if by_row else sums[:, 0]
+    return sums[:, 0] if by == "whole" else sums

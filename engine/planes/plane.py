@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from paretofuse.engine.planes.memory import Memory
 
 _BLOCK = 1 << 16
 """Elements whose errors are measured at a time, in float64."""
+
+
+Sums = Literal["whole", "row", "row and column"]
+"""Which products of a gradient with planes are wanted: of the whole tensor, each row's, or each row's and column's."""
 
 
 class Plane(Protocol):
@@ -59,7 +63,7 @@ class Plane(Protocol):
 
         Args:
             merged: float32 of the tensor's shape, contiguous.
-            weight: float32 [], or [rows]: one for each row.
+            weight: float32 [], [rows] or, of a matrix, [rows + columns], as `kernels.reference.spread` takes it.
         """
         ...
 
@@ -69,6 +73,10 @@ class Plane(Protocol):
 
     def inner_rows(self, gradient: Tensor) -> Tensor:
         """The same for each row of the tensor, float64 [rows]."""
+        ...
+
+    def inner_columns(self, gradient: Tensor) -> Tensor:
+        """The same for each column of a matrix, float64 [columns]."""
         ...
 
     def memory(self) -> Memory:
@@ -98,15 +106,15 @@ def to(plane: Plane, device: torch.device) -> Plane:
     return plane.like({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A weight [] or [rows] that broadcasts over a tensor of this shape."""
-    return weight if weight.dim() == 0 else weight.view(-1, *[1] * (len(shape) - 1))
-
-
 def row_sums(gradient: Tensor, decoded: Tensor) -> Tensor:
     """sum over a row of gradient * decoded, for each row: float64 [rows]."""
     products = gradient.double() * decoded.double()
     return products.flatten(1).sum(1) if products.dim() > 1 else products.sum().view(1)
+
+
+def column_sums(gradient: Tensor, decoded: Tensor) -> Tensor:
+    """sum over a column of gradient * decoded, for each column of a matrix: float64 [columns]."""
+    return (gradient.double() * decoded.double()).sum(0)
 
 
 def memories(planes: Sequence[Plane | None]) -> list[Memory | None]:
@@ -122,7 +130,7 @@ def merged_tensor(
     Args:
         base: any shape.
         planes: None where an expert leaves the tensor unchanged.
-        weights: [P], or [P, rows]: one for each row of the tensor.
+        weights: [P], [P, rows] or [P, rows + columns], each as `kernels.reference.spread` takes it.
         dtype: of the result.
 
     Returns:

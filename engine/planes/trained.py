@@ -1,7 +1,8 @@
 """Trained planes: for each objective one low-rank plane B A of every routed matrix, learned together with the routers.
 
-    dLoss/dB = c G A^T        dLoss/dA = (c B)^T G        G = dLoss/dW, c the plane's coefficient (of each row)
+    dLoss/dB = c G A^T + G (A k)^T      dLoss/dA = (c B)^T G + (B^T G) k      G = dLoss/dW
 
+c is the plane's coefficient (of each row), k what each column has besides, if columns have coefficients.
 A is small and random and B zero, so that nothing changes before it is trained. After Pareto Merging (arXiv 2408.12105)
 and PaLoRA (arXiv 2407.08056), whose coefficients are the preference itself; ours are the routers'.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paretofuse.engine.layout import TensorSpec, columns_of, rows_of
-from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.lowrank import LowRank, by_side
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.routers import Routers
 
@@ -136,16 +137,22 @@ def factor_gradients(b: Tensor, a: Tensor, gradient: Tensor, weight: Tensor) -> 
     Args:
         b, a: the factors.
         gradient: dLoss/dW, of the tensor's shape.
-        weight: the plane's coefficient [], or [rows].
+        weight: the plane's coefficient [], [rows] or [rows + columns].
     """
     rows = gradient.reshape(len(b), -1).float()
-    c = weight.to(b.device).reshape(-1, 1)  # [1, 1] or [rows, 1]
-    return c * (rows @ a.T), (c * b).T @ rows
+    c, k = by_side(weight.to(b.device), len(b))
+    db, da = c * (rows @ a.T), (c * b).T @ rows
+    if k is not None:
+        db, da = db + rows @ (a * k).T, da + (b.T @ rows) * k
+    return db, da
 
 
 def factor_gradients_of_tokens(
     b: Tensor, a: Tensor, left: Tensor, right: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same from left [tokens, rows] and right [tokens, columns] with dLoss/dW = left^T right, which is not made."""
-    c = weight.to(b.device).reshape(-1, 1)
-    return c * (left.T @ (right @ a.T)), (left @ (c * b)).T @ right
+    c, k = by_side(weight.to(b.device), len(b))
+    db, da = c * (left.T @ (right @ a.T)), (left @ (c * b)).T @ right
+    if k is not None:
+        db, da = db + left.T @ (right @ (a * k).T), da + ((left @ b).T @ right) * k
+    return db, da

@@ -8,18 +8,20 @@ planes of no objective start at 0. Both keep the MLP's last layer at zero. "cons
 al., arXiv 2406.09770): no residual, all weights drawn with standard deviation 0.01 and the last bias at the
 task-arithmetic coefficient times the share.
 
-The family "rows" has a coefficient for each row of each routed tensor besides, linear in the preference and zero at
-the start; R is the number of rows of all routed tensors:
+The family "rows" has a coefficient for each row of each routed tensor besides, "rows+columns" one for each column of
+each routed matrix too, linear in the preference and zero at the start; R and C are the numbers of all rows and columns:
 
-    coefficient of plane j in row i of a tensor of group g: L(r)[g, j] + C(r)[i, j]    C(r)[i, j] = sum_m r_m S[m, j, i]
+    coefficient of plane j at row i, column k of a matrix of group g      L(r)[g, j] + S(r)[i, j] + T(r)[k, j]
+                                                                          S(r)[i, j] = sum_m r_m S[m, j, i], T(r) alike
 
-L and C are one tensor [G + R, P] everywhere, the groups first, so that whatever takes routing weights takes both.
+All are one tensor [G + R + C, P] everywhere, groups first, then rows, so that whatever takes routing weights takes all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,20 +30,11 @@ from torch import Tensor, nn
 
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout, Member, one_for_each
+from paretofuse.engine.routing.families import FAMILIES, PARTS, check_family
 from paretofuse.engine.routing.preference import one_or_several
 
 INITS = ("identity", "sqrt", "constant")
 """What the MLP's output is added to: the preference r, its square root, or nothing."""
-
-
-FAMILIES = ("scalar", "rows")
-"""What has a coefficient of its own: each group alone, or each row of each routed tensor as well."""
-
-
-def check_family(family: str) -> None:
-    """ValueError unless it is one of FAMILIES."""
-    if family not in FAMILIES:
-        raise ValueError(f"got family={family!r}, expected one of {', '.join(FAMILIES)}")
 
 
 def check_init(init: str) -> None:
@@ -64,15 +57,15 @@ class GroupedLinear(nn.Module):
         return product.squeeze(-1) + self.bias.to(x.dtype)
 
 
-class RowCoefficients(nn.Module):
-    """S [M, P, R]: for each objective, plane and row what that objective's share of the preference adds."""
+class LinearCoefficients(nn.Module):
+    """S [M, P, N]: for each objective, plane and row (or column) what that objective's share of the preference adds."""
 
-    def __init__(self, objectives: int, planes: int, rows: int) -> None:
+    def __init__(self, objectives: int, planes: int, count: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(objectives, planes, rows, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(objectives, planes, count, dtype=torch.float32))
 
     def forward(self, r: Tensor) -> Tensor:
-        """[..., M] -> [..., R, P], summed in the dtype of r and in the order of the objectives, as in C++."""
+        """[..., M] -> [..., N, P], summed in the dtype of r and in the order of the objectives, as in C++."""
         own = self.weight.to(r.dtype)
         total = r[..., 0, None, None] * own[0]
         for m in range(1, len(own)):
@@ -81,7 +74,7 @@ class RowCoefficients(nn.Module):
 
 
 class Routers(nn.Module):
-    """All routers of an engine; the only trained parameters, a few hundred numbers, or thousands with those of rows.
+    """All routers of an engine; the only trained parameters: hundreds of numbers, or thousands with rows and columns.
 
     `planes` holds the trained planes where there are some (`pf.add_planes`): a module of its own that is kept here, so
     that whatever keeps, copies or restores the routers does the same with all that is trained.
@@ -93,11 +86,13 @@ class Routers(nn.Module):
         members: the planes, P of them; an expert for each objective unless told.
         constant: start value of every weight for init "constant", before the planes' shares.
         rows: rows of all routed tensors, R of them (`Layout.row_count`).
-        family: "scalar" or "rows".
+        columns: columns of all routed matrices, C of them (`Layout.column_count`).
+        family: one of FAMILIES.
         seed: seed of the initial values; they do not touch torch's global random state.
     """
 
-    rows: RowCoefficients | None
+    rows: LinearCoefficients | None
+    columns: LinearCoefficients | None
     planes: nn.Module | None
     _owner: Tensor
     _share: Tensor
@@ -111,6 +106,7 @@ class Routers(nn.Module):
         members: Sequence[Member] = (),
         constant: float = 0.3,
         rows: int = 0,
+        columns: int = 0,
         family: str = "scalar",
         seed: int = 0,
     ) -> None:
@@ -127,8 +123,9 @@ class Routers(nn.Module):
         owners, shares = _places(self.members, self.objectives)
         self.register_buffer("_owner", owners, persistent=False)
         self.register_buffer("_share", shares, persistent=False)
-        self._row_count = rows
+        self._counts = {"rows": rows, "columns": columns}
         self.rows = None
+        self.columns = None
         self.planes = None
         self._host: tuple[list[tuple[int, int]], list[Tensor], _C.Routers] | None = None
         self.set_family(family)
@@ -139,10 +136,15 @@ class Routers(nn.Module):
     @property
     def family(self) -> str:
         """One of FAMILIES."""
-        return "scalar" if self.rows is None else "rows"
+        return FAMILIES[len(self.linear)]
+
+    @property
+    def linear(self) -> tuple[LinearCoefficients, ...]:
+        """The coefficients of rows and of columns, where the family has some, in the order of routing weights."""
+        return tuple(own for own in (self.rows, self.columns) if own is not None)
 
     def set_family(self, family: str) -> None:
-        """Have row coefficients, all zero so that every merge stays as it is, or have none.
+        """Have the coefficients of a family, new ones all zero so that every merge stays as it is, and no others.
 
         Raises:
             ValueError: no such family, or coefficients that are not zero would be lost.
@@ -151,14 +153,20 @@ class Routers(nn.Module):
         if family == self.family:
             self.family_asked = family
             return
-        if self.rows is not None and bool(self.rows.weight.any()):
-            raise ValueError(
-                'got family="scalar" for routers whose row coefficients are trained and would be lost; stay with '
-                'family="rows", or zero engine.routers.rows.weight first'
-            )
-        count, device = len(self.objectives), self.output.bias.device
-        made = RowCoefficients(count, len(self.members), self._row_count) if family == "rows" else None
-        self.rows = None if made is None else made.to(device)
+        parts = PARTS[FAMILIES.index(family)]
+        for part in ("rows", "columns"):
+            own: LinearCoefficients | None = getattr(self, part)
+            if own is not None and part not in parts and bool(own.weight.any()):
+                raise ValueError(
+                    f"got family={family!r} for routers whose {part[:-1]} coefficients are trained and would be lost; "
+                    f"stay with family={self.family!r}, or zero engine.routers.{part}.weight first"
+                )
+        for part in ("rows", "columns"):
+            if part not in parts:
+                setattr(self, part, None)
+            elif getattr(self, part) is None:
+                made = LinearCoefficients(len(self.objectives), len(self.members), self._counts[part])
+                setattr(self, part, made.to(self.output.bias.device))
         self.family_asked = family
 
     @torch.no_grad()
@@ -181,14 +189,19 @@ class Routers(nn.Module):
         self.output.bias = nn.Parameter(
             torch.cat([bias, constant.to(bias.dtype).expand(len(bias), count)], 1)
         )
-        if self.rows is not None:
-            own = self.rows.weight
-            self.rows.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), count, own.shape[2])], 1))
+        for linear in self.linear:
+            own = linear.weight
+            linear.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), count, own.shape[2])], 1))
 
     @property
     def width(self) -> int:
-        """Length of the first axis of routing weights: G, or G + R with row coefficients."""
-        return len(self.groups) + (0 if self.rows is None else self._row_count)
+        """Length of the first axis of routing weights: G, G + R or G + R + C."""
+        return self.widths[-1]
+
+    @property
+    def widths(self) -> list[int]:
+        """Lengths that routing weights may be given in: G, and with rows G + R, and with columns G + R + C."""
+        return list(accumulate((own.weight.shape[2] for own in self.linear), initial=len(self.groups)))
 
     def on_host(self) -> _C.Routers:
         """The groups' routers in C++, as a store evaluates them; kept until the parameters change."""
@@ -234,9 +247,9 @@ class Routers(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int = 0) -> None:
-        """Draw the initial values anew; row coefficients start at zero."""
-        if self.rows is not None:
-            self.rows.weight.zero_()
+        """Draw the initial values anew; coefficients of rows and columns start at zero."""
+        for own in self.linear:
+            own.weight.zero_()
         generator = torch.Generator().manual_seed(seed)
         if self.init == "constant":
             for layer in (self.hidden, self.output):
@@ -263,8 +276,9 @@ class Routers(nn.Module):
                 to 1.
 
         Returns:
-            float32 [G, P] or [K, G, P]; with row coefficients [G + R, P] or [K, G + R, P], the groups first and then
-            the rows of all routed tensors in the layout's order.
+            float32 [G, P] or [K, G, P], with row coefficients [.., G + R, P], with those of columns too
+            [.., G + R + C, P]: groups, rows of all routed tensors, columns of all routed matrices, in the layout's
+            order.
 
         Raises:
             ValueError: a preference is not valid.
@@ -282,8 +296,8 @@ class Routers(nn.Module):
         if self.init != "constant":
             start = r if self.init == "identity" else r.sqrt()
             weights = weights + start[..., self._owner] * self._share
-        if self.rows is not None:
-            weights = torch.cat([weights, self.rows(r.squeeze(-2))], -2)
+        if self.linear:
+            weights = torch.cat([weights, *(own(r.squeeze(-2)) for own in self.linear)], -2)
         return weights.to(torch.float32)
 
     def extra_repr(self) -> str:
@@ -309,5 +323,6 @@ def routers_for(layout: Layout, init: str, family: str) -> Routers:
         members=layout.members,
         constant=layout.static_weight,
         rows=layout.row_count,
+        columns=layout.column_count,
         family=family,
     )

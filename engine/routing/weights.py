@@ -1,6 +1,7 @@
 """Routing weights from what users give: a preference or several, or the weights themselves.
 
-With row coefficients, [G, P] below is [G + R, P] (see `Routers`); weights given without them have none.
+With coefficients of rows, [G, P] below is [G + R, P], of columns too [G + R + C, P] (see `Routers`); weights given
+without them have none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretofuse.engine.layout import Spans
 from paretofuse.engine.routing.preference import Preference, as_preference, is_grid, one_or_several
 from paretofuse.engine.routing.routers import Routers
 
@@ -40,19 +42,19 @@ def routing_of(routers: Routers, preference: Preference | None, weights: Any) ->
 
 
 def routing_at(routers: Routers, preference: np.ndarray) -> Tensor:
-    """Routing weights [..., G, P] or [..., G + R, P] of checked preferences [M] or [K, M], for a merger to fetch.
+    """Routing weights [..., G, P] of checked preferences [M] or [K, M], for a merger to fetch.
 
     A group's are computed on the host, as a store's are and in the same bits, and of routers on a GPU lie in pinned
-    memory, so that nobody waits for it. Row coefficients are many: on a GPU the preference is sent in their place and
-    all is computed there.
+    memory, so that nobody waits for it. Those of rows and columns are many: on a GPU the preference is sent in their
+    place and all is computed there.
     """
     device = routers.output.bias.device
     if routers.rows is None or device.type != "cpu":
         return received(routers, pinned(to_send(routers, preference), device))
     groups = torch.from_numpy(_on_host(routers, preference))
     with torch.no_grad():  # in the order of the sums in C++, so in the same bits
-        rows = routers.rows(torch.from_numpy(preference))
-    return torch.cat([groups, rows.to(torch.float32)], -2)
+        linear = [own(torch.from_numpy(preference)).to(torch.float32) for own in routers.linear]
+    return torch.cat([groups, *linear], -2)
 
 
 def to_send(routers: Routers, preference: np.ndarray) -> Tensor:
@@ -64,7 +66,7 @@ def to_send(routers: Routers, preference: np.ndarray) -> Tensor:
 
 
 def received(routers: Routers, told: Tensor) -> Tensor:
-    """Routing weights [..., G, P] or [..., G + R, P] of what the host tells, from pinned memory without waiting."""
+    """Routing weights [..., G, P] of what the host tells, from pinned memory without waiting."""
     if routers.rows is None:
         return told
     with torch.no_grad():
@@ -122,23 +124,22 @@ def rows_of(
     return _checked(routers, weights)
 
 
-def coefficients(weights: Tensor, group: int, span: slice | None) -> Tensor:
-    """What multiplies the planes of one tensor: [..., P], or [..., P, rows] where the weights have row coefficients.
+def coefficients(weights: Tensor, spans: Spans) -> Tensor:
+    """What multiplies the planes of one tensor: [..., P], [..., P, rows] or [..., P, rows + columns].
+
+    With rows they have the group's in them already; at row i and column k it is number i plus number rows + k.
 
     Args:
-        weights: routing weights [..., G, P] or [..., G + R, P].
-        group: the tensor's row of them.
-        span: where its row coefficients lie (`Layout.row_spans`); None for a tensor that has none.
+        weights: routing weights [..., G, P], [..., G + R, P] or [..., G + R + C, P].
+        spans: where the tensor's lie (`Layout.spans`).
     """
-    own = weights[..., group, :]
-    if span is None or weights.shape[-2] < span.stop:
+    own = weights[..., spans.group, :]
+    if spans.rows is None or weights.shape[-2] < spans.rows.stop:
         return own
-    return own.unsqueeze(-1) + weights[..., span, :].mT
-
-
-def part_of_span(span: slice | None, first: int, last: int) -> slice | None:
-    """Where the row coefficients of a tensor's rows first .. last lie."""
-    return None if span is None else slice(span.start + first, span.start + last)
+    rows = own.unsqueeze(-1) + weights[..., spans.rows, :].mT
+    if spans.columns is None or weights.shape[-2] < spans.columns.stop:
+        return rows
+    return torch.cat([rows, weights[..., spans.columns, :].mT], -1)
 
 
 def _only_one_given(what: str, preference: Any, weights: Any) -> None:
@@ -149,13 +150,15 @@ def _only_one_given(what: str, preference: Any, weights: Any) -> None:
 
 def _checked(routers: Routers, weights: Tensor) -> Tensor:
     device, count = routers.output.bias.device, len(routers.members)
-    groups, width = len(routers.groups), routers.width
+    groups = len(routers.groups)
+    allowed = {"[G, P]": [groups, count]}
+    for name, width in zip(("[G + R, P]", "[G + R + C, P]"), routers.widths[1:], strict=False):
+        allowed[name] = [width, count]
     routing = weights.to(torch.float32)
-    if list(routing.shape[-2:]) not in ([groups, count], [width, count]) or routing.dim() not in (2, 3):
-        rows = "" if width == groups else f", or with row coefficients [G + R, P] = {[width, count]}"
+    if list(routing.shape[-2:]) not in allowed.values() or routing.dim() not in (2, 3):
+        expected = " or ".join(f"{name} = {shape}" for name, shape in allowed.items())
         raise ValueError(
-            f"got weights of shape {list(routing.shape)}, expected [G, P] = {[groups, count]}{rows}; with [K, ...] "
-            "for several"
+            f"got weights of shape {list(routing.shape)}, expected {expected}; with [K, ...] for several"
         )
     if not torch.isfinite(routing).all():
         raise ValueError("got routing weights with NaN or infinity, expected finite numbers")

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.errors import some
 from paretofuse.engine.layout import columns_of, rows_of
-from paretofuse.engine.planes.lowrank import LowRank
+from paretofuse.engine.planes.lowrank import LowRank, by_side
 from paretofuse.engine.planes.plane import Plane
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.sources import Blueprint
 from paretofuse.engine.stacking.stack import Stack
 from paretofuse.engine.stacking.threads import one_thread
 from paretofuse.engine.store.safetensors_file import SafetensorsWriter
+from paretofuse.kernels.reference import spread
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +51,7 @@ def write_adapter(
     Args:
         path: the directory; replaced where it holds an adapter, and only then.
         stack: its planes.
-        routing: the routing weights [G, P] or [G + R, P].
+        routing: the routing weights [G, P], [G + R, P] or [G + R + C, P].
         blueprint: the model's structure, which tells how modules hold their weights, and its name.
         rank: cut every module's factors to this rank; None keeps their sum.
 
@@ -68,9 +69,7 @@ def write_adapter(
     config = json.loads(blueprint.files.get("config.json", b"{}"))
     base_name = str(config.get("_name_or_path") or "")
     layout = stack.layout
-    weights = {
-        name: coefficients(routing, row, layout.row_spans[name]) for name, row in layout.group_index.items()
-    }
+    weights = {name: coefficients(routing, spans) for name, spans in layout.spans.items()}
     for spec in layout.with_role("static"):
         weights[spec.name] = routing.new_tensor(layout.static_weights)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -139,28 +138,36 @@ def _factors(
 ) -> tuple[Tensor, Tensor, float, float] | None:
     """B and A of the weighted sum, and the squares of what a cut loses and of the whole; None for vectors.
 
-    Weights are [P] or [P, rows].
+    Weights are [P], [P, rows] or [P, rows + columns]; those of columns take the plane's factors a second time.
     """
-    columns = weights.cpu().unsqueeze(-1)  # [P, 1] or [P, rows, 1]
-    active = [(w, p) for w, p in zip(columns, planes, strict=True) if p is not None and bool(w.any())]
+    pairs = zip(weights.cpu(), planes, strict=True)
+    active = [(w, p) for w, p in pairs if p is not None and bool(w.any())]
     shape = next(plane.shape for plane in planes if plane is not None)
     if len(shape) != 2:
         return None
-    low = [(w, p) for w, p in active if isinstance(p, LowRank)]
-    b = torch.cat([torch.zeros(rows_of(shape), 0), *(w * p.b.float().cpu() for w, p in low)], 1)
-    a = torch.cat([torch.zeros(0, columns_of(shape)), *(p.a.float().cpu() for _, p in low)], 0)
+    left, right = [torch.zeros(rows_of(shape), 0)], [torch.zeros(0, columns_of(shape))]
+    for weight, plane in active:
+        if isinstance(plane, LowRank):
+            by_row, by_column = by_side(weight, rows_of(shape))
+            b, a = plane.b.float().cpu(), plane.a.float().cpu()
+            left.append(by_row * b)
+            right.append(a)
+            if by_column is not None and bool(by_column.any()):
+                left.append(b)
+                right.append(a * by_column)
+    b, a = torch.cat(left, 1), torch.cat(right)
     dense = [(w, p) for w, p in active if not isinstance(p, LowRank)]
     if rank is None or (not dense and b.shape[1] <= rank):
         return b, a, 0.0, 1.0 if b.numel() else 0.0
     if dense:
         whole = b @ a
         for weight, plane in dense:
-            whole += weight * plane.decode().cpu()
+            whole += spread(weight, shape) * plane.decode().cpu()
         u, sizes, v = torch.linalg.svd(whole, full_matrices=False)
     else:  # of the small matrix between two orthogonal ones
-        left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
-        u, sizes, v = torch.linalg.svd(left.R @ right.R.T)
-        u, v = left.Q @ u, v @ right.Q.T
+        of_b, of_a = torch.linalg.qr(b), torch.linalg.qr(a.T)
+        u, sizes, v = torch.linalg.svd(of_b.R @ of_a.R.T)
+        u, v = of_b.Q @ u, v @ of_a.Q.T
     root = sizes[:rank].sqrt()
     squares = sizes.double().square()
     return u[:, :rank] * root, root[:, None] * v[:rank], float(squares[rank:].sum()), float(squares.sum())

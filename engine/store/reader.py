@@ -27,6 +27,7 @@ import numpy as np
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.extension import _C
 from paretofuse.engine.layout import Layout, Member, TensorSpec
+from paretofuse.engine.routing.families import FAMILIES
 from paretofuse.engine.store.paths import as_path
 from paretofuse.engine.store.safetensors_file import SafetensorsFile, TensorView
 
@@ -38,8 +39,8 @@ BASE = "base.safetensors"
 ROUTERS = "routers.safetensors"
 
 _BLOCK = 1 << 20
-ROWS = "rows.weight"
-"""The routers' parameter that the family "rows" has besides those of the family "scalar"."""
+ROWS, COLUMNS = "rows.weight", "columns.weight"
+"""The routers' parameters that the families "rows" and "rows+columns" have besides those of the family "scalar"."""
 _ZERO_AT_START = {"constant": ("hidden.bias",)}
 """Router parameters that `Routers.reset` sets to zero, by init; these for all others."""
 
@@ -127,8 +128,8 @@ class Store:
 
     @property
     def family(self) -> str:
-        """What has coefficients of its own: "scalar" (each group) or "rows" (each row of routed tensors as well)."""
-        return "rows" if ROWS in self.routers else "scalar"
+        """What has coefficients of its own, one of FAMILIES."""
+        return FAMILIES[(ROWS in self.routers) + (COLUMNS in self.routers)]
 
     @property
     def trained(self) -> bool:
@@ -141,7 +142,7 @@ class Store:
         return self.checksums[ROUTERS][1]
 
     def routing_weights(self, preference: np.ndarray) -> np.ndarray:
-        """The routers at a preference [M], as from `as_preference`: routing weights, float32 [G, P] or [G + R, P].
+        """The routers at a preference [M], as from `as_preference`: routing weights, float32 [G, P] or more.
 
         Computed in float64 and rounded once, as the routers in torch are. Raises ValueError for no preference.
         """
@@ -220,7 +221,7 @@ class Store:
 
 def was_trained(init: str, routers: Mapping[str, np.ndarray]) -> bool:
     """Whether router parameters that start at zero are zero no more."""
-    zero = (*_ZERO_AT_START.get(init, ("output.weight", "output.bias")), ROWS)
+    zero = (*_ZERO_AT_START.get(init, ("output.weight", "output.bias")), ROWS, COLUMNS)
     return any(routers[name].any() for name in zero if name in routers)
 
 

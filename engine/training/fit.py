@@ -100,11 +100,13 @@ def fit(
             weights at the start; 0 for none. It keeps what the initial weights give where the losses do not object.
         validation: sweep held-out data now and then, keep the best routers, and stop early.
         family: "rows" to train a coefficient for each row of each routed tensor as well (`engine.routers.rows`, zero at
-            the start): thousands of numbers; "scalar" for one for each group alone: hundreds. None for the family that
-            the engine was asked to have, else for "rows" unless it holds one process's shards, which cannot merge them.
-        row_lr: learning rate of the row coefficients at the start, half of `lr` unless told; it falls as `lr` does.
-        row_shrinkage: each step takes this share, times their learning rate, of the row coefficients away; 0 unless
-            told. Against overfitting where data is small.
+            the start): thousands of numbers; "rows+columns" for one for each column of each routed matrix too; "scalar"
+            for one for each group alone: hundreds. None for the family that the engine was asked to have, else for
+            "rows" unless it holds one process's shards, which cannot merge them.
+        row_lr: learning rate of the coefficients of rows and columns at the start, half of `lr` unless told; it falls
+            as `lr` does.
+        row_shrinkage: each step takes this share, times their learning rate, of those coefficients away; 0 unless told.
+            Against overfitting where data is small.
         plane_lr: learning rate of trained planes (`pf.add_planes`) at the start, 0.003 unless told; it falls as `lr`
             does.
         plane_shrinkage: each step takes this share, times their learning rate, of the trained planes away; 0 unless
@@ -175,7 +177,7 @@ def fit(
     if settings.family == "scalar" and not (row_lr is None and row_shrinkage is None):
         raise ValueError(
             f"got row_lr={row_lr} and row_shrinkage={row_shrinkage} for routers without row coefficients; pass "
-            'family="rows", or leave them out'
+            'family="rows" or "rows+columns", or leave them out'
         )
     of_planes = {
         "plane_lr": plane_lr,
@@ -242,8 +244,8 @@ def fit(
                 writer.close()
             if run.taken > 0:
                 engine.training = _record_of(engine, run.taken, method, seed)
-            elif before == "scalar":
-                engine.routers.set_family(before)  # as it was: nothing of the rows is trained
+            else:
+                engine.routers.set_family(before)  # as it was: nothing of what is new is trained
                 engine.routers.family_asked = asked
             if path is not None:
                 run.save(path)

@@ -212,21 +212,20 @@ class Run:
         self.engine.routers.load_state_dict(trained)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """All that is trained, each with the learning rate that it starts from: MLPs, row coefficients, planes."""
+        """All that is trained, each with the learning rate that it starts from: MLPs, rows and columns, planes."""
         routers, settings = self.engine.routers, self.settings
         mlps = [*routers.hidden.parameters(), *routers.output.parameters()]
-        rows = [] if routers.rows is None else [routers.rows.weight]
+        linear = [own.weight for own in routers.linear]
         planes = [] if self.planes is None else list(self.planes.factors)
-        rates = ((mlps, settings.lr), (rows, settings.row_lr), (planes, settings.plane_lr))
+        rates = ((mlps, settings.lr), (linear, settings.row_lr), (planes, settings.plane_lr))
         return [{"params": params, "start": start} for params, start in rates if params]
 
     @torch.no_grad()
     def _shrink(self, step: int) -> None:
-        """Shrink row coefficients and planes and turn planes apart, decoupled as weight decay is (arXiv 1711.05101)."""
-        rows = self.engine.routers.rows
-        if rows is not None:
+        """Shrink rows, columns and planes and turn planes apart, decoupled as weight decay is (arXiv 1711.05101)."""
+        for linear in self.engine.routers.linear:
             rate = self.settings.rate(step, self.settings.row_lr)
-            rows.weight.mul_(1 - rate * self.settings.row_shrinkage)
+            linear.weight.mul_(1 - rate * self.settings.row_shrinkage)
         if self.planes is not None:
             rate = self.settings.rate(step, self.settings.plane_lr)
             self.planes.shrink(rate * self.settings.plane_shrinkage)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from paretofuse.engine.distributed import rank_and_size
-from paretofuse.engine.routing.routers import check_family
+from paretofuse.engine.routing.families import check_family
 from paretofuse.engine.routing.sampling import SamplerName
 
 ROWS_ONLY = ("row_lr", "row_shrinkage")

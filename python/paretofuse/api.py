@@ -22,8 +22,9 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.layout import Layout
 from paretofuse.engine.methods.transform import parse_transform
 from paretofuse.engine.planes.choose import parse
+from paretofuse.engine.routing.families import check_family
 from paretofuse.engine.routing.groups import Route
-from paretofuse.engine.routing.routers import check_family, check_init, routers_for
+from paretofuse.engine.routing.routers import check_init, routers_for
 from paretofuse.engine.stacking import persist
 from paretofuse.engine.stacking.plan import Plan, make_plan
 from paretofuse.engine.stacking.skeleton import make_skeleton, materialize
@@ -82,8 +83,9 @@ def stack(
             where the merged tensor is as exact as with dense planes. With all but dense ones LoRA experts stay
             factors, and vectors (norms, biases) stay exact. `engine.planes` tells each plane's format, bytes and error.
         family: "scalar" for one coefficient for each group and expert, a few hundred trained numbers; "rows" for one
-            for each row of each routed tensor besides, linear in the preference and zero at the start: thousands.
-            None: scalar, until `pf.fit` trains rows as well.
+            for each row of each routed tensor besides, linear in the preference and zero at the start: thousands;
+            "rows+columns" for one for each column of each routed matrix too. None: scalar, until `pf.fit` trains rows
+            as well.
         heads: names, dotted prefixes or globs of tensors that belong to one objective each, such as "classifier".
         device: where the engine lives; by default each tensor stays on the base's own device (the CPU for paths), so
             that a base split over devices gives models split alike, its routers on the first tensor's device.

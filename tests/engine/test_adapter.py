@@ -64,13 +64,14 @@ def test_experts_side_by_side_are_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_row_coefficients_scale_rows_of_b(tmp_path: Path, rank: int | None) -> None:
+@pytest.mark.parametrize("family", ["rows", "rows+columns"])
+def test_coefficients_scale_rows_of_b_and_columns_of_a(tmp_path: Path, family: str, rank: int | None) -> None:
     base = tiny_gpt2()
     engine = gpt2_with_loras(tmp_path)
-    engine.set_family("rows")
-    assert engine.routers.rows is not None
+    engine.set_family(family)
     with torch.no_grad():
-        engine.routers.rows.weight.copy_(torch.randn(engine.routers.rows.weight.shape))
+        for linear in engine.routers.linear:
+            linear.weight.copy_(torch.randn(linear.weight.shape))
     error = engine.export_adapter(R, tmp_path / "adapter", rank=rank)
     if rank is None:
         assert error == 0

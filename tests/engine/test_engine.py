@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import paretofuse as pf
 from paretofuse.engine.merging.disk import merge_store
-from paretofuse.engine.routing.routers import FAMILIES, INITS
+from paretofuse.engine.routing.families import FAMILIES
+from paretofuse.engine.routing.routers import INITS
 from tests.support.models import Net, net_and_experts, perturbed, same, tiny_gpt2
 
 BACKENDS = ["native", "reference"]

@@ -20,6 +20,7 @@ from paretofuse.cli import main
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.errors import StoreError
 from paretofuse.engine.merging.disk import merge_store
+from paretofuse.engine.routing.families import FAMILIES
 from paretofuse.engine.store.reader import Store
 from tests.engine.test_heads import Classifier
 from tests.support import cpplib
@@ -163,7 +164,7 @@ def test_every_way_to_merge_gives_the_same_model(backend: str) -> None:
 
 
 @pytest.mark.parametrize("materialize", [True, False])
-@pytest.mark.parametrize("family", ["scalar", "rows"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_jacobian_is_autograds(family: str, materialize: bool) -> None:
     engine = moved(engine_of(), family)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
@@ -177,14 +178,16 @@ def test_the_jacobian_is_autograds(family: str, materialize: bool) -> None:
     assert found.shape == (2, *weights.shape)
     leaf = weights.detach().double().requires_grad_()
     total = {}
-    for name, row in engine.layout.group_index.items():
-        span, base = engine.layout.row_spans[name], engine._stack.base[name].double()
+    for name, spans in engine.layout.spans.items():
+        base = engine._stack.base[name].double()
         total[name] = base
         for j, own in enumerate(engine._stack.planes):
-            c = leaf[row, j]
-            if family == "rows":
-                own_rows = leaf[span, j]
+            c = leaf[spans.group, j]
+            if family != "scalar":
+                own_rows = leaf[spans.rows, j]
                 c = c + (own_rows.view(-1, *[1] * (base.dim() - 1)) if base.dim() > 1 else own_rows[0])
+            if family == "rows+columns" and spans.columns is not None:
+                c = c + leaf[spans.columns, j]
             total[name] = total[name] + c * own[name].decode().double()
     reference = copy.deepcopy(engine.merge(R)).double().eval()
     state = {n: t.double() if t.is_floating_point() else t for n, t in reference.state_dict().items()} | total
@@ -222,7 +225,7 @@ def test_fit_trains_with_solvers_and_resumes(method: str, tmp_path: Path) -> Non
         pf.fit(other, tasks, method, steps=4, progress=False, checkpoint=tmp_path / "run")
 
 
-@pytest.mark.parametrize("family", ["scalar", "rows"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_store_gives_the_same_bits_in_python_cpp_and_from_the_shell(
     family: str, library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,8 +244,8 @@ def test_a_store_gives_the_same_bits_in_python_cpp_and_from_the_shell(
     opened = library.open(path, threads=2)
     assert opened.names("objective") == ["news", "poems"]
     assert opened.names("plane") == ["a", "b", "c", "d"]
-    rows = engine.layout.row_count if family == "rows" else 0
-    assert opened.routing_weights([0.3, 0.7], rows).tobytes() == weights.tobytes()
+    more = engine.routers.width - len(engine.groups)
+    assert opened.routing_weights([0.3, 0.7], more).tobytes() == weights.tobytes()
     opened.switch([0.3, 0.7])
     names = opened.names("tensor")
     assert_same_bits(opened.tensors(), truth)

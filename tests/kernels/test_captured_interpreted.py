@@ -52,7 +52,10 @@ def switch_as_on_a_gpu(engine: Engine, preference: Preference) -> None:
             engine.switch(weights=engine.routers(preference))
 
 
-@pytest.mark.parametrize(("planes", "family"), [("dense", "scalar"), ("int8", "rows"), ("lowrank:2", "rows")])
+@pytest.mark.parametrize(
+    ("planes", "family"),
+    [("dense", "scalar"), ("int8", "rows"), ("lowrank:2", "rows"), ("dense", "rows+columns")],
+)
 def test_its_bits_are_those_of_a_switch(planes: str, family: str, late: LateDevice) -> None:
     ours, truth = stacked(planes, family), stacked(planes, family)
     for engine in (ours, truth):

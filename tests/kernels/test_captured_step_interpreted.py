@@ -83,6 +83,7 @@ def trained(engine: Engine, seed: int = 0, **how: Any) -> tuple[list[pf.Record],
     [
         ({}, {"family": "scalar"}, None),
         ({}, {"family": "rows"}, None),
+        ({}, {"family": "rows+columns"}, None),
         ({"planes": "int8"}, {"family": "rows", "method": "epo", "preferences_per_step": 2}, None),
         ({"planes": "lowrank:2"}, {"family": "scalar", "accumulate": 2}, None),
         ({}, {"family": "rows", "row_shrinkage": 0.1, "plane_orthogonality": 0.1}, 1),

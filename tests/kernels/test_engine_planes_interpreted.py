@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import paretofuse as pf
+from paretofuse.engine.routing.families import FAMILIES
 from tests.support.models import perturbed
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -30,13 +31,13 @@ def engines(planes: str, dtype: torch.dtype = torch.float32) -> list[pf.Engine]:
     return [pf.stack(base, experts, backend=b, planes=planes, route="tensor") for b in ("triton", "native")]
 
 
-def give_rows(pair: list[pf.Engine]) -> None:
-    """The same random row coefficients."""
+def give(pair: list[pf.Engine], family: str) -> None:
+    """The same random coefficients of rows and columns, where the family has some."""
     for engine in pair:
-        engine.set_family("rows")
+        engine.set_family(family)
         generator = torch.Generator().manual_seed(1)
-        weight = engine.routers.rows.weight
-        weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+        for linear in engine.routers.linear:
+            linear.weight.data.copy_(0.3 * torch.randn(linear.weight.shape, generator=generator))
 
 
 def compare(ours: pf.Engine, truth: pf.Engine, dtype: torch.dtype) -> None:
@@ -57,25 +58,23 @@ PLANES = ["dense", "int8", "int4"]
 
 
 @pytest.mark.parametrize("planes", PLANES)
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merges_equal_the_native_ones(planes: str, rows: bool, dtype: torch.dtype) -> None:
+def test_merges_equal_the_native_ones(planes: str, family: str, dtype: torch.dtype) -> None:
     ours, truth = engines(planes, dtype)
     assert not any("made dense" in note for note in ours.notes)
     held = {info.format for own in ours.planes.values() for info in own.values()}
     assert planes in held
-    if rows:
-        give_rows([ours, truth])
+    give([ours, truth], family)
     compare(ours, truth, dtype)
 
 
 @pytest.mark.parametrize("planes", PLANES)
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("materialize", [True, False])
-def test_gradients_equal_the_native_ones(planes: str, rows: bool, materialize: bool) -> None:
+def test_gradients_equal_the_native_ones(planes: str, family: str, materialize: bool) -> None:
     pair = engines(planes)
-    if rows:
-        give_rows(pair)
+    give(pair, family)
     x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
     jacobians = []
     for engine in pair:

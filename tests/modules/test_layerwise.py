@@ -8,7 +8,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 import paretofuse as pf
 from paretofuse.engine.engine import Engine
+from paretofuse.engine.layout import Spans
 from paretofuse.engine.modules.routed.layers import RoutedLinear
 from paretofuse.engine.modules.routed.layerwise import LayerwiseWeight, merged
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.planes.plane import Plane
+from paretofuse.engine.planes.plane import Plane, Sums
 from tests.support.models import perturbed
 from tests.training.test_fit import problem, state
 
@@ -41,7 +42,7 @@ def random_layer(
     if experts > 1:
         planes[1] = None
     mix = torch.rand(2, experts).requires_grad_()
-    return LayerwiseWeight(base, planes, mix, 1, transposed, lambda: None), mix
+    return LayerwiseWeight(base, planes, mix, Spans(1), transposed, lambda: None), mix
 
 
 def truth(layer: LayerwiseWeight, x: Tensor, mix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -113,17 +114,18 @@ def test_merged_writes_every_element() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # opcheck's own copies
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("by", get_args(Sums))
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_operators_keep_torchs_rules(transposed: bool, by_row: bool) -> None:
+def test_the_operators_keep_torchs_rules(transposed: bool, by: Sums) -> None:
     layer, mix = random_layer(6, 5, 3, torch.float32, torch.float32, transposed)
     layer = LayerwiseWeight(
-        layer.base, [*layer.planes, *every_small_format(layer.base)], mix, 1, transposed, lambda: None
+        layer.base, [*layer.planes, *every_small_format(layer.base)], mix, Spans(1), transposed, lambda: None
     )
     x = torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
-    count, rows = len(layer.planes), len(layer.base)
-    weights = torch.rand((count, rows) if by_row else (count,), requires_grad=True)
+    count, (rows, columns) = len(layer.planes), layer.base.shape
+    shape = {"whole": (count,), "row": (count, rows), "row and column": (count, rows + columns)}[by]
+    weights = torch.rand(shape, requires_grad=True)
     arguments = (x, layer.base, *layer._parts, weights, bias, transposed)
     sketches = [LowRank.encode(torch.randn(layer.base.shape), 2) for _ in range(count)]
     for own in (sketches, []):
@@ -131,7 +133,7 @@ def test_the_operators_keep_torchs_rules(transposed: bool, by_row: bool) -> None
         torch.library.opcheck(torch.ops.paretofuse.layerwise_linear, (*arguments, values, factors))
     torch.library.opcheck(
         torch.ops.paretofuse.layerwise_weights_grad,
-        (torch.randn(4, 6), x.detach(), *layer._parts, transposed, by_row),
+        (torch.randn(4, 6), x.detach(), *layer._parts, transposed, by),
     )
 
 
@@ -146,7 +148,7 @@ def test_planes_of_every_format_match_float64(transposed: bool) -> None:
     base = torch.randn((48, 64) if transposed else (64, 48))
     planes = [*every_small_format(base), None, Dense(torch.randn(base.shape).bfloat16())]
     mix = torch.rand(2, len(planes)).requires_grad_()
-    layer = LayerwiseWeight(base, planes, mix, 1, transposed, lambda: None)
+    layer = LayerwiseWeight(base, planes, mix, Spans(1), transposed, lambda: None)
     x, bias, along = torch.randn(5, 48), torch.randn(64), torch.randn(5, 64)
     leaves = (x.requires_grad_(), bias.requires_grad_(), mix)
     found = []
@@ -333,7 +335,7 @@ def test_fit_gives_the_same_routers(method: str) -> None:
         engine, objectives = problem()
         module = engine.module if materialize else engine.fused_module
         module.eval()
-        # Scalars alone: Adam makes rounding show in rows whose gradient is next to zero (test_row_coefficients.py).
+        # Scalars alone: Adam makes rounding show in rows whose gradient is next to zero (test_linear_coefficients.py).
         pf.fit(
             engine, objectives, method, steps=25, family="scalar", materialize=materialize, progress=False
         )  # fmt: skip

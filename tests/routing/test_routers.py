@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from paretofuse.engine.layout import Member
 from paretofuse.engine.routing.routers import Routers
 from paretofuse.engine.store.reader import was_trained
 
@@ -152,3 +153,30 @@ def test_row_coefficients_follow_the_groups_and_are_the_formula(seed: int) -> No
     assert was_trained("identity", arrays(routers))
     routers.reset(seed)
     assert not was_trained("identity", arrays(routers))
+
+
+def test_columns_follow_the_rows_and_are_the_same_formula() -> None:
+    routers = Routers(GROUPS, NAMES, rows=7, columns=5, family="rows+columns")
+    assert routers.rows is not None
+    assert routers.columns is not None
+    assert routers.widths == [2, 9, 14]
+    with torch.no_grad():
+        for parameter in routers.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    grid = torch.from_numpy(np.random.default_rng(1).dirichlet([0.7] * 3, 4))
+    found = routers(grid)
+    assert found.shape == (4, 14, 3)
+    exact = torch.einsum("km,mei->kie", grid, routers.columns.weight.double())
+    torch.testing.assert_close(found[:, 9:], exact.float())
+    assert "family='rows+columns' with 198 trained numbers (792 bytes)" in repr(routers)
+    routers.append([Member("more", None, 0.0)])
+    assert torch.equal(routers(grid)[..., :3], found)
+    assert not routers(grid)[:, 2:, 3].any()
+    with torch.no_grad():
+        routers.rows.weight.zero_()
+    assert was_trained("identity", {"columns.weight": arrays(routers)["columns.weight"]})
+    with pytest.raises(
+        ValueError, match="got family='rows' for routers whose column coefficients are trained"
+    ):
+        routers.set_family("rows")
+    assert routers.family == "rows+columns", "what is refused changes nothing"

@@ -12,15 +12,15 @@ import torch
 
 import paretofuse as pf
 from paretofuse.engine.extension import _C
-from paretofuse.engine.layout import Member
+from paretofuse.engine.layout import Layout, Member, Spans, TensorSpec
 from paretofuse.engine.routing import routers as routers_module
 from paretofuse.engine.routing import weights as weights_module
-from paretofuse.engine.routing.routers import FAMILIES, INITS, Routers
+from paretofuse.engine.routing.families import FAMILIES
+from paretofuse.engine.routing.routers import INITS, Routers
 from paretofuse.engine.routing.weights import (
     check_one,
     coefficients,
     is_several,
-    part_of_span,
     routing_at,
     routing_of,
     rows_of,
@@ -41,17 +41,37 @@ def test_one_set_of_weights_or_several() -> None:
         check_one(several)
 
 
-def test_row_coefficients_are_added_to_the_groups_weight() -> None:
-    weights = torch.rand(5, 2 + 7, 3)  # [K, G + R, P]
-    span = slice(4, 8)
-    found = coefficients(weights, 1, span)
-    assert found.shape == (5, 3, 4)
+def test_coefficients_of_rows_have_the_groups_weight_in_them_and_those_of_columns_follow() -> None:
+    weights = torch.rand(5, 2 + 7 + 6, 3)  # [K, G + R + C, P]
+    spans = Spans(1, slice(4, 8), slice(10, 13))
+    found = coefficients(weights, spans)
+    assert found.shape == (5, 3, 4 + 3)
     for row in range(4):
         assert torch.equal(found[..., row], weights[:, 1] + weights[:, 4 + row])
-    assert torch.equal(coefficients(weights, 1, None), weights[:, 1])
-    assert torch.equal(coefficients(weights[:, :2], 1, span), weights[:, 1])  # given without row coefficients
-    assert part_of_span(span, 1, 3) == slice(5, 7)
-    assert part_of_span(None, 1, 3) is None
+    for column in range(3):
+        assert torch.equal(found[..., 4 + column], weights[:, 10 + column])
+    rows = found[..., :4]
+    assert torch.equal(coefficients(weights, Spans(1, slice(4, 8))), rows)  # a vector's
+    assert torch.equal(coefficients(weights[:, :9], spans), rows)  # given without those of columns
+    assert torch.equal(coefficients(weights[:, :2], spans), weights[:, 1])  # and without those of rows
+    assert torch.equal(coefficients(weights, Spans(1)), weights[:, 1])
+    assert spans.part(1, 3) == Spans(1, slice(5, 7), slice(10, 13))
+    assert Spans(1).part(1, 3) == Spans(1)
+
+
+def test_a_layouts_spans_are_rows_of_all_tensors_and_then_columns_of_all_matrices() -> None:
+    shapes = {"a": (3, 4), "b": (3,), "c": (2, 3, 3), "d": (1, 5), "e": (0, 2)}
+    specs = [TensorSpec(name, shape, "F32", "routed", name, "F32") for name, shape in shapes.items()]
+    specs.insert(2, TensorSpec("fixed", (2, 2), "F32", "static", None, "F32"))
+    layout = Layout(("x", "y"), tuple(specs), 0.5)
+    assert layout.spans == {
+        "a": Spans(0, slice(5, 8), slice(12, 16)),
+        "b": Spans(1, slice(8, 9)),
+        "c": Spans(2, slice(9, 11)),
+        "d": Spans(3, slice(11, 12), slice(16, 21)),
+        "e": Spans(4, slice(12, 12), slice(21, 23)),
+    }
+    assert (layout.row_count, layout.column_count) == (7, 11)
 
 
 class Elsewhere:
@@ -109,7 +129,9 @@ def test_a_gpu_is_given_finished_weights(
 def test_routers_on_the_host_are_the_routers(init: str, family: str) -> None:
     """One preference and several give the same bits, which are the routers' own up to the order of a sum."""
     members = (Member("p", "b", 0.5), Member("q", None, 0.0), Member("s", "b", 0.5), Member("t", "a", 1.0))
-    routers = Routers(["g", "h", "i"], ["a", "b", "c"], init, members=members, rows=63, family=family)
+    routers = Routers(
+        ["g", "h", "i"], ["a", "b", "c"], init, members=members, rows=63, columns=17, family=family
+    )
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.normal_()

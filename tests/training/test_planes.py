@@ -17,6 +17,7 @@ import paretofuse as pf
 from paretofuse.cli import main
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.planes.trained import TrainedPlanes, trained_planes
+from paretofuse.engine.routing.families import FAMILIES
 from paretofuse.engine.store.reader import Store
 from paretofuse.fronts.workers import store_of
 from tests.engine.test_planes import Two, two_experts
@@ -96,7 +97,7 @@ def test_a_matrix_of_few_rows_takes_a_smaller_rank_and_vectors_take_none() -> No
 
 
 def truth(engine: Engine, weights: torch.Tensor, factors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The merged tensors in float64 from float64 leaves: routing weights [G or G + R, P], factors in their order."""
+    """The merged tensors in float64 from float64 leaves: routing weights [G or more, P], factors in their order."""
     left = iter(factors)
     planes: list[dict[str, torch.Tensor]] = []
     for own in engine._stack.planes:
@@ -108,21 +109,23 @@ def truth(engine: Engine, weights: torch.Tensor, factors: list[torch.Tensor]) ->
             }
         )
     merged = {}
-    for name, row in engine.layout.group_index.items():
-        total, span = engine._stack.base[name].double(), engine.layout.row_spans[name]
+    for name, spans in engine.layout.spans.items():
+        total = engine._stack.base[name].double()
         for j, own in enumerate(planes):
             if name in own:
-                c = weights[row, j]
+                c = weights[spans.group, j]
                 if len(weights) > len(engine.groups):
-                    rows = weights[span, j]
+                    rows = weights[spans.rows, j]
                     c = c + (rows.view(-1, *[1] * (total.dim() - 1)) if total.dim() > 1 else rows[0])
+                if engine.routers.columns is not None and spans.columns is not None:
+                    c = c + weights[spans.columns, j]
                 total = total + c * own[name]
         merged[name] = total
     return merged
 
 
 @pytest.mark.parametrize("materialize", [True, False])
-@pytest.mark.parametrize("family", ["scalar", "rows"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_autograds_in_float64(family: str, materialize: bool) -> None:
     engine = moved(small(family=family))
     planes = planes_of(engine)

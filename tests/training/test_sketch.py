@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ import paretofuse as pf
 from paretofuse.engine.engine import Engine
 from paretofuse.engine.planes.dense import Dense
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
+from paretofuse.engine.planes.plane import Sums
 from paretofuse.engine.planes.sketch import sketch
 from paretofuse.engine.planes.trained import trained_planes
-from tests.modules.test_row_coefficients import Attention, learned
+from tests.modules.test_linear_coefficients import Attention, learned
 from tests.support.models import perturbed, tiny_gpt2
 from tests.training.test_fit import equal, problem, state
 
@@ -62,8 +63,11 @@ def expected(
             delta = own[spec.name].decode().double() if stand_in is None else stand_in.double()
             products = (parameter.grad * delta).reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
             found[engine.groups.index(str(spec.group)), j] += products.sum()
+            spans = engine.layout.spans[spec.name]
             if engine.routers.rows is not None:
-                found[engine.layout.row_spans[spec.name], j] += products.sum(1)
+                found[spans.rows, j] += products.sum(1)
+            if engine.routers.columns is not None and spans.columns is not None:
+                found[spans.columns, j] += products.sum(0)
     return found
 
 
@@ -82,23 +86,23 @@ def close(ours: Tensor, exact: Tensor, tolerance: float = 2e-5) -> None:
     assert (ours - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_sums_over_tokens_are_products_with_the_weights_gradient(by_row: bool) -> None:
+@pytest.mark.parametrize("by", get_args(Sums))
+def test_sums_over_tokens_are_products_with_the_weights_gradient(by: Sums) -> None:
     torch.manual_seed(1)
     planes = [LowRank(torch.randn(7, r).bfloat16(), torch.randn(r, 5).bfloat16(), (7, 5)) for r in (2, 1, 9)]
     given = [planes[0], None, Dense(torch.randn(7, 5)), *planes[1:]]
     left, right = torch.randn(11, 7), torch.randn(11, 5)
     gradient = left.double().T @ right.double()
-    sums = token_sums(given, left, right, by_row)
-    zero = torch.zeros(7, dtype=torch.float64)
-    rows = torch.stack(
-        [(gradient * p.decode().double()).sum(1) if isinstance(p, LowRank) else zero for p in given]
+    sums = token_sums(given, left, right, by)
+    zero = torch.zeros(7, 5, dtype=torch.float64)
+    products = torch.stack(
+        [gradient * p.decode().double() if isinstance(p, LowRank) else zero for p in given]
     )
-    close(sums, rows if by_row else rows.sum(1), 1e-6)
-    assert torch.equal(
-        token_sums([None, given[2]], left, right, by_row), torch.zeros(2, 7) if by_row else torch.zeros(2)
-    )
-    assert not token_sums(planes, left[:0], right[:0], by_row).any()
+    rows, columns = products.sum(2), products.sum(1)
+    exact = {"whole": rows.sum(1), "row": rows, "row and column": torch.cat([rows, columns], 1)}[by]
+    close(sums, exact, 1e-6)
+    assert torch.equal(token_sums([None, given[2]], left, right, by), torch.zeros(2, *exact.shape[1:]))
+    assert not token_sums(planes, left[:0], right[:0], by).any()
 
 
 def test_a_sketch_is_the_nearest_plane_of_its_rank() -> None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paretofuse.engine.layout import Spans
 from paretofuse.engine.merging.flat import Deltas
-from paretofuse.engine.modules.routed.low_rank import SideBySide
+from paretofuse.engine.modules.routed.low_rank import SideBySide, weighted
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.routing.weights import coefficients, part_of_span
+from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.stack import lasting
+from paretofuse.kernels.reference import spread
 from paretofuse.kernels.routed_rows import routed_rows
 
 
@@ -35,12 +37,12 @@ class RowMix:
     """The routing weights of a batch, a set for each row; inside `PerRow`, of one row.
 
     Args:
-        weights: [B, G, P], or with row coefficients [B, G + R, P], float32. Gradients of backward passes are carried on
-            into its graph, of any number of passes.
+        weights: [B, G, P], with coefficients of rows [B, G + R, P], of columns too [B, G + R + C, P], float32.
+            Gradients of backward passes are carried on into its graph, of any number of passes.
     """
 
     def __init__(self, weights: Tensor) -> None:
-        self._all = weights.detach().transpose(0, 1).contiguous()  # [G, B, E] or [G + R, B, E]
+        self._all = weights.detach().transpose(0, 1).contiguous()  # [G or more, B, E]
         self._inside = local()  # what `only` says, in each thread
         self.mixed: dict[str, Tensor] = {}
         if weights.requires_grad:
@@ -55,7 +57,7 @@ class RowMix:
 
     @property
     def weights(self) -> Tensor:
-        """[G, B, E], or [G + R, B, E]; inside `PerRow` 1 is for B."""
+        """[G, B, E], or with those of rows and columns behind; inside `PerRow` 1 is for B."""
         row: Tensor | None = getattr(self._inside, "weights", None)
         return self._all if row is None else row
 
@@ -72,7 +74,7 @@ class RowMix:
 
     @contextmanager
     def only(self, weights: Tensor) -> Iterator[None]:
-        """Inside, the layers mix by one row's weights [G, P] or [G + R, P], in this thread."""
+        """Inside, the layers mix by one row's weights, [G, P] or more, in this thread."""
         outer = getattr(self._inside, "weights", None)
         self._inside.weights = weights.unsqueeze(1)
         try:
@@ -80,10 +82,9 @@ class RowMix:
         finally:
             self._inside.weights = outer
 
-    def of(self, group: int, span: slice | None, device: torch.device) -> Tensor:
-        """A tensor's coefficients, [B, E], contiguous, or [B, E, rows]; see `coefficients`."""
-        own = coefficients(self.weights.transpose(0, 1), group, span)
-        return own.to(device)
+    def of(self, spans: Spans, device: torch.device) -> Tensor:
+        """A tensor's coefficients, [B, E], contiguous, [B, E, rows] or [B, E, rows + columns]; see `coefficients`."""
+        return coefficients(self.weights.transpose(0, 1), spans).to(device)
 
     def batch(self, x: Tensor, layer: str) -> Tensor:
         """A layer's input with a row for each preference; one row is meant for all, as position ids are.
@@ -110,16 +111,14 @@ class RowTensor:
         name: its own.
         base: [*shape].
         planes: of shape [*shape]; None for a tensor that no preference changes, whose rows are all `base`.
-        group: its row of the routing weights.
-        span: where its row coefficients lie in them (`Layout.row_spans`).
+        spans: where its coefficients lie in the routing weights.
         mix: the weights.
     """
 
     name: str
     base: Tensor
     planes: Deltas | None
-    group: int
-    span: slice | None
+    spans: Spans
     mix: RowMix
 
     def __call__(self) -> Tensor:
@@ -134,9 +133,9 @@ class RowTensor:
         return self.mix.mixed[self.name]
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | LowRank]]:
-        """For each plane that changes the tensor, its weights [B] or [B, rows] and itself, of [*shape]."""
+        """For each plane that changes the tensor, its weights [B], [B, rows (+ columns)] and itself, of [*shape]."""
         if self.planes is not None:
-            weights = self.mix.of(self.group, self.span, self.base.device).unbind(1)
+            weights = self.mix.of(self.spans, self.base.device).unbind(1)
             yield from (
                 (w, delta) for w, delta in zip(weights, self.planes, strict=True) if delta is not None
             )
@@ -144,8 +143,9 @@ class RowTensor:
     def _mixed(self) -> Tensor:
         mixed = self.base.float().unsqueeze(0)
         for weight, delta in self.parts():
-            shape = (len(weight), -1, *[1] * (self.base.dim() - 1))[: 1 + self.base.dim()]
-            mixed = mixed + weight.reshape(shape) * _dense(delta).float()
+            shape = self.base.shape
+            own = weight.view(-1, *[1] * len(shape)) if weight.dim() == 1 else spread(weight, shape)
+            mixed = mixed + own * _dense(delta).float()
         return mixed.to(self.base.dtype)
 
 
@@ -158,9 +158,8 @@ class RowsWeight:
         base: [O, I].
         planes: dense ones, each [O, I], in the base's layout; None for a weight that no preference changes.
         low_rank: the others.
-        group: its row of the routing weights.
-        span: where its row coefficients lie in them (`Layout.row_spans`).
-        transposed: whether these rows are the I inputs, as in transformers' Conv1D, rather than the O outputs.
+        spans: where its coefficients lie in the routing weights.
+        transposed: whether its rows are the I inputs, as in transformers' Conv1D, rather than the O outputs.
         bias: gives [B, O], or None.
         mix: the weights.
     """
@@ -169,8 +168,7 @@ class RowsWeight:
     base: Tensor
     planes: Tensor | Sequence[Tensor | None] | None
     low_rank: SideBySide | None
-    group: int
-    span: slice | None
+    spans: Spans
     transposed: bool
     bias: Callable[[], Tensor] | None
     mix: RowMix
@@ -184,7 +182,7 @@ class RowsWeight:
             y = F.linear(x, self.base)
             y = y if own is None else y + own.view(len(own), *[1] * (y.dim() - 2), -1).to(y.dtype)
         else:
-            weights = self.mix.of(self.group, self.span, x.device)
+            weights = self.mix.of(self.spans, x.device)
             if isinstance(self.planes, Tensor) and weights.dim() == 2:
                 y = routed_rows(x, self.base, self.planes, weights, own)
             else:
@@ -194,28 +192,26 @@ class RowsWeight:
     def _apart(
         self, x: Tensor, planes: Tensor | Sequence[Tensor | None], weights: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """By PyTorch, product by product: from planes that lie apart, or with coefficients for each row.
+        """By PyTorch, product by product: from planes that lie apart, or with coefficients of rows and columns.
 
         The products are computed in x's dtype and mixed in float32.
 
         Args:
             x: [B, ..., I].
             planes: see above.
-            weights: [B, E] or [B, E, rows].
+            weights: [B, E], [B, E, rows] or [B, E, rows + columns].
             bias: [B, O] or None.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
         y = (rows @ self.base.to(x.dtype).T).float()
+        stored = self.base.shape[1 if self.transposed else 0]
         for weight, delta in zip(weights.unbind(1), planes, strict=True):
-            if delta is None:
-                continue
-            if weight.dim() == 2 and self.transposed:
-                # A row of the weight goes with an input, so inputs are weighted before the product, not its results.
-                y = y + ((weight.unsqueeze(1) * rows.float()).to(x.dtype) @ delta.to(x.dtype).T).float()
-            else:
-                y = y + weight.view(len(x), 1, -1) * (rows @ delta.to(x.dtype).T).float()
+            if delta is not None:
+                y = y + weighted(
+                    rows, weight, stored, self.transposed, lambda x, delta=delta: x @ delta.to(x.dtype).T
+                )
         if self.low_rank is not None:
             y = y + self.low_rank.product(rows, weights, self.transposed)
         if bias is not None:
@@ -232,7 +228,7 @@ class RowsWeight:
         return RowsWeight(
             self.layer, self.base[first:last], planes,
             None if self.low_rank is None else self.low_rank.part(first, last),
-            self.group, part_of_span(self.span, first, last), False,
+            self.spans.part(first, last), False,
             None if bias is None else lambda: bias()[:, first:last], self.mix,
         )  # fmt: skip
 
@@ -266,10 +262,13 @@ class RowEmbedding(nn.Module):
             ids = mixed.mix.batch(ids, self.layer)
         found = F.embedding(ids, mixed.base).float()
         for weight, delta in mixed.parts():
-            if weight.dim() == 2:  # [B, V]: each id's own
+            if weight.dim() == 2:  # [B, V] each id's own, and maybe [B, D] each feature's
                 one = mixed.mix.count == 1
                 own = weight[0][ids] if one else weight.gather(1, ids.flatten(1)).view(ids.shape)
                 own = own.unsqueeze(-1)
+                features = weight[:, self.num_embeddings :]
+                if features.shape[1]:
+                    own = own + (features[0] if one else features.view(len(ids), *[1] * (ids.dim() - 1), -1))
             else:
                 own = weight.view(-1, *[1] * ids.dim())
             if isinstance(delta, LowRank):

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from paretofuse.engine.layout import Spans
 from paretofuse.engine.merging.bound import BoundStack
 from paretofuse.engine.modules.batched.layers import (
     RowConv,
@@ -206,11 +207,10 @@ class _Builder:
         """A tensor of the module, mixed for each row if it is routed."""
         name = self._names.get(id(tensor))
         if name is None:
-            return RowTensor("", tensor, None, 0, None, self._mix)
+            return RowTensor("", tensor, None, Spans(0), self._mix)
         if name not in self._tensors:
             base, planes = self._bound.stack.base[name], self._bound.deltas.where_they_lie(name)
-            group, span = self._bound.rows[name], self._bound.layout.row_spans[name]
-            self._tensors[name] = RowTensor(name, base, planes, group, span, self._mix)
+            self._tensors[name] = RowTensor(name, base, planes, self._bound.layout.spans[name], self._mix)
         return self._tensors[name]
 
     def _refuse(self, path: str, layer: nn.Module) -> None:
@@ -262,7 +262,7 @@ class _Builder:
         if transposed:
             base = base.T
         own = None if bias is None else self._tensor(bias)
-        return RowsWeight(path, base, planes, low_rank, mixed.group, mixed.span, transposed, own, self._mix)
+        return RowsWeight(path, base, planes, low_rank, mixed.spans, transposed, own, self._mix)
 
 
 @lasting()
@@ -289,7 +289,7 @@ def batched_module(
     Args:
         bound: the stack.
         skeleton: the module's structure.
-        weights: [B, G, P] or [B, G + R, P] float32.
+        weights: [B, G, P], [B, G + R, P] or [B, G + R + C, P] float32.
         isolate: run the whole model under `torch.vmap`, so that each row is a batch of its own.
         head: an objective's own tensors, which take the place of the base's.
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretofuse.engine.routing.weights import coefficients, part_of_span
+from paretofuse.engine.layout import Spans
+from paretofuse.engine.routing.weights import coefficients
 from paretofuse.kernels.reference import merge_tensor_reference
 from paretofuse.kernels.routed_linear import routed_linear
 
@@ -40,24 +41,21 @@ class RoutedWeight:
     Args:
         base: [O, I], or [I, O] if transposed.
         deltas: [E, *base.shape].
-        mix: [G, P] or [G + R, P] float32, the routing weights of the whole model; rewritten in place.
-        row: the weight's row of `mix`.
+        mix: [G, P], [G + R, P] or [G + R + C, P] float32, the routing weights of the whole model; rewritten in place.
+        spans: where the weight's lie in `mix`.
         transposed: whether base and deltas are [I, O], as transformers' Conv1D keeps them.
-        span: where its row coefficients lie in `mix` (`Layout.row_spans`).
     """
 
-    def __init__(
-        self, base: Tensor, deltas: Tensor, mix: Tensor, row: int, transposed: bool, span: slice | None
-    ) -> None:
-        self.base, self.deltas, self.mix, self.row = base, deltas, mix, row
-        self.transposed, self.span = transposed, span
+    def __init__(self, base: Tensor, deltas: Tensor, mix: Tensor, spans: Spans, transposed: bool) -> None:
+        self.base, self.deltas, self.mix, self.spans = base, deltas, mix, spans
+        self.transposed = transposed
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
 
-        The kernels know no row coefficients: with those the weight is merged by PyTorch first.
+        The kernels know no coefficients of rows or columns: with those the weight is merged by PyTorch first.
         """
-        weights = coefficients(self.mix, self.row, self.span)
+        weights = coefficients(self.mix, self.spans)
         if weights.dim() == 2:
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -68,7 +66,7 @@ class RoutedWeight:
     def part(self, first: int, last: int) -> RoutedWeight:
         """The weight of outputs first .. last, as a view; not of a transposed weight."""
         base, deltas = self.base[first:last], self.deltas[:, first:last]
-        return RoutedWeight(base, deltas, self.mix, self.row, False, part_of_span(self.span, first, last))
+        return RoutedWeight(base, deltas, self.mix, self.spans.part(first, last), False)
 
     def dense(self) -> Tensor:
         """Mixed anew each time, differentiable in the routing weights."""
@@ -76,7 +74,7 @@ class RoutedWeight:
 
     def _mixed(self, dtype: torch.dtype) -> Tensor:
         """[O, I]."""
-        weights = coefficients(self.mix, self.row, self.span)
+        weights = coefficients(self.mix, self.spans)
         mixed = merge_tensor_reference(self.base, list(self.deltas), weights, dtype)
         return mixed.T if self.transposed else mixed
 

@@ -1,7 +1,7 @@
 """Training layer by layer on the CPU: a linear layer's weight is merged when the layer runs, used, and forgotten.
 
     forward     W = W0 + sum_j L[g, j] D_j        y = x W^T + bias        W is freed
-    backward    W once more for dx = dy W, freed; then dL[g, e] = <dy^T x, D_e>, or by row where rows have coefficients
+    backward    W once more for dx = dy W, freed; then dL[g, e] = <dy^T x, D_e>, or by row, and column, where they count
 
 So a model's peak memory above its activations is base, deltas and one layer's weight. Base and deltas are read where
 they lie, which may be files mapped from a store: nothing is stacked or copied, and their pages are handed back to the
@@ -14,7 +14,7 @@ reduces, as it does for the live module.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paretofuse.engine.dtypes import TO_NAME
-from paretofuse.engine.layout import MERGED_DTYPES, columns_of
+from paretofuse.engine.layout import MERGED_DTYPES, Spans, columns_of, rows_of
 from paretofuse.engine.merging import native
 from paretofuse.engine.modules.gradient import inner_products
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
-from paretofuse.engine.planes.plane import Plane, memories, merged_tensor
+from paretofuse.engine.planes.plane import Plane, Sums, memories, merged_tensor
 from paretofuse.engine.planes.trained import factor_gradients_of_tokens
-from paretofuse.engine.routing.weights import coefficients, part_of_span
+from paretofuse.engine.routing.weights import coefficients
 
 Release = Callable[[], None]
 """Hands the pages of a layer's base and deltas back to the system, where they are mapped from a file."""
@@ -49,7 +49,7 @@ def merged(base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype:
     Args:
         base: contiguous, float32, bfloat16 or float16.
         planes: of the base's shape; None counts as zero.
-        weights: [P] float32, or [P, rows]: one for each row.
+        weights: [P], [P, rows] or [P, rows + columns] float32, as `coefficients` gives them.
         dtype: of the result.
     """
     out = torch.empty(base.shape, dtype=dtype)
@@ -67,11 +67,16 @@ def merged(base: Tensor, planes: Sequence[Plane | None], weights: Tensor, dtype:
         row_count=1,
     )
     given = np.ascontiguousarray(weights.detach().numpy(), np.float32)
-    by_row = weights.dim() == 2
+    whole, sides = given, []
+    if weights.dim() == 2:
+        whole, sides = np.zeros(len(planes), np.float32), np.split(given, [rows_of(base.shape)], 1)
+    own = [np.ascontiguousarray(side) for side in sides if side.size]
+    tables = [[[side.ctypes.data]] for side in own] + [None, None]
     plan.run(
-        np.zeros((1, 1, len(planes)), np.float32) if by_row else given.reshape(1, 1, -1),
+        whole.reshape(1, 1, -1),
         [[out.data_ptr()]],
-        row_weights=[[given.ctypes.data]] if by_row else None,
+        row_weights=tables[0],
+        column_weights=tables[1],
         threads=torch.get_num_threads(),
     )
     return out
@@ -122,19 +127,20 @@ def _weights_grad(
     factors: Sequence[Tensor],
     sizes: Sequence[int],
     transposed: bool,
-    by_row: bool,
+    by: str,
 ) -> Tensor:
-    """<dLoss/dW, plane_j> for every plane, float32 [P], or by row [P, rows]; grad [M, O], x [M, I].
+    """<dLoss/dW, plane_j> for every plane, float32 [P], [P, rows] or [P, rows + columns]; grad [M, O], x [M, I].
 
     dLoss/dW = left^T right as W lies in memory; low-rank planes need no such product.
     """
+    wanted = cast(Sums, by)
     with torch.autocast("cpu", enabled=False):
         left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
         planes = _planes(values, factors, sizes, (left.shape[1], right.shape[1]))
-        sums = token_sums(planes, left, right, by_row)
+        sums = token_sums(planes, left, right, wanted)
         rest = [None if isinstance(plane, LowRank) else plane for plane in planes]
         if any(rest) and left.numel() and right.numel():
-            sums += inner_products(left.T @ right, rest, by_row).float()
+            sums += inner_products(left.T @ right, rest, wanted).float()
     return sums
 
 
@@ -146,17 +152,18 @@ def _(
     factors: Sequence[Tensor],
     sizes: Sequence[int],
     transposed: bool,
-    by_row: bool,
+    by: str,
 ) -> Tensor:
-    rows = (x if transposed else grad).shape[1]
-    return x.new_empty((len(values), rows) if by_row else (len(values),), dtype=torch.float32)
+    rows, columns = (x, grad)[:: 1 if transposed else -1]
+    counts = {"whole": (), "row": (rows.shape[1],), "row and column": (rows.shape[1] + columns.shape[1],)}
+    return x.new_empty((len(values), *counts[by]), dtype=torch.float32)
 
 
 @torch.library.custom_op("paretofuse::layerwise_factors_grad", mutates_args=(), device_types="cpu")
 def _factors_grad(
     grad: Tensor, x: Tensor, b: Tensor, a: Tensor, weight: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """dLoss/dB and dLoss/dA of a trained plane, float32; grad [M, O], x [M, I], the plane's weight [] or [rows]."""
+    """dLoss/dB and dLoss/dA of a trained plane, float32; grad [M, O], x [M, I], the plane's own coefficients."""
     with torch.autocast("cpu", enabled=False):
         left, right = (x.float(), grad.float()) if transposed else (grad.float(), x.float())
         return factor_gradients_of_tokens(b, a, left, right, weight)
@@ -167,6 +174,13 @@ def _(
     grad: Tensor, x: Tensor, b: Tensor, a: Tensor, weight: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(b), torch.empty_like(a)
+
+
+def sums_of(weights: Tensor, base: Tensor) -> Sums:
+    """Which sums are the gradient of a weight's coefficients, as `coefficients` gives them."""
+    if weights.dim() == 1:
+        return "whole"
+    return "row" if weights.shape[1] == rows_of(base.shape) else "row and column"
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -200,7 +214,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         value_grads,
         factor_grads,
         None,
-        ops.layerwise_weights_grad(grad, x, *measured, ctx.transposed, weights.dim() == 2)
+        ops.layerwise_weights_grad(grad, x, *measured, ctx.transposed, sums_of(weights, base))
         if need_weights
         else None,
         grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
@@ -219,11 +233,9 @@ class LayerwiseWeight:
     Args:
         base: [O, I], or [I, O] if transposed; contiguous.
         planes: one for each expert, as the base lies; None where the expert leaves the weight unchanged.
-        mix: [G, P] or [G + R, P] float32, the routing weights of the whole model; rewritten in place.
-        row: the weight's row of `mix`.
+        mix, spans: as `RoutedWeight` takes them.
         transposed: whether base and planes are [I, O], as transformers' Conv1D keeps them.
         release: called when base and planes were used for the last time in a pass.
-        span: where its row coefficients lie in `mix` (`Layout.row_spans`).
         sketches: of the planes (engine/planes/sketch.py), which then stand in for them in the gradient of `mix`.
     """
 
@@ -232,13 +244,12 @@ class LayerwiseWeight:
         base: Tensor,
         planes: Sequence[Plane | None],
         mix: Tensor,
-        row: int,
+        spans: Spans,
         transposed: bool,
         release: Release,
-        span: slice | None = None,
         sketches: Sequence[LowRank | None] = (),
     ) -> None:
-        self.base, self.mix, self.row, self.transposed, self.span = base, mix, row, transposed, span
+        self.base, self.mix, self.spans, self.transposed = base, mix, spans, transposed
         self.planes = list(planes)
         self.sketches = sketches
         self._release = release
@@ -263,7 +274,7 @@ class LayerwiseWeight:
                 f"got an input of shape {list(x.shape)} and {x.dtype} to a routed linear layer, expected [..., {ins}] "
                 "of float32, bfloat16 or float16"
             )
-        weights = coefficients(self.mix, self.row, self.span)
+        weights = coefficients(self.mix, self.spans)
         tracked = weights.requires_grad and not torch.compiler.is_compiling()
         if tracked:  # its gradient is the last thing that the backward pass asks of base and deltas
             weights.register_hook(lambda gradient: self._release())
@@ -280,12 +291,11 @@ class LayerwiseWeight:
         planes = [None if plane is None else part_of(plane, first, last) for plane in self.planes]
         sketches = [None if own is None else own.part(first, last) for own in self.sketches]
         return LayerwiseWeight(
-            self.base[first:last], planes, self.mix, self.row, False, self._release,
-            part_of_span(self.span, first, last), sketches,
+            self.base[first:last], planes, self.mix, self.spans.part(first, last), False, self._release, sketches,
         )  # fmt: skip
 
     def dense(self) -> Tensor:
         """[O, I], merged anew each time, for code that asks a layer for its weight."""
-        weights = coefficients(self.mix, self.row, self.span)
+        weights = coefficients(self.mix, self.spans)
         weight = merged_tensor(self.base, self.planes, weights, self.base.dtype)
         return weight.T if self.transposed else weight

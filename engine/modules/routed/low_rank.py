@@ -8,14 +8,15 @@ product with the base [O, I] they cost R / O + R / I of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from paretofuse.engine.layout import Spans
 from paretofuse.engine.planes.lowrank import LowRank
-from paretofuse.engine.routing.weights import coefficients, part_of_span
+from paretofuse.engine.routing.weights import coefficients
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class SideBySide:
 
         Args:
             x: the inputs.
-            weights: [B, E], or of row coefficients [B, E, O], transposed [B, E, I].
-            transposed: whether row coefficients are the inputs'.
+            weights: [B, E], [B, E, rows] or [B, E, rows + columns], as `coefficients` gives them.
+            transposed: whether rows are the inputs and columns the outputs.
         """
         weights = weights[:, list(self.planes)]
         a, b = self.a.to(x.dtype), self.b.to(x.dtype)
@@ -55,18 +56,43 @@ class SideBySide:
             ranks = torch.tensor(self.ranks, device=weights.device)
             own = weights.repeat_interleave(ranks, 1, output_size=len(a)).unsqueeze(1)
             return (((x @ a.T).float() * own).to(x.dtype) @ b.T).float()
-        own = weights.unsqueeze(2)  # [B, E, 1, rows]
+        rows = a.shape[1] if transposed else len(b)
         y = x.new_zeros((), dtype=torch.float32)
         for e, (left, right) in enumerate(zip(a.split(self.ranks), b.split(self.ranks, 1), strict=True)):
-            if transposed:
-                y = y + (((own[:, e] * x.float()).to(x.dtype) @ left.T) @ right.T).float()
-            else:
-                y = y + own[:, e] * ((x @ left.T) @ right.T).float()
+            y = y + weighted(
+                x, weights[:, e], rows, transposed, lambda x, left=left, right=right: (x @ left.T) @ right.T
+            )
         return y
 
     def part(self, first: int, last: int) -> SideBySide:
         """Of outputs first .. last."""
         return SideBySide(self.a, self.b[first:last], self.ranks, self.planes)
+
+
+def weighted(
+    x: Tensor, weight: Tensor, rows: int, transposed: bool, product: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """One plane's share of a layer's output, float32 [B, P, O]: coefficients of outputs weigh them, of inputs those.
+
+    Args:
+        x: the inputs [B, P, I].
+        weight: the plane's [B], [B, rows] or [B, rows + columns].
+        rows: of the weight as it is stored.
+        transposed: whether rows are the inputs and columns the outputs.
+        product: [B, P, I] -> [B, P, O], x D^T in x's dtype.
+    """
+    if weight.dim() == 1:
+        return weight.view(-1, 1, 1) * product(x).float()
+    sides = [
+        part.unsqueeze(1) for part in weight.tensor_split([rows], 1)
+    ]  # [B, 1, rows], [B, 1, columns or 0]
+    ins, outs = sides if transposed else sides[::-1]
+    y = x.new_zeros((), dtype=torch.float32)
+    if outs.shape[2]:
+        y = y + outs * product(x).float()
+    if ins.shape[2]:
+        y = y + product((ins * x.float()).to(x.dtype)).float()
+    return y
 
 
 class LowRankWeight:
@@ -78,7 +104,7 @@ class LowRankWeight:
     Args:
         base: [O, I], or [I, O] if transposed.
         planes: the low-rank ones, by their number.
-        mix, row, transposed, span: as `RoutedWeight` takes them.
+        mix, spans, transposed: as `RoutedWeight` takes them.
     """
 
     def __init__(
@@ -86,12 +112,11 @@ class LowRankWeight:
         base: Tensor,
         planes: SideBySide,
         mix: Tensor,
-        row: int,
+        spans: Spans,
         transposed: bool,
-        span: slice | None,
     ) -> None:
-        self.base, self.planes, self.mix, self.row = base, planes, mix, row
-        self.transposed, self.span = transposed, span
+        self.base, self.planes, self.mix, self.spans = base, planes, mix, spans
+        self.transposed = transposed
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., I] -> [..., O], differentiable in x, the routing weights and the bias.
@@ -101,7 +126,7 @@ class LowRankWeight:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         base = (self.base.T if self.transposed else self.base).to(x.dtype)  # [O, I]
-        weights = coefficients(self.mix, self.row, self.span).unsqueeze(0)  # [1, P] or [1, P, rows]
+        weights = coefficients(self.mix, self.spans).unsqueeze(0)  # [1, P], or with those of rows and columns
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(1, -1, x.shape[-1])
             y = (rows @ base.T).float() + self.planes.product(rows, weights, self.transposed)
@@ -110,15 +135,13 @@ class LowRankWeight:
 
     def part(self, first: int, last: int) -> LowRankWeight:
         """The weight of outputs first .. last, as a view; not of a transposed weight."""
-        span = part_of_span(self.span, first, last)
-        return LowRankWeight(
-            self.base[first:last], self.planes.part(first, last), self.mix, self.row, False, span
-        )
+        planes, spans = self.planes.part(first, last), self.spans.part(first, last)
+        return LowRankWeight(self.base[first:last], planes, self.mix, spans, False)
 
     def dense(self) -> Tensor:
         """[O, I], mixed anew each time, differentiable in the routing weights."""
         eye = torch.eye(self.base.shape[0 if self.transposed else 1], device=self.base.device)
-        weights = coefficients(self.mix, self.row, self.span).unsqueeze(0)
+        weights = coefficients(self.mix, self.spans).unsqueeze(0)
         base = self.base.T if self.transposed else self.base
         added = self.planes.product(eye.unsqueeze(0), weights, self.transposed)[0].T  # [O, I]
         return (base.float() + added).to(self.base.dtype)

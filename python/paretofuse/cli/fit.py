@@ -9,6 +9,7 @@ import paretofuse
 from paretofuse.cli.info import describe
 from paretofuse.cli.options import add_engine, add_entry, add_force, add_output, count
 from paretofuse.cli.running import Result, entry_point, load_engine, shows_progress
+from paretofuse.engine.routing.families import FAMILIES
 
 SUMMARY = "train the routers of a store, and nothing else in it"
 EXAMPLE = "paretofuse fit gpt2.store --objectives tasks:objectives --steps 100 -o trained.store"
@@ -45,9 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="preferences that share a step; each costs as much as a step with one (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--family", choices=("scalar", "rows"),
-        help="rows: train a coefficient for each row of routed tensors as well, thousands of numbers; scalar: one for "
-        "each group alone, hundreds (default: rows)",
+        "--family", choices=FAMILIES,
+        help="rows: train a coefficient for each row of routed tensors as well, thousands of numbers; rows+columns: "
+        "for each column of routed matrices too; scalar: one for each group alone, hundreds (default: rows)",
     )  # fmt: skip
     parser.add_argument(
         "--row-lr",

@@ -8,6 +8,7 @@ import time
 from paretofuse.cli.info import describe
 from paretofuse.cli.options import Named, add_force, add_output, add_threads
 from paretofuse.cli.running import Result, bar, use_threads
+from paretofuse.engine.routing.families import FAMILIES
 
 SUMMARY = "stack a base model and its experts into a store"
 EXAMPLE = "paretofuse stack gpt2 --expert cola=gpt2-cola --expert sst2=gpt2-sst2 -o gpt2.store"
@@ -54,9 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "auto, which keeps LoRA experts as factors and takes int8 where the merged model is as exact (default: auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--family", choices=("scalar", "rows"),
-        help="rows: a trained coefficient for each row of routed tensors besides one for each group (default: scalar, "
-        "until fit trains rows)",
+        "--family", choices=FAMILIES,
+        help="rows: a trained coefficient for each row of routed tensors besides one for each group; rows+columns: for "
+        "each column of routed matrices too (default: scalar, until fit trains rows)",
     )  # fmt: skip
     parser.add_argument(
         "--head", action="append", default=[], metavar="PATTERN",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,33 @@ def test_they_reach_a_pareto_set_that_scalars_cannot() -> None:
 @pytest.mark.parametrize(("row_lr", "shrinkage"), [(0.03, 0.0), (0.01, 2.0)])
 def test_a_step_is_adams_after_shrinking(row_lr: float, shrinkage: float) -> None:
     engine, objectives, _ = crossed()
-    start = 0.5 + torch.rand_like(rows_of(engine))
+    engine.set_family("rows+columns")
+    before = [0.5 + torch.rand_like(linear.weight) for linear in engine.routers.linear]
     with torch.no_grad():
-        rows_of(engine).copy_(start)
+        for linear, start in zip(engine.routers.linear, before, strict=True):
+            linear.weight.copy_(start)
     pf.fit(
         engine, objectives, steps=1, row_lr=row_lr, row_shrinkage=shrinkage, preferences_per_step=4, progress=False
     )  # fmt: skip
-    moved = rows_of(engine) - start * (1 - row_lr * shrinkage)
-    # Adam's first step is the learning rate along the gradient's sign, which no entry lacks here.
-    torch.testing.assert_close(moved.abs(), torch.full_like(moved, row_lr), rtol=1e-3, atol=1e-6)
+    for linear, start in zip(engine.routers.linear, before, strict=True):
+        moved = linear.weight.detach() - start * (1 - row_lr * shrinkage)
+        # Adam's first step is the learning rate along the gradient's sign; an expert's zeros have none.
+        learns = torch.eye(2) if linear is engine.routers.columns else torch.ones(2, 2)  # [expert, column]
+        torch.testing.assert_close(moved.abs(), row_lr * learns.expand_as(moved), rtol=1e-3, atol=1e-6)
+
+
+def test_columns_reach_what_rows_cannot() -> None:
+    """x's optimum has its first column of expert x and its second of expert y, y's the other way round."""
+    experts = {"x": Matrix([[1, 1], [0, 0]]), "y": Matrix([[0, 0], [1, 1]])}
+    optima = {"x": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "y": torch.tensor([[0.0, 1.0], [1.0, 0.0]])}
+    objectives = {name: ([optimum], lambda module, batch: module(batch)) for name, optimum in optima.items()}
+    far = {}
+    for family in ("rows", "rows+columns"):
+        engine = pf.stack(Matrix([[0, 0], [0, 0]]), experts, family=family)
+        pf.fit(engine, objectives, steps=400, lr_end=0.01, progress=False)
+        far[family] = (engine.merge_state_dict([1.0, 0.0])["w"] - optima["x"]).abs().max()
+    assert far["rows"] > 0.4
+    assert far["rows+columns"] < 0.06
 
 
 def test_regularization_leaves_row_coefficients_alone() -> None:
@@ -95,25 +114,28 @@ def test_regularization_leaves_row_coefficients_alone() -> None:
         ("torchjd", {"options": {"aggregator": lambda matrix: matrix.mean(0)}}),
     ],
 )
+@pytest.mark.parametrize("family", ["rows", "rows+columns"])
 def test_every_solver_trains_them_merged_and_layer_by_layer_alike(
-    method: str, options: dict[str, Any]
+    family: str, method: str, options: dict[str, Any]
 ) -> None:
     found = []
     for materialize in (True, False):
-        engine, objectives = problem(family="rows", route="tensor")
+        engine, objectives = problem(family=family, route="tensor")
         (engine.module if materialize else engine.fused_module).eval()  # dropout is drawn in another order
         pf.fit(engine, objectives, method, steps=3, materialize=materialize, progress=False, **options)
-        assert (rows_of(engine).abs() > 0.01).any(2).all(), "of every objective and expert"
+        for linear in engine.routers.linear:
+            assert (linear.weight.abs() > 0.01).any(2).all(), "of every objective and expert"
         found.append(engine.routers(torch.tensor([0.3, 0.7])).detach())
     # Adam divides by the gradient's own size, so that its rounding shows where it is next to zero.
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0.02)
     assert (found[0] - found[1]).abs().median() < 1e-5
 
 
-def test_same_seed_same_bits_and_a_resumed_run_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["rows", "rows+columns"])
+def test_same_seed_same_bits_and_a_resumed_run_is_exact(tmp_path: Path, family: str) -> None:
     settings: dict[str, Any] = {
         "steps": 12,
-        "family": "rows",
+        "family": family,
         "row_lr": 0.02,
         "row_shrinkage": 0.5,
         "progress": False,
@@ -136,7 +158,7 @@ def test_same_seed_same_bits_and_a_resumed_run_is_exact(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{next(iter(change))}=0\.\d+ \(now"):
             pf.fit(engine, objectives, checkpoint=path, **{**settings, **change})
     engine, objectives = problem()
-    with pytest.raises(ValueError, match=r"family='rows' \(now 'scalar'\)"):
+    with pytest.raises(ValueError, match=rf"family='{re.escape(family)}' \(now 'scalar'\)"):
         pf.fit(engine, objectives, checkpoint=path, steps=12, family="scalar", progress=False)
 
 
@@ -175,13 +197,19 @@ def test_validation_keeps_the_best_row_coefficients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"family": "scalar", "row_lr": 0.1}, 'without row coefficients; pass family="rows"'),
-        ({"family": "scalar", "row_shrinkage": 0.1}, 'without row coefficients; pass family="rows"'),
+        (
+            {"family": "scalar", "row_lr": 0.1},
+            'without row coefficients; pass family="rows"',
+        ),
+        (
+            {"family": "scalar", "row_shrinkage": 0.1},
+            'without row coefficients; pass family="rows"',
+        ),
         ({"family": "rows", "row_lr": 0.0}, "row_lr=0.0, expected a number above 0"),
         ({"family": "rows", "row_lr": float("nan")}, "row_lr=nan, expected a finite number"),
         ({"family": "rows", "row_shrinkage": -1.0}, "row_shrinkage=-1.0, expected a number of at least 0"),
         ({"family": "rows", "row_lr": 0.5, "row_shrinkage": 3.0}, "expected at most 1 / row_lr"),
-        ({"family": "columns"}, "expected one of scalar, rows"),
+        ({"family": "columns"}, r"expected one of scalar, rows, rows\+columns"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
