@@ -327,7 +327,7 @@ def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by_row: boo
         gradient.numel(),
         grad_dtype=TO_NAME[gradient.dtype],
         columns=columns_of(gradient.shape),
-        by_row=by_row,
+        by="row" if by_row else "whole",
         threads=torch.get_num_threads(),
     )
     return torch.from_numpy(sums)
