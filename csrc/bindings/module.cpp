@@ -86,39 +86,44 @@ pf::MergePlan make_plan(const Array<std::uint64_t>& base, const Array<std::int64
 }
 
 const char* run_plan(const pf::MergePlan& plan, const Array<float>& weights, const Array<std::uint64_t>& out,
-                     const std::optional<Array<std::uint64_t>>& row_weights, int threads,
+                     const std::optional<Array<std::uint64_t>>& row_weights,
+                     const std::optional<Array<std::uint64_t>>& column_weights, int threads,
                      const std::string& isa) {
   const std::int64_t preferences = weights.ndim() > 0 ? weights.shape(0) : 0;
   check_shape("weights", weights, {preferences, plan.row_count(), plan.plane_count()});
   check_shape("out", out, {preferences, plan.segment_count()});
   if (row_weights) check_shape("row_weights", *row_weights, {preferences, plan.segment_count()});
+  if (column_weights) check_shape("column_weights", *column_weights, {preferences, plan.segment_count()});
   std::vector<void*> targets;
-  std::vector<const float*> rows;
+  std::vector<const float*> rows, columns;
   for (py::ssize_t i = 0; i < out.size(); ++i) {
     targets.push_back(pointer(out.data()[i]));
     if (row_weights) rows.push_back(static_cast<const float*>(pointer(row_weights->data()[i])));
+    if (column_weights) columns.push_back(static_cast<const float*>(pointer(column_weights->data()[i])));
   }
   const py::gil_scoped_release unlocked;
   return plan.run(weights.data(), preferences, targets.data(), threads, isa,
-                  row_weights ? rows.data() : nullptr);
+                  row_weights ? rows.data() : nullptr, column_weights ? columns.data() : nullptr);
 }
 
 Array<double> inner(std::uint64_t grad, const Planes& planes, std::int64_t length, std::int64_t columns,
-                    bool by_row, std::uint8_t grad_dtype, int threads, const std::string& isa) {
+                    const std::string& by, std::uint8_t grad_dtype, int threads, const std::string& isa) {
   const std::vector<pf::Plane> list = planes.list({static_cast<std::int64_t>(planes.values.size())});
   const auto count = static_cast<std::int64_t>(list.size());
   std::vector<py::ssize_t> shape{count};
-  if (by_row) {
+  if (by != "whole" && by != "row" && by != "column")
+    throw std::invalid_argument("by: got '" + by + "', expected whole, row or column");
+  if (by != "whole") {
     if (columns < 1)
       throw std::invalid_argument("columns: got " + std::to_string(columns) + ", expected 1 or more");
-    shape.push_back(length / columns);
+    shape.push_back(by == "row" ? length / columns : columns);
   }
   Array<double> result(shape);
   const pf::DType grad_type = dtype(grad_dtype);
   double* sums = result.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    const auto reduce = by_row ? pf::inner_rows : pf::inner;
+    const auto reduce = by == "whole" ? pf::inner : by == "row" ? pf::inner_rows : pf::inner_columns;
     reduce(pointer(grad), grad_type, list.data(), count, length, columns, sums, threads, isa);
   }
   return result;
@@ -156,9 +161,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rows").noconvert(), py::arg("columns").noconvert(), py::arg("dtypes").noconvert(),
            py::arg("planes"), py::arg("plane_count"), py::arg("row_count"))
       .def("run", &run_plan, py::arg("weights").noconvert(), py::arg("out").noconvert(), py::kw_only(),
-           py::arg("row_weights").noconvert(), py::arg("threads"), py::arg("isa"));
+           py::arg("row_weights").noconvert(), py::arg("column_weights").noconvert(), py::arg("threads"),
+           py::arg("isa"));
   m.def("inner", &inner, py::arg("grad"), py::arg("planes"), py::arg("length"), py::kw_only(),
-        py::arg("columns"), py::arg("by_row"), py::arg("grad_dtype"), py::arg("threads"), py::arg("isa"));
+        py::arg("columns"), py::arg("by"), py::arg("grad_dtype"), py::arg("threads"), py::arg("isa"));
   m.def("copy", &copy, py::arg("dst"), py::arg("src"), py::arg("nbytes"), py::kw_only(), py::arg("threads"),
         py::arg("isa"));
   m.def("instruction_sets", &instruction_sets);

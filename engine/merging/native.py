@@ -13,6 +13,7 @@ same bits whatever the threads and the instruction set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,8 @@ class MergePlan:
         out_dtypes: dtype of each merged tensor.
         plane_count: P.
         row_count: rows of the weights.
-        columns: elements of each tensor's own rows, for low-rank planes and row coefficients; None where a tensor
-            has neither.
+        columns: elements of each tensor's own rows, for low-rank planes and coefficients of rows or columns; None
+            where a tensor has none of these.
 
     Raises:
         ValueError: lists of different lengths, an unknown dtype or format, a row out of range, a null base, groups or
@@ -92,6 +93,7 @@ class MergePlan:
         out: Sequence[Sequence[int]] | npt.NDArray[np.uint64],
         *,
         row_weights: Sequence[Sequence[int]] | npt.NDArray[np.uint64] | None = None,
+        column_weights: Sequence[Sequence[int]] | npt.NDArray[np.uint64] | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> str:
@@ -102,6 +104,8 @@ class MergePlan:
             out: addresses [K, S]; a uint64 array is taken as it is, so callers may keep one.
             row_weights: addresses [K, S] of float32 [P, rows of the tensor], added to the weights row by row; 0 adds
                 nothing.
+            column_weights: addresses [K, S] of float32 [P, columns of the tensor], added to the sums of those column
+                by column; 0 adds nothing. Planes of a tensor that has them are read whatever their weights.
             threads: how many threads.
             isa: the instruction set, see the module.
 
@@ -122,9 +126,17 @@ class MergePlan:
                 f"weights: got shape {weights.shape}, not C-contiguous; expected it C-contiguous"
             )
         table = np.ascontiguousarray(out, np.uint64)
-        by_row = None if row_weights is None else np.ascontiguousarray(row_weights, np.uint64)
+        own = [
+            None if given is None else np.ascontiguousarray(given, np.uint64)
+            for given in (row_weights, column_weights)
+        ]
         return self._plan.run(
-            weights, table, row_weights=by_row, threads=thread_count(threads), isa=isa or ""
+            weights,
+            table,
+            row_weights=own[0],
+            column_weights=own[1],
+            threads=thread_count(threads),
+            isa=isa or "",
         )
 
 
@@ -135,32 +147,34 @@ def inner(
     *,
     grad_dtype: str,
     columns: int | None = None,
-    by_row: bool = False,
+    by: Literal["whole", "row", "column"] = "whole",
     threads: int | None = None,
     isa: str | None = None,
 ) -> npt.NDArray[np.float64]:
     """The inner products of one gradient with P planes: float64 [P], the sums of grad[i] * plane[p][i].
+
+    By row, a sum for each row of the tensor: float64 [P, rows]. By column: float64 [P, columns].
 
     Args:
         grad: address of the gradient.
         planes: the P planes; None (unchanged) gives 0.
         length: elements of the gradient and of each plane.
         grad_dtype: "F32", "BF16" or "F16".
-        columns: elements of one of the tensor's rows, for low-rank planes and for sums by row.
-        by_row: a sum for each row of the tensor: float64 [P, rows].
+        columns: elements of one of the tensor's rows, for low-rank planes and for sums by row or column.
+        by: what has a sum of its own.
         threads: how many threads; the result does not depend on it.
         isa: the instruction set, see the module; neither on this.
 
     Raises:
-        ValueError: no planes, a negative length, a null gradient, an unknown dtype or instruction set, groups or ranks
-            that do not fit.
+        ValueError: no planes, a negative length, a null gradient, an unknown dtype, instruction set or `by`, groups or
+            ranks that do not fit.
     """
     return _C.inner(
         grad,
         _planes(planes, (len(planes),)),
         length,
         columns=length if columns is None else columns,
-        by_row=by_row,
+        by=by,
         grad_dtype=_dtype_code(grad_dtype),
         threads=thread_count(threads),
         isa=isa or "",

@@ -38,6 +38,7 @@ class MergePlan:
         out: npt.NDArray[np.uint64],
         *,
         row_weights: npt.NDArray[np.uint64] | None,
+        column_weights: npt.NDArray[np.uint64] | None,
         threads: int,
         isa: str,
     ) -> str: ...
@@ -104,7 +105,7 @@ def inner(
     length: int,
     *,
     columns: int,
-    by_row: bool,
+    by: str,
     grad_dtype: int,
     threads: int,
     isa: str,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ def run(
     out_dtype: str,
     *,
     rows: Tensor | None = None,
+    columns: Tensor | None = None,
     isa: str | None = None,
     threads: int = 2,
     shift: int = 0,
@@ -85,6 +87,7 @@ def run(
         weights,
         [[row.data_ptr()] for row in out],
         row_weights=None if rows is None else [[own.data_ptr()] for own in rows],
+        column_weights=None if columns is None else [[own.data_ptr()] for own in columns],
         isa=isa,
         threads=threads,
     )
@@ -209,33 +212,38 @@ def test_inner_matches_float64(isa: str, kind: str, dtype: str, shape: tuple[int
     planes = planes_of(kind, shape, TO_TORCH[dtype])
     wide = [None if p is None else gradient.double() * p.decode().double() for p in planes]
 
-    def inner(isa: str, threads: int = 2, by_row: bool = False) -> np.ndarray:
+    def inner(isa: str, threads: int = 2, by: Literal["whole", "row", "column"] = "whole") -> np.ndarray:
         return native.inner(
             gradient.data_ptr(),
             memories(planes),
             gradient.numel(),
             grad_dtype=dtype,
             columns=columns_of(shape),
-            by_row=by_row,
+            by=by,
             threads=threads,
             isa=isa,
         )
 
-    found, found_rows = inner(isa), inner(isa, by_row=True)
+    found, found_rows, found_columns = inner(isa), inner(isa, by="row"), inner(isa, by="column")
     assert found_rows.shape == (len(planes), rows_of(shape))
+    assert found_columns.shape == (len(planes), columns_of(shape))
     for j, products in enumerate(wide):
         if products is None:
             assert found[j] == 0
             assert (found_rows[j] == 0).all()
+            assert (found_columns[j] == 0).all()
             continue
         # What float32 sums of at most 128 products may lose, of the sizes of all terms of a low-rank one.
         slack = 2e-6 * float(products.abs().sum()) * (20 if kind in ("lowrank", "mixed") else 1)
         assert abs(found[j] - float(products.sum())) <= slack
         rows = products.reshape(rows_of(shape), -1).sum(1).numpy()
         np.testing.assert_allclose(found_rows[j], rows, rtol=0, atol=slack)
+        columns = products.reshape(rows_of(shape), -1).sum(0).numpy()
+        np.testing.assert_allclose(found_columns[j], columns, rtol=0, atol=slack)
     for other, threads in itertools.product(USABLE, (1, 5)):
         np.testing.assert_array_equal(inner(other, threads), found)
-        np.testing.assert_array_equal(inner(other, threads, by_row=True), found_rows)
+        np.testing.assert_array_equal(inner(other, threads, by="row"), found_rows)
+        np.testing.assert_array_equal(inner(other, threads, by="column"), found_columns)
 
 
 def test_inner_is_the_gradient_of_the_merge() -> None:
@@ -318,7 +326,9 @@ def test_columns_that_do_not_divide_the_tensor_are_refused(columns: int) -> None
             base_dtypes=["F32"], out_dtypes=["F32"], plane_count=1, row_count=1,
         )  # fmt: skip
     with pytest.raises(ValueError, match="columns: got"):
-        native.inner(base.data_ptr(), [None], 64, grad_dtype="F32", columns=columns, by_row=True)
+        native.inner(base.data_ptr(), [None], 64, grad_dtype="F32", columns=columns, by="row")
+    with pytest.raises(ValueError, match="columns: got"):
+        native.inner(base.data_ptr(), [None], 64, grad_dtype="F32", columns=columns, by="column")
 
 
 def test_outputs_over_scales_or_factors_are_refused() -> None:

@@ -40,8 +40,9 @@ struct Plane {
 struct Segment {
   const void* base;
   std::int64_t length;
-  std::int64_t row;      // row of the weights that applies to this tensor
-  std::int64_t columns;  // elements of one of the tensor's own rows, for low-rank planes and row coefficients
+  std::int64_t row;  // row of the weights that applies to this tensor
+  std::int64_t
+      columns;  // elements of one of the tensor's own rows, for low-rank planes, row and column coefficients
   DType base_dtype;
   DType out_dtype;
 };
@@ -59,9 +60,12 @@ class PARETOFUSE_API MergePlan {
   // weights: [preferences, row_count, plane_count], dense.   out: [preferences, segments] addresses; no
   // output may overlap an input or another output.   row_weights: null, or [preferences, segments] addresses
   // of float32 [plane_count, rows of the tensor], to be added to the weights row by row; a null one adds
-  // nothing.   isa: see chosen_isa. Returns the name of the instruction set that did the work.
+  // nothing.   column_weights: the same for columns, float32 [plane_count, columns], added to the sums of
+  // those; planes of a tensor that has them are read whatever their weights.   isa: see chosen_isa. Returns
+  // the name of the instruction set that did the work.
   const char* run(const float* weights, std::int64_t preferences, void* const* out, int threads,
-                  const std::string& isa = {}, const float* const* row_weights = nullptr) const;
+                  const std::string& isa = {}, const float* const* row_weights = nullptr,
+                  const float* const* column_weights = nullptr) const;
 
   std::int64_t segment_count() const { return static_cast<std::int64_t>(segments_.size()); }
   std::int64_t plane_count() const { return plane_count_; }
@@ -81,7 +85,7 @@ class PARETOFUSE_API MergePlan {
   void check_outputs(void* const* out, std::int64_t preferences) const;
   void merge_piece(const Piece& piece, const Target& target, Scratch& scratch) const;
   void merge_run(const Piece& run, const Target& target, std::int64_t k, Scratch& scratch) const;
-  void merge_low_rank(const Piece& piece, const Target& target, std::int64_t k, Scratch& scratch) const;
+  void merge_tiles(const Piece& piece, const Target& target, std::int64_t k, Scratch& scratch) const;
 
   std::vector<Segment> segments_;
   std::vector<Plane> planes_;
@@ -105,6 +109,12 @@ PARETOFUSE_API const char* inner(const void* grad, DType grad_dtype, const Plane
 PARETOFUSE_API const char* inner_rows(const void* grad, DType grad_dtype, const Plane* planes,
                                       std::int64_t count, std::int64_t length, std::int64_t columns,
                                       double* result, int threads, const std::string& isa = {});
+
+// The same for each column: result[p, column], [count, columns]. Of a low-rank plane the products are of each
+// column of grad with each column of B, weighted by A.
+PARETOFUSE_API const char* inner_columns(const void* grad, DType grad_dtype, const Plane* planes,
+                                         std::int64_t count, std::int64_t length, std::int64_t columns,
+                                         double* result, int threads, const std::string& isa = {});
 
 // A copy with the same stores and the same threads as the merge: the yardstick for its speed.
 PARETOFUSE_API const char* copy(void* dst, const void* src, std::int64_t nbytes, int threads,

@@ -19,6 +19,16 @@ constexpr std::int64_t kBlocksPerTask = 16;
 
 constexpr std::int64_t kCopyTask = 1 << 18;  // bytes
 
+// Of sums by column: columns and rows that are worked on together, whose gradient as floats stays in the
+// second-level cache for all planes; and how many parts the rows of a tensor are cut into, so that narrow
+// ones have work for many threads.
+constexpr std::int64_t kColumns = 512;
+constexpr std::int64_t kColumnRows = 64;
+constexpr std::int64_t kParts = 16;
+
+// Ranks of a low-rank plane that are multiplied together there.
+constexpr std::int64_t kRanks = 8;
+
 // Rows whose products with one row of a low-rank plane's right factor are taken together.
 constexpr std::int64_t kRows = 8;
 
@@ -70,7 +80,101 @@ struct Gradient {
   }
 };
 
+// One thread's memory for sums by column.
+struct ColumnScratch {
+  float grad[kColumnRows * kColumns];  // [rows, width]
+  float sums[kColumns];
+  float left[kRanks * kColumnRows];  // of B^T
+  float zeros[kRanks * kColumns] = {};
+  // Off the cache lines by one element, so that the merge does not stream to what is read again at once.
+  alignas(64) float product[1 + kRanks * kColumns];
+};
+
+// Some rows and columns of a tensor, at most kColumnRows and kColumns.
+struct Window {
+  std::int64_t row;
+  std::int64_t rows;
+  std::int64_t column;
+  std::int64_t width;
+};
+
+// result[i] += the sum over the window's rows of grad * plane in column i.
+void add_columns_of(const Plane& plane, std::int64_t columns, const Window& window, const Kernels& kernels,
+                    ColumnScratch& scratch, double* result) {
+  const std::int64_t width = window.width;
+  if (plane.format != Format::LowRank) {
+    const Term term = term_of(plane);
+    std::fill_n(scratch.sums, width, 0.0f);
+    for (std::int64_t i = 0; i < window.rows; ++i) {
+      kernels.add_products(scratch.grad + i * width, term, (window.row + i) * columns + window.column, width,
+                           scratch.sums);
+    }
+    for (std::int64_t c = 0; c < width; ++c) result[c] += static_cast<double>(scratch.sums[c]);
+    return;
+  }
+  // A weighs B^T G, which is a merge of low-rank planes into zeros.
+  for (std::int64_t first = 0; first < plane.size; first += kRanks) {
+    const std::int64_t ranks = std::min(kRanks, plane.size - first);
+    for (std::int64_t r = 0; r < ranks; ++r) {
+      for (std::int64_t i = 0; i < window.rows; ++i) {
+        scratch.left[r * window.rows + i] =
+            float_at(plane.factors, plane.dtype, (window.row + i) * plane.size + first + r);
+      }
+    }
+    float* product = scratch.product + 1;
+    kernels.merge_tile[static_cast<int>(DType::F32)][static_cast<int>(DType::F32)](
+        reinterpret_cast<const std::byte*>(scratch.zeros), nullptr, nullptr, 0,
+        LowRank{scratch.left, scratch.grad, window.rows, width}, Tile{0, ranks, width, width},
+        reinterpret_cast<std::byte*>(product));
+    for (std::int64_t r = 0; r < ranks; ++r, product += width) {
+      const std::int64_t at = (first + r) * columns + window.column;
+      kernels.widen[static_cast<int>(plane.dtype)](
+          static_cast<const std::byte*>(plane.values) + at * item_size(plane.dtype), width, scratch.sums);
+      for (std::int64_t c = 0; c < width; ++c) {
+        result[c] += static_cast<double>(scratch.sums[c]) * static_cast<double>(product[c]);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+const char* inner_columns(const void* grad, DType grad_dtype, const Plane* planes, std::int64_t count,
+                          std::int64_t length, std::int64_t columns, double* result, int threads,
+                          const std::string& isa) {
+  check_columns(length, columns, "");
+  check(grad, grad_dtype, planes, count, length, columns, threads);
+  const Kernels& kernels = choose_kernels(isa);
+  const std::int64_t rows = length / columns;
+  const std::int64_t strips = ceil_div(columns, kColumns);
+  const std::int64_t part = std::max<std::int64_t>(1, ceil_div(rows, kParts * kColumnRows)) * kColumnRows;
+  const std::int64_t parts = ceil_div(rows, part);
+  std::vector<double> sums(static_cast<std::size_t>(parts * count * columns));  // [parts, count, columns]
+  std::vector<ColumnScratch> scratch(
+      static_cast<std::size_t>(std::min<std::int64_t>(threads, strips * parts)));
+  parallel_for(threads, strips * parts, [&](int thread, std::int64_t task) {
+    ColumnScratch& own = scratch[static_cast<std::size_t>(thread)];
+    const std::int64_t column = task % strips * kColumns;
+    const std::int64_t last = std::min(rows, (task / strips + 1) * part);
+    Window window{task / strips * part, 0, column, std::min(kColumns, columns - column)};
+    for (; window.row < last; window.row += window.rows) {
+      window.rows = std::min(kColumnRows, last - window.row);
+      for (std::int64_t i = 0; i < window.rows; ++i) {
+        const auto* from = static_cast<const std::byte*>(grad) +
+                           ((window.row + i) * columns + column) * item_size(grad_dtype);
+        kernels.widen[static_cast<int>(grad_dtype)](from, window.width, own.grad + i * window.width);
+      }
+      for (std::int64_t p = 0; p < count; ++p) {
+        if (planes[p].values == nullptr) continue;
+        add_columns_of(planes[p], columns, window, kernels, own,
+                       sums.data() + (task / strips * count + p) * columns + column);
+      }
+    }
+  });
+  std::fill(result, result + count * columns, 0.0);
+  for (std::int64_t i = 0; i < parts * count * columns; ++i) result[i % (count * columns)] += sums[i];
+  return kernels.name;
+}
 
 const char* inner_rows(const void* grad, DType grad_dtype, const Plane* planes, std::int64_t count,
                        std::int64_t length, std::int64_t columns, double* result, int threads,

@@ -43,25 +43,49 @@ bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_
          second < first + static_cast<std::uintptr_t>(a_bytes);
 }
 
+// Of a table that may be null.
+const float* at(const float* const* table, std::int64_t i) { return table != nullptr ? table[i] : nullptr; }
+
 // Columns that are merged together where the low-rank planes have this rank: whole steps.
 std::int64_t strip_width(std::int64_t rank) { return std::max(kStep, kStrip / rank / kStep * kStep); }
+
+// A row of a low-rank plane's B times its weight; returns where it ends.
+float* widen_left(const Plane& plane, std::int64_t row, float weight, const Kernels& kernels, float* left) {
+  const auto* from = static_cast<const std::byte*>(plane.factors) + row * plane.size * item_size(plane.dtype);
+  kernels.widen[static_cast<int>(plane.dtype)](from, plane.size, left);
+  for (std::int64_t r = 0; r < plane.size; ++r) *left++ *= weight;
+  return left;
+}
+
+// `width` of the columns of its A; returns where they end.
+float* widen_right(const Plane& plane, std::int64_t columns, std::int64_t first, std::int64_t width,
+                   const Kernels& kernels, float* right) {
+  for (std::int64_t r = 0; r < plane.size; ++r, right += width) {
+    const auto* from =
+        static_cast<const std::byte*>(plane.values) + (r * columns + first) * item_size(plane.dtype);
+    kernels.widen[static_cast<int>(plane.dtype)](from, width, right);
+  }
+  return right;
+}
 
 }  // namespace
 
 // What one call of `run` reads and writes.
 struct MergePlan::Target {
   const float* weights;
-  const float* const* row_weights;  // or null
+  const float* const* row_weights;     // or null
+  const float* const* column_weights;  // or null
   std::int64_t preferences;
   void* const* out;
   const Kernels& kernels;
 };
 
 struct MergePlan::Scratch {
-  std::vector<Term> terms;     // of the planes with a coefficient, low-rank ones left out
-  std::vector<float> weights;  // theirs; of a tile [rows, terms]
-  std::vector<float> left;     // [rows of a piece, rank]
-  std::vector<float> right;    // [rank, strip]
+  std::vector<Term> terms;                   // of the planes with a coefficient, low-rank ones left out
+  std::vector<float> weights;                // theirs; of a tile [rows, terms]
+  std::vector<float> left;                   // [rows of a piece, rank]
+  std::vector<float> right;                  // [rank, strip]
+  std::vector<const float*> column_weights;  // of the terms, from a strip's first column on
 };
 
 MergePlan::MergePlan(std::vector<Segment> segments, std::vector<Plane> planes, std::int64_t plane_count,
@@ -140,8 +164,7 @@ void MergePlan::merge_run(const Piece& run, const Target& target, std::int64_t k
   const Segment& segment = segments_[static_cast<std::size_t>(run.segment)];
   const Plane* planes = planes_.data() + run.segment * plane_count_;
   const float* weights = target.weights + (k * row_count_ + segment.row) * plane_count_;
-  const float* rows =
-      target.row_weights != nullptr ? target.row_weights[k * segment_count() + run.segment] : nullptr;
+  const float* rows = at(target.row_weights, k * segment_count() + run.segment);
   const std::int64_t row_count = rows != nullptr ? segment.length / segment.columns : 0;
   std::int64_t active = 0;
   Kind kind = Kind::F32;
@@ -168,37 +191,43 @@ void MergePlan::merge_run(const Piece& run, const Target& target, std::int64_t k
   }
 }
 
-// Whole rows of a tensor with low-rank planes. All of these together are one product of a left factor, into
-// which the coefficients are folded, and a right factor, of which a strip of columns stays in the first-level
-// cache for all rows.
-void MergePlan::merge_low_rank(const Piece& piece, const Target& target, std::int64_t k,
-                               Scratch& scratch) const {
+// Whole rows of a tensor, or a part of one row, where planes are of low rank or columns have coefficients.
+// All low-rank planes together are one product of a left factor, into which the coefficients are folded, and
+// a right factor, of which a strip of columns stays in the first-level cache for all rows. Coefficients k of
+// columns make it [w B, B] times [A, A k]: twice the products, where (w + k) B A would take half as many
+// operations more, but the kernel stays as it is.
+void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64_t k,
+                            Scratch& scratch) const {
   const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
   const Plane* planes = planes_.data() + piece.segment * plane_count_;
   const float* weights = target.weights + (k * row_count_ + segment.row) * plane_count_;
-  const float* row_weights =
-      target.row_weights != nullptr ? target.row_weights[k * segment_count() + piece.segment] : nullptr;
+  const float* row_weights = at(target.row_weights, k * segment_count() + piece.segment);
+  const float* column_weights = at(target.column_weights, k * segment_count() + piece.segment);
   const std::int64_t columns = segment.columns;
-  const std::int64_t rows = piece.count / columns;
+  const std::int64_t first_column = piece.begin % columns;
+  const std::int64_t end_column = std::min(columns, first_column + piece.count);
+  const std::int64_t rows = piece.count / (end_column - first_column);
   const std::int64_t first = piece.begin / columns;
   const auto coefficient = [&](std::int64_t p, std::int64_t row) {
     return row_weights != nullptr ? weights[p] + row_weights[p * (segment.length / columns) + first + row]
                                   : weights[p];
   };
   const auto is_active = [&](std::int64_t p) {
-    return planes[p].values != nullptr && (row_weights != nullptr || weights[p] != 0.0f);
+    return planes[p].values != nullptr &&
+           (row_weights != nullptr || column_weights != nullptr || weights[p] != 0.0f);
   };
   std::int64_t rank = 0;
   std::int64_t count = 0;
   for (std::int64_t p = 0; p < plane_count_; ++p) {
     if (!is_active(p)) continue;
     if (planes[p].format == Format::LowRank) {
-      rank += planes[p].size;
+      rank += column_weights != nullptr ? 2 * planes[p].size : planes[p].size;
     } else {
       scratch.terms[static_cast<std::size_t>(count++)] = term_of(planes[p]);
     }
   }
-  if (rank == 0 && row_weights == nullptr) return merge_run(piece, target, k, scratch);
+  if (rank == 0 && row_weights == nullptr && (column_weights == nullptr || count == 0))
+    return merge_run(piece, target, k, scratch);
 
   float* left = scratch.left.data();
   float* own = scratch.weights.data();
@@ -210,47 +239,69 @@ void MergePlan::merge_low_rank(const Piece& piece, const Target& target, std::in
         *own++ = weight;
         continue;
       }
-      const std::int64_t size = planes[p].size;
-      const auto* factors = static_cast<const std::byte*>(planes[p].factors);
-      const int dtype = static_cast<int>(planes[p].dtype);
-      target.kernels.widen[dtype](factors + (first + row) * size * item_size(planes[p].dtype), size, left);
-      for (std::int64_t r = 0; r < size; ++r) *left++ *= weight;
+      left = widen_left(planes[p], first + row, weight, target.kernels, left);
+      if (column_weights != nullptr) left = widen_left(planes[p], first + row, 1.0f, target.kernels, left);
     }
   }
   const MergeTileFn merge =
       target.kernels.merge_tile[static_cast<int>(segment.base_dtype)][static_cast<int>(segment.out_dtype)];
   const std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
-  for (std::int64_t column = 0; column < columns; column += strip) {
-    const std::int64_t width = std::min(strip, columns - column);
+  for (std::int64_t column = first_column; column < end_column; column += strip) {
+    const std::int64_t width = std::min(strip, end_column - column);
     float* right = scratch.right.data();
+    std::size_t term = 0;
     for (std::int64_t p = 0; p < plane_count_; ++p) {
-      if (!is_active(p) || planes[p].format != Format::LowRank) continue;
+      if (!is_active(p)) continue;
+      const float* by_column = column_weights != nullptr ? column_weights + p * columns + column : nullptr;
+      if (planes[p].format != Format::LowRank) {
+        scratch.column_weights[term++] = by_column;
+        continue;
+      }
+      right = widen_right(planes[p], columns, column, width, target.kernels, right);
+      if (by_column == nullptr) continue;
       for (std::int64_t r = 0; r < planes[p].size; ++r, right += width) {
-        const auto* from = static_cast<const std::byte*>(planes[p].values) +
-                           (r * columns + column) * item_size(planes[p].dtype);
-        target.kernels.widen[static_cast<int>(planes[p].dtype)](from, width, right);
+        const float* shared = right - planes[p].size * width;
+        for (std::int64_t c = 0; c < width; ++c) right[c] = shared[c] * by_column[c];
       }
     }
     merge(static_cast<const std::byte*>(segment.base), scratch.terms.data(), scratch.weights.data(), count,
           LowRank{scratch.left.data(), scratch.right.data(), rank, width},
-          Tile{piece.begin + column, rows, columns, width},
+          Tile{piece.begin + column - first_column, rows, columns, width,
+               column_weights != nullptr ? scratch.column_weights.data() : nullptr},
           static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]));
   }
 }
 
 void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& scratch) const {
   const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
-  if (ranks_[static_cast<std::size_t>(piece.segment)] > 0) {
-    for (std::int64_t k = 0; k < target.preferences; ++k) merge_low_rank(piece, target, k, scratch);
-    return;
-  }
-  const std::int64_t block = target.preferences == 1 ? piece.count : kBlock;
+  const auto by_column = [&](std::int64_t k) {
+    return at(target.column_weights, k * segment_count() + piece.segment) != nullptr;
+  };
+  const std::int64_t columns = segment.columns;
   const std::int64_t end = piece.begin + piece.count;
+  const bool low_rank = ranks_[static_cast<std::size_t>(piece.segment)] > 0;
+  std::int64_t rest = 0;
+  for (std::int64_t k = 0; k < target.preferences; ++k) {
+    if (!low_rank && !by_column(k)) {
+      ++rest;
+      continue;
+    }
+    for (std::int64_t begin = piece.begin; begin < end;) {
+      // To the end of a row that the piece starts within, whole rows, and the start of one that it ends
+      // within.
+      const std::int64_t whole = begin % columns == 0 ? (end - begin) / columns * columns : 0;
+      const std::int64_t count = whole > 0 ? whole : std::min(end - begin, columns - begin % columns);
+      merge_tiles({piece.segment, begin, count}, target, k, scratch);
+      begin += count;
+    }
+  }
+  if (rest == 0) return;
+  const std::int64_t block = target.preferences == 1 ? piece.count : kBlock;
   for (std::int64_t first = piece.begin; first < end; first += block) {
     const std::int64_t last = std::min(end, first + block);
     for (std::int64_t k = 0; k < target.preferences; ++k) {
-      const bool by_row =
-          target.row_weights != nullptr && target.row_weights[k * segment_count() + piece.segment] != nullptr;
+      if (by_column(k)) continue;
+      const bool by_row = at(target.row_weights, k * segment_count() + piece.segment) != nullptr;
       for (std::int64_t begin = first; begin < last;) {
         const std::int64_t stop =
             by_row ? std::min(last, (begin / segment.columns + 1) * segment.columns) : last;
@@ -262,33 +313,37 @@ void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& s
 }
 
 const char* MergePlan::run(const float* weights, std::int64_t preferences, void* const* out, int threads,
-                           const std::string& isa, const float* const* row_weights) const {
+                           const std::string& isa, const float* const* row_weights,
+                           const float* const* column_weights) const {
   if (preferences < 1)
     fail("weights: got " + std::to_string(preferences) + " preferences, expected at least 1");
   check_threads(threads);
   check_outputs(out, preferences);
-  for (std::int64_t i = 0; row_weights != nullptr && i < preferences * segment_count(); ++i) {
+  for (std::int64_t i = 0; i < preferences * segment_count(); ++i) {
     const Segment& segment = segments_[static_cast<std::size_t>(i % segment_count())];
-    if (row_weights[i] != nullptr)
+    if (at(row_weights, i) != nullptr || at(column_weights, i) != nullptr)
       check_columns(segment.length, segment.columns, at_segment(i % segment_count()));
   }
-  const Target target{weights, row_weights, preferences, out, choose_kernels(isa)};
+  const Target target{weights, row_weights, column_weights, preferences, out, choose_kernels(isa)};
   const auto chunk_count = static_cast<std::int64_t>(chunks_.size()) - 1;
   std::int64_t own = plane_count_;
   std::int64_t left = 0;
   std::int64_t right = 0;
   for (const Piece& piece : pieces_) {
     const std::int64_t rank = ranks_[static_cast<std::size_t>(piece.segment)];
-    if (rank == 0) continue;
-    const std::int64_t rows = piece.count / segments_[static_cast<std::size_t>(piece.segment)].columns;
+    if (rank == 0 && column_weights == nullptr) continue;
+    const std::int64_t all = column_weights != nullptr ? 2 * rank : rank;
+    const std::int64_t columns = segments_[static_cast<std::size_t>(piece.segment)].columns;
+    const std::int64_t rows = std::max<std::int64_t>(1, piece.count / std::max<std::int64_t>(1, columns));
     own = std::max(own, rows * plane_count_);
-    left = std::max(left, rows * rank);
-    right = std::max({right, rank * kStep, kStrip});
+    left = std::max(left, rows * all);
+    right = std::max({right, all * kStep, kStrip});
   }
   const Scratch empty{std::vector<Term>(static_cast<std::size_t>(plane_count_)),
                       std::vector<float>(static_cast<std::size_t>(own)),
                       std::vector<float>(static_cast<std::size_t>(left)),
-                      std::vector<float>(static_cast<std::size_t>(right))};
+                      std::vector<float>(static_cast<std::size_t>(right)),
+                      std::vector<const float*>(static_cast<std::size_t>(plane_count_))};
   std::vector<Scratch> scratch(static_cast<std::size_t>(std::min<std::int64_t>(threads, chunk_count) + 1),
                                empty);
   parallel_for(threads, chunk_count, [&](int thread, std::int64_t chunk) {
