@@ -21,7 +21,8 @@ from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import Plane, by_row, memories
+from paretofuse.engine.planes.plane import Plane, memories
+from paretofuse.kernels.reference import spread
 
 USABLE = [name for name, usable in native.instruction_sets().items() if usable]
 DTYPES = ["F32", "BF16", "F16"]
@@ -102,7 +103,7 @@ def truth(base: Tensor, planes: Sequence[Plane | None], weights: Tensor) -> Tens
     total = base.double()
     for weight, own in zip(weights.double(), planes, strict=True):
         if own is not None:
-            total = total + by_row(weight, own.shape) * own.decode().double()
+            total = total + spread(weight, own.shape) * own.decode().double()
     return total
 
 
