@@ -209,9 +209,7 @@ class RowsWeight:
         stored = self.base.shape[1 if self.transposed else 0]
         for weight, delta in zip(weights.unbind(1), planes, strict=True):
             if delta is not None:
-                y = y + weighted(
-                    rows, weight, stored, self.transposed, lambda x, delta=delta: x @ delta.to(x.dtype).T
-                )
+                y = y + weighted(rows, weight, stored, self.transposed, [delta.to(x.dtype)])
         if self.low_rank is not None:
             y = y + self.low_rank.product(rows, weights, self.transposed)
         if bias is not None:

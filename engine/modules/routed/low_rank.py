@@ -8,8 +8,9 @@ product with the base [O, I] they cost R / O + R / I of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -58,10 +59,8 @@ class SideBySide:
             return (((x @ a.T).float() * own).to(x.dtype) @ b.T).float()
         rows = a.shape[1] if transposed else len(b)
         y = x.new_zeros((), dtype=torch.float32)
-        for e, (left, right) in enumerate(zip(a.split(self.ranks), b.split(self.ranks, 1), strict=True)):
-            y = y + weighted(
-                x, weights[:, e], rows, transposed, lambda x, left=left, right=right: (x @ left.T) @ right.T
-            )
+        for e, factors in enumerate(zip(a.split(self.ranks), b.split(self.ranks, 1), strict=True)):
+            y = y + weighted(x, weights[:, e], rows, transposed, factors)
         return y
 
     def part(self, first: int, last: int) -> SideBySide:
@@ -69,9 +68,7 @@ class SideBySide:
         return SideBySide(self.a, self.b[first:last], self.ranks, self.planes)
 
 
-def weighted(
-    x: Tensor, weight: Tensor, rows: int, transposed: bool, product: Callable[[Tensor], Tensor]
-) -> Tensor:
+def weighted(x: Tensor, weight: Tensor, rows: int, transposed: bool, factors: Sequence[Tensor]) -> Tensor:
     """One plane's share of a layer's output, float32 [B, P, O]: coefficients of outputs weigh them, of inputs those.
 
     Args:
@@ -79,8 +76,13 @@ def weighted(
         weight: the plane's [B], [B, rows] or [B, rows + columns].
         rows: of the weight as it is stored.
         transposed: whether rows are the inputs and columns the outputs.
-        product: [B, P, I] -> [B, P, O], x D^T in x's dtype.
+        factors: the matrices that x is multiplied by, one after the other, transposed and in x's dtype: [O, I], or
+            those of a plane of low rank [R, I] and [O, R].
     """
+
+    def product(x: Tensor) -> Tensor:
+        return reduce(lambda y, factor: y @ factor.T, factors, x)
+
     if weight.dim() == 1:
         return weight.view(-1, 1, 1) * product(x).float()
     sides = [
