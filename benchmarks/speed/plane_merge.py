@@ -2,7 +2,8 @@
 
 Planes of each format (dense bfloat16, int8 with groups of 1024 and of 32, int4, LoRA of rank 2 and 16 an expert) go
 through the C++ core side by side with the best of plain PyTorch on dense bfloat16 planes, `torch.addmv`, and a copy.
-"LoRA switch" times factors in float32 against `torch.addmm` over the same products.
+"LoRA switch" times factors in float32 against `torch.addmm` over the same products. The last case asks what
+coefficients of rows and of columns cost a merge.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from paretofuse.engine.planes.int4 import Int4
 from paretofuse.engine.planes.int8 import Int8
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.planes.plane import Plane, memories, nbytes
+from paretofuse.kernels.reference import spread
 
 EXPERTS = 8
 ROWS, COLUMNS = 3072, 768
@@ -30,7 +32,7 @@ TARGETS = {"int8, groups of 1024": ">= 1.5", "int4": ">= 1.6"}
 def run(options: Options) -> list[Row]:
     """Measure both cases."""
     torch.set_num_threads(options.threads)
-    return [*_formats(options), *_switch(options)]
+    return [*_formats(options), *_switch(options), *_families(options)]
 
 
 def _formats(options: Options) -> list[Row]:
@@ -147,6 +149,53 @@ def _switch(options: Options) -> list[Row]:
     ]
 
 
+def _families(options: Options) -> list[Row]:
+    """Routers of each family: a coefficient for all of a matrix, for each row, and for each column besides."""
+    layers = 1 if options.quick else 36
+    base = [_random((ROWS, COLUMNS), 3000 + i, 0.02).bfloat16() for i in range(layers)]
+    deltas = [
+        [_random((ROWS, COLUMNS), i * EXPERTS + e, 0.002) for e in range(EXPERTS)] for i in range(layers)
+    ]
+    formats: dict[str, list[list[Plane]]] = {
+        "bf16": [[Dense.encode(delta, torch.bfloat16) for delta in own] for own in deltas],
+        "int8, groups of 1024": [[Int8.encode(delta, 1024) for delta in own] for own in deltas],
+        "LoRA, rank 16": [
+            [_lora(16, i * EXPERTS + e, torch.bfloat16) for e in range(EXPERTS)] for i in range(layers)
+        ],
+    }
+    whole = torch.from_numpy(np.random.default_rng(2).dirichlet(np.ones(EXPERTS)).astype(np.float32))
+    rows = whole.unsqueeze(1) + _random((EXPERTS, ROWS), 4, 0.1)
+    families = {
+        "scalar": whole,
+        "rows": rows,
+        "rows+columns": torch.cat([rows, _random((EXPERTS, COLUMNS), 5, 0.1)], 1),
+    }
+    out = [torch.empty_like(tensor) for tensor in base]
+    found = []
+    for form, planes in formats.items():
+        contenders: dict[str, Callable[[], object]] = {
+            family: _merge(base, planes, weights.numpy(), out, options.threads)
+            for family, weights in families.items()
+        }
+        for family, call in contenders.items():
+            _check(base, planes, families[family].numpy(), out, call, f"{form}, {family}", 2.0)
+        seconds = interleave(contenders, options.repeat(9))
+        for family, values in seconds.items():
+            plain = family == "scalar"
+            found.append(
+                Row(
+                    case=f"families, 85 M elements, 8 experts, bfloat16: {form}",
+                    contender=family,
+                    quantity="time",
+                    unit="ms",
+                    values=milliseconds(values),
+                    comparison="" if plain else "this / scalar",
+                    ratio=None if plain else paired_ratio(values, seconds["scalar"]),
+                )
+            )
+    return found
+
+
 def _random(shape: tuple[int, ...], seed: int, size: float) -> Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -163,7 +212,7 @@ def _merge(
     out: Sequence[Tensor],
     threads: int,
 ) -> Callable[[], object]:
-    """The core's merge of all layers, bound once."""
+    """The core's merge of all layers, bound once, at weights [E], [E, rows] or [E, rows + columns]."""
     plan = native.MergePlan(
         base=[tensor.data_ptr() for tensor in base],
         planes=[memories(own) for own in planes],
@@ -176,7 +225,17 @@ def _merge(
         row_count=1,
     )
     table = np.array([[tensor.data_ptr() for tensor in out]], np.uint64)
-    return lambda: plan.run(weights.reshape(1, 1, -1), table, threads=threads)
+    if weights.ndim == 1:
+        return lambda: plan.run(weights.reshape(1, 1, -1), table, threads=threads)
+    none = np.zeros((1, 1, EXPERTS), np.float32)
+    own = [np.ascontiguousarray(side) for side in np.split(weights, [ROWS], 1)]  # held by what is returned
+    return lambda: plan.run(
+        none,
+        table,
+        row_weights=[[own[0].ctypes.data] * len(base)],
+        column_weights=[[own[1].ctypes.data] * len(base)] if own[1].size else None,
+        threads=threads,
+    )
 
 
 def _check(
@@ -195,7 +254,7 @@ def _check(
     step = torch.finfo(out[0].dtype).eps
     for tensor, own, found in list(zip(base, planes, out, strict=True))[:2]:
         truth = tensor.double()
-        for weight, plane in zip(weights, own, strict=True):
-            truth = truth + float(weight) * plane.decode().double()
+        for weight, plane in zip(torch.from_numpy(weights).double(), own, strict=True):
+            truth = truth + spread(weight, tensor.shape) * plane.decode().double()
         error = ((found.double() - truth).abs() / (truth.abs() + 1e-3)).max()
         check(bool(error <= slack * step), f"{name} is off by {float(error):.3g} of the value")
