@@ -101,7 +101,17 @@ def test_references_agree_with_decoded_numbers(shape: tuple[int, ...]) -> None:
             wide = weight.double().view(-1, *[1] * (len(shape) - 1)) if weight.dim() else weight.double()
             merged = merged_tensor(base, [None, plane], torch.stack([weight, weight]), torch.float32)
             torch.testing.assert_close(merged.double(), base.double() + wide * decoded, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(plane.inner(gradient), (gradient.double() * decoded).sum())
+        products = gradient.double() * decoded
+        torch.testing.assert_close(plane.inner(gradient), products.sum())
+        by_row = products.flatten(1).sum(1) if len(shape) > 1 else products.sum().view(1)
+        torch.testing.assert_close(plane.inner_rows(gradient), by_row)
+        if len(shape) == 2:
+            torch.testing.assert_close(plane.inner_columns(gradient), products.sum(0))
+            rows, columns = torch.randn(shape[0]), torch.randn(shape[1])
+            weights = torch.cat([rows, columns]).expand(2, -1)
+            merged = merged_tensor(base, [plane, None], weights, torch.float32)
+            wide = rows.double().unsqueeze(1) + columns.double()
+            torch.testing.assert_close(merged.double(), base.double() + wide * decoded, rtol=1e-5, atol=1e-7)
 
 
 def test_planes_come_apart_and_together_again() -> None:

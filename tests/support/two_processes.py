@@ -24,12 +24,13 @@ def train_and_sweep(out: Path, method: str, die_at: int = 0) -> None:
 
     Args:
         out: where; a checkpoint that is there is gone on from.
-        method: as `pf.fit` takes it; "ls" trains planes besides.
+        method: as `pf.fit` takes it; "ls" trains columns and planes besides.
         die_at: the step at which the second process ends without a word; 0: never.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     engine, objectives = problem()
     if method == "ls":
+        engine.set_family("rows+columns")
         pf.add_planes(engine, 2)
     engine.module.eval()  # dropout would differ between processes
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import paretofuse as pf
 from paretofuse.cli import main
@@ -102,6 +103,29 @@ def test_trains_as_the_library_does(folder: Path) -> None:
     trained = routers(folder / "new" / "t")
     assert all(torch.equal(trained[name], tensor) for name, tensor in engine.routers.state_dict().items())
     assert any(not torch.equal(trained[name], tensor) for name, tensor in routers(folder / "s").items())
+
+
+def test_a_family_goes_from_the_shell_into_the_store_and_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--objectives", "tasks:objectives", "--steps", "3"]
+    assert fit(capsys, *words, "--family", "rows+columns", "--row-shrinkage", "0.1", "-o", "t")[0] == 0
+    code, out, _ = call(capsys, "info", "t")
+    assert code == 0
+    # MLPs of 2 groups (2 x 4 + 4 + 4 x 2 + 2 numbers each), 2 objectives x 2 planes x (2 + 1 rows + 3 columns).
+    assert "2 groups, family rows+columns, 68 router" in out
+    trained = routers(folder / "t")
+    assert trained["rows.weight"].any()
+    assert trained["columns.weight"].shape == (2, 2, 3)
+    assert trained["columns.weight"].any()
+    assert call(capsys, "fit", "t", *WORDS[2:], *words, "-o", "u")[0] == 0
+    assert pf.load(folder / "u").routers.family == "rows+columns"
+    assert call(capsys, "merge", "u", "--preference", "news=0.3,poems=0.7", "-o", "m.safetensors")[0] == 0
+    merged, r = load_file(folder / "m.safetensors"), {"news": 0.3, "poems": 0.7}
+    assert all(torch.equal(merged[name], t) for name, t in pf.load(folder / "u").merge_state_dict(r).items())
+    code, _, err = fit(capsys, *words, "--family", "columns")
+    assert code == 2
+    assert "invalid choice: 'columns'" in err
 
 
 def test_in_place_and_again_from_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
