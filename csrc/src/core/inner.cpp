@@ -104,9 +104,11 @@ void add_columns_of(const Plane& plane, std::int64_t columns, const Window& wind
   const std::int64_t width = window.width;
   if (plane.format != Format::LowRank) {
     const Term term = term_of(plane);
+    const float zero = 0.0f;  // its weight, but for the gradient
     std::fill_n(scratch.sums, width, 0.0f);
     for (std::int64_t i = 0; i < window.rows; ++i) {
-      kernels.add_products(scratch.grad + i * width, term, (window.row + i) * columns + window.column, width,
+      const float* grad = scratch.grad + i * width;
+      kernels.add_weighted(&term, &zero, &grad, 1, (window.row + i) * columns + window.column, width,
                            scratch.sums);
     }
     for (std::int64_t c = 0; c < width; ++c) result[c] += static_cast<double>(scratch.sums[c]);

@@ -85,6 +85,7 @@ struct MergePlan::Scratch {
   std::vector<float> weights;                // theirs; of a tile [rows, terms]
   std::vector<float> left;                   // [rows of a piece, rank]
   std::vector<float> right;                  // [rank, strip]
+  std::vector<float> sums;                   // [strip], where columns have coefficients
   std::vector<const float*> column_weights;  // of the terms, from a strip's first column on
 };
 
@@ -194,8 +195,9 @@ void MergePlan::merge_run(const Piece& run, const Target& target, std::int64_t k
 // Whole rows of a tensor, or a part of one row, where planes are of low rank or columns have coefficients.
 // All low-rank planes together are one product of a left factor, into which the coefficients are folded, and
 // a right factor, of which a strip of columns stays in the first-level cache for all rows. Coefficients k of
-// columns make it [w B, B] times [A, A k]: twice the products, where (w + k) B A would take half as many
-// operations more, but the kernel stays as it is.
+// columns make it [w B, B] times [A, A k]: four operations for each product, where (w + k) B A would take
+// three, but in the kernel that there is. What the other planes add is summed up in floats before, row by
+// row.
 void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64_t k,
                             Scratch& scratch) const {
   const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
@@ -245,6 +247,11 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
   }
   const MergeTileFn merge =
       target.kernels.merge_tile[static_cast<int>(segment.base_dtype)][static_cast<int>(segment.out_dtype)];
+  // The same from sums that are floats already.
+  const MergeTileFn finish =
+      target.kernels.merge_tile[static_cast<int>(DType::F32)][static_cast<int>(segment.out_dtype)];
+  const auto* base = static_cast<const std::byte*>(segment.base);
+  auto* out = static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]);
   const std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
   for (std::int64_t column = first_column; column < end_column; column += strip) {
     const std::int64_t width = std::min(strip, end_column - column);
@@ -264,11 +271,24 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
         for (std::int64_t c = 0; c < width; ++c) right[c] = shared[c] * by_column[c];
       }
     }
-    merge(static_cast<const std::byte*>(segment.base), scratch.terms.data(), scratch.weights.data(), count,
-          LowRank{scratch.left.data(), scratch.right.data(), rank, width},
-          Tile{piece.begin + column - first_column, rows, columns, width,
-               column_weights != nullptr ? scratch.column_weights.data() : nullptr},
-          static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]));
+    const std::int64_t begin = piece.begin + column - first_column;
+    if (column_weights == nullptr || count == 0) {
+      merge(base, scratch.terms.data(), scratch.weights.data(), count,
+            LowRank{scratch.left.data(), scratch.right.data(), rank, width},
+            Tile{begin, rows, columns, width}, out);
+      continue;
+    }
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t at = begin + row * columns;
+      float* sums = scratch.sums.data();
+      target.kernels.widen[static_cast<int>(segment.base_dtype)](base + at * item_size(segment.base_dtype),
+                                                                 width, sums);
+      target.kernels.add_weighted(scratch.terms.data(), scratch.weights.data() + row * count,
+                                  scratch.column_weights.data(), count, at, width, sums);
+      finish(reinterpret_cast<const std::byte*>(sums), nullptr, nullptr, 0,
+             LowRank{scratch.left.data() + row * rank, scratch.right.data(), rank, width},
+             Tile{0, 1, width, width}, out + at * item_size(segment.out_dtype));
+    }
   }
 }
 
@@ -343,6 +363,7 @@ const char* MergePlan::run(const float* weights, std::int64_t preferences, void*
                       std::vector<float>(static_cast<std::size_t>(own)),
                       std::vector<float>(static_cast<std::size_t>(left)),
                       std::vector<float>(static_cast<std::size_t>(right)),
+                      std::vector<float>(static_cast<std::size_t>(column_weights != nullptr ? kStrip : 0)),
                       std::vector<const float*>(static_cast<std::size_t>(plane_count_))};
   std::vector<Scratch> scratch(static_cast<std::size_t>(std::min<std::int64_t>(threads, chunk_count) + 1),
                                empty);
