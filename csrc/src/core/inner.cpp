@@ -108,8 +108,8 @@ void add_columns_of(const Plane& plane, std::int64_t columns, const Window& wind
     std::fill_n(scratch.sums, width, 0.0f);
     for (std::int64_t i = 0; i < window.rows; ++i) {
       const float* grad = scratch.grad + i * width;
-      kernels.add_weighted(&term, &zero, &grad, 1, (window.row + i) * columns + window.column, width,
-                           scratch.sums);
+      kernels.add_weighted(reinterpret_cast<const std::byte*>(scratch.sums), DType::F32, &term, &zero, &grad,
+                           1, (window.row + i) * columns + window.column, width, scratch.sums);
     }
     for (std::int64_t c = 0; c < width; ++c) result[c] += static_cast<double>(scratch.sums[c]);
     return;

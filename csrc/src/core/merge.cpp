@@ -46,6 +46,10 @@ bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_
 // Of a table that may be null.
 const float* at(const float* const* table, std::int64_t i) { return table != nullptr ? table[i] : nullptr; }
 
+// Columns that are summed up in floats where columns have coefficients: reading and writing take turns so
+// often that neither waits for the other.
+constexpr std::int64_t kColumns = 512;
+
 // Columns that are merged together where the low-rank planes have this rank: whole steps.
 std::int64_t strip_width(std::int64_t rank) { return std::max(kStep, kStrip / rank / kStep * kStep); }
 
@@ -252,7 +256,8 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
       target.kernels.merge_tile[static_cast<int>(DType::F32)][static_cast<int>(segment.out_dtype)];
   const auto* base = static_cast<const std::byte*>(segment.base);
   auto* out = static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]);
-  const std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
+  std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
+  if (column_weights != nullptr) strip = std::min(kColumns, strip);
   for (std::int64_t column = first_column; column < end_column; column += strip) {
     const std::int64_t width = std::min(strip, end_column - column);
     float* right = scratch.right.data();
@@ -281,9 +286,8 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t at = begin + row * columns;
       float* sums = scratch.sums.data();
-      target.kernels.widen[static_cast<int>(segment.base_dtype)](base + at * item_size(segment.base_dtype),
-                                                                 width, sums);
-      target.kernels.add_weighted(scratch.terms.data(), scratch.weights.data() + row * count,
+      target.kernels.add_weighted(base + at * item_size(segment.base_dtype), segment.base_dtype,
+                                  scratch.terms.data(), scratch.weights.data() + row * count,
                                   scratch.column_weights.data(), count, at, width, sums);
       finish(reinterpret_cast<const std::byte*>(sums), nullptr, nullptr, 0,
              LowRank{scratch.left.data() + row * rank, scratch.right.data(), rank, width},
@@ -307,9 +311,9 @@ void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& s
       continue;
     }
     for (std::int64_t begin = piece.begin; begin < end;) {
-      // To the end of a row that the piece starts within, whole rows, and the start of one that it ends
-      // within.
-      const std::int64_t whole = begin % columns == 0 ? (end - begin) / columns * columns : 0;
+      // Row by row, which keeps to the order in memory; or to the end of a row, whole rows and the start of
+      // one.
+      const std::int64_t whole = low_rank && begin % columns == 0 ? (end - begin) / columns * columns : 0;
       const std::int64_t count = whole > 0 ? whole : std::min(end - begin, columns - begin % columns);
       merge_tiles({piece.segment, begin, count}, target, k, scratch);
       begin += count;
@@ -363,7 +367,7 @@ const char* MergePlan::run(const float* weights, std::int64_t preferences, void*
                       std::vector<float>(static_cast<std::size_t>(own)),
                       std::vector<float>(static_cast<std::size_t>(left)),
                       std::vector<float>(static_cast<std::size_t>(right)),
-                      std::vector<float>(static_cast<std::size_t>(column_weights != nullptr ? kStrip : 0)),
+                      std::vector<float>(static_cast<std::size_t>(column_weights != nullptr ? kColumns : 0)),
                       std::vector<const float*>(static_cast<std::size_t>(plane_count_))};
   std::vector<Scratch> scratch(static_cast<std::size_t>(std::min<std::int64_t>(threads, chunk_count) + 1),
                                empty);

@@ -54,10 +54,12 @@ using MergeFn = void (*)(const std::byte* base, const Term* terms, const float* 
 using MergeTileFn = void (*)(const std::byte* base, const Term* terms, const float* weights,
                              std::int64_t count, const LowRank& low_rank, const Tile& tile, std::byte* out);
 
-// sums[i] += the sum over t < count of (weights[t] + own[t][i]) * terms[t][begin + i] for i < length, in the
-// order of the terms. The scale of a quantized term is multiplied into its weight first.
-using AddWeightedFn = void (*)(const Term* terms, const float* weights, const float* const* own,
-                               std::int64_t count, std::int64_t begin, std::int64_t length, float* sums);
+// sums[i] = base[i] + the sum over t < count of (weights[t] + own[t][i]) * terms[t][begin + i] for i <
+// length, in the order of the terms. The scale of a quantized term is multiplied into its weight first. base
+// may be sums.
+using AddWeightedFn = void (*)(const std::byte* base, DType dtype, const Term* terms, const float* weights,
+                               const float* const* own, std::int64_t count, std::int64_t begin,
+                               std::int64_t length, float* sums);
 
 // The sum of a[i] * b[i] for begin <= i < begin + count: kStep running sums in float32, added up in float64.
 using DotFn = double (*)(const std::byte* a, const Term& b, std::int64_t begin, std::int64_t count);

@@ -198,28 +198,38 @@ PARETOFUSE_INLINE void add_step_weighted(const Term& term, float weight, const f
   }
 }
 
-__attribute__((noinline)) void add_weighted_one_by_one(const Term* terms, const float* weights,
-                                                       const float* const* own, std::int64_t count,
-                                                       std::int64_t begin, std::int64_t i, std::int64_t last,
-                                                       float* sums) {
+__attribute__((noinline)) void add_weighted_one_by_one(const std::byte* base, DType dtype, const Term* terms,
+                                                       const float* weights, const float* const* own,
+                                                       std::int64_t count, std::int64_t begin, std::int64_t i,
+                                                       std::int64_t last, float* sums) {
+  const Term own_base{base, nullptr, 0, static_cast<Kind>(dtype)};
   for (; i < last; ++i) {
+    float sum = weighted_at<Kind::Mixed>(own_base, 1.0f, i);
     for (std::int64_t t = 0; t < count; ++t) {
-      sums[i] += weighted_at<Kind::Mixed>(terms[t], weights[t] + own[t][i], begin + i);
+      sum += weighted_at<Kind::Mixed>(terms[t], weights[t] + own[t][i], begin + i);
     }
+    sums[i] = sum;
   }
 }
 
 // Once for all bases, outputs and mixes of formats, of which each would make the library larger: the sums lie
 // in the first-level cache, and memory is what such merges wait for.
-void add_weighted(const Term* terms, const float* weights, const float* const* own, std::int64_t count,
-                  std::int64_t begin, std::int64_t length, float* sums) {
+void add_weighted(const std::byte* base, DType dtype, const Term* terms, const float* weights,
+                  const float* const* own, std::int64_t count, std::int64_t begin, std::int64_t length,
+                  float* sums) {
   // A step of quantized elements must not cross from one scale to the next.
   const bool floats = std::all_of(terms, terms + count, [](const Term& t) { return t.kind <= Kind::F16; });
   const std::int64_t first = floats ? 0 : std::min(length, (begin + kStep - 1) / kStep * kStep - begin);
   const std::int64_t last = first + (length - first) / kStep * kStep;
   for (std::int64_t i = first; i < last; i += kStep) {
     typename Arch::Vec step[kVecs];
-    load_step<DType::F32>(reinterpret_cast<const std::byte*>(sums), i, step);
+    if (dtype == DType::F32) {
+      load_step<DType::F32>(base, i, step);
+    } else if (dtype == DType::BF16) {
+      load_step<DType::BF16>(base, i, step);
+    } else {
+      load_step<DType::F16>(base, i, step);
+    }
     for (std::int64_t t = 0; t < count; ++t) {
       const Term& term = terms[t];
       switch (term.kind) {
@@ -241,8 +251,8 @@ void add_weighted(const Term* terms, const float* weights, const float* const* o
     }
     for (std::int64_t v = 0; v < kVecs; ++v) Arch::to_floats(sums + i + v * Arch::kWidth, step[v]);
   }
-  add_weighted_one_by_one(terms, weights, own, count, begin, 0, first, sums);
-  add_weighted_one_by_one(terms, weights, own, count, begin, last, length, sums);
+  add_weighted_one_by_one(base, dtype, terms, weights, own, count, begin, 0, first, sums);
+  add_weighted_one_by_one(base, dtype, terms, weights, own, count, begin, last, length, sums);
 }
 
 // Element i of floats always adds to running sum (i - begin) % kStep, of quantized numbers to i % kStep, so
