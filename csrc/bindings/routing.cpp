@@ -41,7 +41,7 @@ std::unique_ptr<Routers> make_routers(const std::string& init,
   std::vector<Member> own;
   for (const auto& [objective, share] : members) own.push_back({"", objective, share});
   return std::make_unique<Routers>(init, hidden->second.shape(0), hidden->second.shape(2), std::move(own), 0,
-                                   std::move(parameters));
+                                   0, std::move(parameters));
 }
 
 // Routing weights [G, P] of a checked preference [M], or [K, G, P] of several [K, M].

@@ -15,7 +15,10 @@ import pytest
 import torch
 
 import paretofuse as pf
+from paretofuse.engine.store.reader import Store
 from paretofuse.kernels.aot import build
+from tests.store.test_column_coefficients import columns_store
+from tests.store.test_row_coefficients import rows_store
 from tests.support.cpplib import Library, LibraryError
 from tests.support.cuda import assert_cpu_results, assert_same_merge, planes_store
 from tests.support.fake_cuda import STREAM, Driver
@@ -227,3 +230,24 @@ def test_a_store_of_float32_under_half_experts_needs_their_kernels_too(
 
 def of_one_dtype(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [k for k in manifest["kernels"] if "fp32_bf16_fp32" not in k["name"]]
+
+
+def test_column_coefficients_are_refused(
+    library: Library, driver: Driver, kernels: Path, tmp_path: Path
+) -> None:
+    words = 'merges no column coefficients; use the engine on the CPU, or train with family="rows"'
+    engine = library.open(columns_store(tmp_path / "columns"))
+    with pytest.raises(
+        LibraryError, match=f"got a store whose routers have columns.weight: .* {words}"
+    ) as caught:
+        engine.cuda(kernels, driver.path)
+    assert caught.value.status == Library.INVALID
+    assert driver.log() == []
+    weights = Store.open(tmp_path / "columns").core.routing_weights([0.2, 0.8])
+    cuda = library.open(rows_store(tmp_path / "rows")).cuda(kernels, driver.path)
+    launched = driver.launched()
+    with pytest.raises(LibraryError, match=f"got routing weights of columns: .* {words}"):
+        cuda.switch_weights(weights, STREAM)
+    assert driver.launched() == launched
+    cuda.close()
+    driver.check()

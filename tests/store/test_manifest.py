@@ -64,7 +64,10 @@ MANIFEST_ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing tensor": (lambda m: m["tensors"].pop(0), "'steps'"),
     "delta of a constant": (lambda m: m["tensors"][2].update(role="constant"), r"a\.bias"),
     "other groups": (lambda m: m["tensors"][1].update(group="b"), "router parameter"),
-    "unknown family": (lambda m: m["routers"].update(family="columns"), "expected scalar or rows"),
+    "unknown family": (
+        lambda m: m["routers"].update(family="columns"),
+        "expected scalar, rows or rows\\+columns",
+    ),
     "family of another kind": (lambda m: m["routers"].update(family=3), "'family', expected a string"),
     "unknown init": (lambda m: m["routers"].update(init="magic"), "init"),
     "routers elsewhere": (lambda m: m["routers"].update(file="base.safetensors"), "router parameters"),

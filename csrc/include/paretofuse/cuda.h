@@ -14,9 +14,10 @@
 // tensors whose planes are of several formats (but dense ones beside low-rank ones), of low rank in rows of
 // no multiple of 16 elements, or quantized in groups that pf.stack does not give, are decoded there. Base,
 // merged weights and planes take device memory; row coefficients one float32 for each row and plane, which
-// each switch copies. Results may differ from the CPU's in the last bits: the kernels may fuse products and
-// sums, decoded planes are rounded to the deltas' dtype, and a tensor core multiplies low-rank factors as
-// three products of TF32, to about float32's rounding.
+// each switch copies. Stores whose columns have coefficients are refused with std::invalid_argument. Results
+// may differ from the CPU's in the last bits: the kernels may fuse products and sums, decoded planes are
+// rounded to the deltas' dtype, and a tensor core multiplies low-rank factors as three products of TF32, to
+// about float32's rounding.
 //
 // Threads: one at a time may use a CudaWeights. It works in the device's primary context, the one that the
 // CUDA runtime and PyTorch use, and leaves the calling thread's current context as it was.

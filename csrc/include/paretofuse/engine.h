@@ -52,7 +52,8 @@ class PARETOFUSE_API TimeoutError : public std::runtime_error {
 using Preference = std::vector<double>;
 
 // Routing weights [groups, planes], row by row. Where rows have coefficients of their own, these follow:
-// [rows of all routed tensors in the manifest's order, planes].
+// [rows of all routed tensors in the manifest's order, planes]; and where columns have some too, [columns of
+// all routed matrices in that order, planes].
 struct Weights {
   std::vector<float> values;
 };

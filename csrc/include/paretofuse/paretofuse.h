@@ -87,7 +87,8 @@ PARETOFUSE_C_API uint64_t paretofuse_tensor_count(const paretofuse_engine* engin
 PARETOFUSE_C_API const char* paretofuse_tensor_name(const paretofuse_engine* engine, uint64_t index);
 
 /* preference: one number for each objective, `length` in all. weights: groups x planes numbers, row by
- * row, and where rows have coefficients rows x planes more; `count` must be their number. */
+ * row, where rows have coefficients rows x planes more, and where columns have some too columns x planes
+ * more; `count` must be their number. */
 PARETOFUSE_C_API paretofuse_status paretofuse_routing_weights(const paretofuse_engine* engine,
                                                               const double* preference, uint64_t length,
                                                               float* weights, uint64_t count);

@@ -104,10 +104,17 @@ void add_columns_of(const Plane& plane, std::int64_t columns, const Window& wind
   const std::int64_t width = window.width;
   if (plane.format != Format::LowRank) {
     const Term term = term_of(plane);
+    const float zero = 0.0f;  // its weight, but for the gradient
     std::fill_n(scratch.sums, width, 0.0f);
+    const std::int64_t bytes = values_size(plane, width, columns);
     for (std::int64_t i = 0; i < window.rows; ++i) {
-      kernels.add_products(scratch.grad + i * width, term, (window.row + i) * columns + window.column, width,
-                           scratch.sums);
+      const std::int64_t at = (window.row + i) * columns + window.column;
+      // A row's part is too short for the hardware to foresee the next one.
+      for (std::int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(term.values + values_size(plane, at + columns, columns) + line);
+      const float* grad = scratch.grad + i * width;
+      kernels.add_weighted(reinterpret_cast<const std::byte*>(scratch.sums), DType::F32, &term, &zero, &grad,
+                           1, at, width, scratch.sums);
     }
     for (std::int64_t c = 0; c < width; ++c) result[c] += static_cast<double>(scratch.sums[c]);
     return;

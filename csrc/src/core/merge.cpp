@@ -46,6 +46,10 @@ bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_
 // Of a table that may be null.
 const float* at(const float* const* table, std::int64_t i) { return table != nullptr ? table[i] : nullptr; }
 
+// Columns that are summed up in floats where columns have coefficients: reading and writing take turns so
+// often that neither waits for the other.
+constexpr std::int64_t kColumns = 512;
+
 // Columns that are merged together where the low-rank planes have this rank: whole steps.
 std::int64_t strip_width(std::int64_t rank) { return std::max(kStep, kStrip / rank / kStep * kStep); }
 
@@ -85,6 +89,7 @@ struct MergePlan::Scratch {
   std::vector<float> weights;                // theirs; of a tile [rows, terms]
   std::vector<float> left;                   // [rows of a piece, rank]
   std::vector<float> right;                  // [rank, strip]
+  std::vector<float> sums;                   // [strip], where columns have coefficients
   std::vector<const float*> column_weights;  // of the terms, from a strip's first column on
 };
 
@@ -194,8 +199,9 @@ void MergePlan::merge_run(const Piece& run, const Target& target, std::int64_t k
 // Whole rows of a tensor, or a part of one row, where planes are of low rank or columns have coefficients.
 // All low-rank planes together are one product of a left factor, into which the coefficients are folded, and
 // a right factor, of which a strip of columns stays in the first-level cache for all rows. Coefficients k of
-// columns make it [w B, B] times [A, A k]: twice the products, where (w + k) B A would take half as many
-// operations more, but the kernel stays as it is.
+// columns make it [w B, B] times [A, A k]: four operations for each product, where (w + k) B A would take
+// three, but in the kernel that there is. What the other planes add is summed up in floats before, row by
+// row.
 void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64_t k,
                             Scratch& scratch) const {
   const Segment& segment = segments_[static_cast<std::size_t>(piece.segment)];
@@ -245,7 +251,13 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
   }
   const MergeTileFn merge =
       target.kernels.merge_tile[static_cast<int>(segment.base_dtype)][static_cast<int>(segment.out_dtype)];
-  const std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
+  // The same from sums that are floats already.
+  const MergeTileFn finish =
+      target.kernels.merge_tile[static_cast<int>(DType::F32)][static_cast<int>(segment.out_dtype)];
+  const auto* base = static_cast<const std::byte*>(segment.base);
+  auto* out = static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]);
+  std::int64_t strip = strip_width(std::max<std::int64_t>(1, rank));
+  if (column_weights != nullptr) strip = std::min(kColumns, strip);
   for (std::int64_t column = first_column; column < end_column; column += strip) {
     const std::int64_t width = std::min(strip, end_column - column);
     float* right = scratch.right.data();
@@ -264,11 +276,23 @@ void MergePlan::merge_tiles(const Piece& piece, const Target& target, std::int64
         for (std::int64_t c = 0; c < width; ++c) right[c] = shared[c] * by_column[c];
       }
     }
-    merge(static_cast<const std::byte*>(segment.base), scratch.terms.data(), scratch.weights.data(), count,
-          LowRank{scratch.left.data(), scratch.right.data(), rank, width},
-          Tile{piece.begin + column - first_column, rows, columns, width,
-               column_weights != nullptr ? scratch.column_weights.data() : nullptr},
-          static_cast<std::byte*>(target.out[k * segment_count() + piece.segment]));
+    const std::int64_t begin = piece.begin + column - first_column;
+    if (column_weights == nullptr || count == 0) {
+      merge(base, scratch.terms.data(), scratch.weights.data(), count,
+            LowRank{scratch.left.data(), scratch.right.data(), rank, width},
+            Tile{begin, rows, columns, width}, out);
+      continue;
+    }
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t at = begin + row * columns;
+      float* sums = scratch.sums.data();
+      target.kernels.add_weighted(base + at * item_size(segment.base_dtype), segment.base_dtype,
+                                  scratch.terms.data(), scratch.weights.data() + row * count,
+                                  scratch.column_weights.data(), count, at, width, sums);
+      finish(reinterpret_cast<const std::byte*>(sums), nullptr, nullptr, 0,
+             LowRank{scratch.left.data() + row * rank, scratch.right.data(), rank, width},
+             Tile{0, 1, width, width}, out + at * item_size(segment.out_dtype));
+    }
   }
 }
 
@@ -287,9 +311,9 @@ void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& s
       continue;
     }
     for (std::int64_t begin = piece.begin; begin < end;) {
-      // To the end of a row that the piece starts within, whole rows, and the start of one that it ends
-      // within.
-      const std::int64_t whole = begin % columns == 0 ? (end - begin) / columns * columns : 0;
+      // Row by row, which keeps to the order in memory; or to the end of a row, whole rows and the start of
+      // one.
+      const std::int64_t whole = low_rank && begin % columns == 0 ? (end - begin) / columns * columns : 0;
       const std::int64_t count = whole > 0 ? whole : std::min(end - begin, columns - begin % columns);
       merge_tiles({piece.segment, begin, count}, target, k, scratch);
       begin += count;
@@ -343,6 +367,7 @@ const char* MergePlan::run(const float* weights, std::int64_t preferences, void*
                       std::vector<float>(static_cast<std::size_t>(own)),
                       std::vector<float>(static_cast<std::size_t>(left)),
                       std::vector<float>(static_cast<std::size_t>(right)),
+                      std::vector<float>(static_cast<std::size_t>(column_weights != nullptr ? kColumns : 0)),
                       std::vector<const float*>(static_cast<std::size_t>(plane_count_))};
   std::vector<Scratch> scratch(static_cast<std::size_t>(std::min<std::int64_t>(threads, chunk_count) + 1),
                                empty);

@@ -114,15 +114,20 @@ void Model::run(const MergePlan& plan, const std::vector<std::size_t>& tensors, 
                 const std::vector<void*>& out) const {
   if (out.empty()) return;
   std::vector<std::vector<float>> own;
-  std::vector<const float*> addresses;
+  std::vector<const float*> row_weights, column_weights;
+  const auto add = [&own](std::vector<const float*>* addresses, std::vector<float> values) {
+    own.push_back(std::move(values));
+    addresses->push_back(own.back().empty() ? nullptr : own.back().data());
+  };
   for (const std::size_t number : tensors) {
     const TensorSpec& spec = store_.manifest.tensors[number];
     const std::int64_t count = places_[number].nbytes > 0 ? rows_of(spec.shape) : 0;
-    own.push_back(rows_.of_rows(weights, spec, 0, count));
-    addresses.push_back(own.back().empty() ? nullptr : own.back().data());
+    add(&row_weights, rows_.of_rows(weights, spec, 0, count));
+    add(&column_weights, count > 0 ? rows_.of_columns(weights, spec) : std::vector<float>());
   }
   plan.run(rows_.at(weights).data(), 1, out.data(), threads_, isa_,
-           rows_.by_row(weights) ? addresses.data() : nullptr);
+           rows_.by_row(weights) ? row_weights.data() : nullptr,
+           rows_.by_column(weights) ? column_weights.data() : nullptr);
 }
 
 void Model::merge_statics() const {

@@ -43,7 +43,6 @@ struct Tile {
   std::int64_t rows;
   std::int64_t columns;
   std::int64_t width;
-  const float* const* column_weights = nullptr;  // of each term [width], or null; added to its other weight
 };
 
 // out[i] = round(base[i] + sum over t < count of weights[t] * terms[t][i]) for begin <= i < begin + length.
@@ -55,9 +54,12 @@ using MergeFn = void (*)(const std::byte* base, const Term* terms, const float* 
 using MergeTileFn = void (*)(const std::byte* base, const Term* terms, const float* weights,
                              std::int64_t count, const LowRank& low_rank, const Tile& tile, std::byte* out);
 
-// sums[i] += a[i] * b[begin + i] for i < count.
-using AddProductsFn = void (*)(const float* a, const Term& b, std::int64_t begin, std::int64_t count,
-                               float* sums);
+// sums[i] = base[i] + the sum over t < count of (weights[t] + own[t][i]) * terms[t][begin + i] for i <
+// length, in the order of the terms. The scale of a quantized term is multiplied into its weight first. base
+// may be sums.
+using AddWeightedFn = void (*)(const std::byte* base, DType dtype, const Term* terms, const float* weights,
+                               const float* const* own, std::int64_t count, std::int64_t begin,
+                               std::int64_t length, float* sums);
 
 // The sum of a[i] * b[i] for begin <= i < begin + count: kStep running sums in float32, added up in float64.
 using DotFn = double (*)(const std::byte* a, const Term& b, std::int64_t begin, std::int64_t count);
@@ -94,7 +96,7 @@ struct Kernels {
   const char* name;
   MergeFn merge[kDTypes][kKinds + 1][kDTypes];  // [base][kind of all terms][out]
   MergeTileFn merge_tile[kDTypes][kDTypes];     // [base][out]
-  AddProductsFn add_products;
+  AddWeightedFn add_weighted;
   DotFn dot[kDTypes][kKinds];
   WidenFn widen[kDTypes];
   CopyFn copy;

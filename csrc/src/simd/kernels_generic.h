@@ -100,47 +100,6 @@ void merge(const std::byte* base, const Term* terms, const float* weights, std::
   }
 }
 
-// sums += (weight + weights from `own` on) * elements at .. at + kStep
-template <Kind K>
-PARETOFUSE_INLINE void add_step_by_column(const Term& term, float weight, const float* own, std::int64_t at,
-                                          typename Arch::Vec* sums) {
-  typename Arch::Vec values[kVecs];
-  values_at<K>(term, at, values);
-  for (std::int64_t v = 0; v < kVecs; ++v) {
-    const auto* from = reinterpret_cast<const std::byte*>(own + v * Arch::kWidth);
-    typename Arch::Vec factor = Arch::add(Arch::broadcast(weight), Arch::template load<DType::F32>(from));
-    if constexpr (kScaled<K>) factor = Arch::mul(factor, Arch::broadcast(scale_at(term, at)));
-    sums[v] = Arch::add(sums[v], Arch::mul(factor, values[v]));
-  }
-}
-
-// The same for several terms, own[t][column] on. A function of its own, for all bases and outputs.
-__attribute__((noinline)) void add_by_column(const Term* terms, const float* weights, const float* const* own,
-                                             std::int64_t count, std::int64_t at, std::int64_t column,
-                                             typename Arch::Vec* out) {
-  typename Arch::Vec sums[kVecs];
-  for (std::int64_t v = 0; v < kVecs; ++v) sums[v] = out[v];
-  for (std::int64_t t = 0; t < count; ++t) {
-    switch (terms[t].kind) {
-      case Kind::F32:
-        add_step_by_column<Kind::F32>(terms[t], weights[t], own[t] + column, at, sums);
-        break;
-      case Kind::BF16:
-        add_step_by_column<Kind::BF16>(terms[t], weights[t], own[t] + column, at, sums);
-        break;
-      case Kind::F16:
-        add_step_by_column<Kind::F16>(terms[t], weights[t], own[t] + column, at, sums);
-        break;
-      case Kind::Int8:
-        add_step_by_column<Kind::Int8>(terms[t], weights[t], own[t] + column, at, sums);
-        break;
-      default:
-        add_step_by_column<Kind::Int4>(terms[t], weights[t], own[t] + column, at, sums);
-    }
-  }
-  for (std::int64_t v = 0; v < kVecs; ++v) out[v] = sums[v];
-}
-
 // Rows row .. row + Rows of a tile: their sums share the loads of the low-rank planes' right factor.
 template <DType Base, DType Out, bool Streaming, std::int64_t Rows>
 inline void merge_tile_rows(const std::byte* base, const Term* terms, const float* weights,
@@ -153,13 +112,6 @@ inline void merge_tile_rows(const std::byte* base, const Term* terms, const floa
     for (std::int64_t i = 0; i < Rows; ++i) {
       const std::int64_t at = first + i * tile.columns + column;
       load_step<Base>(base, at, sums[i]);
-      if (tile.column_weights != nullptr) {
-        typename Arch::Vec step[kVecs];  // apart, so that the sums may stay in registers
-        for (std::int64_t v = 0; v < kVecs; ++v) step[v] = sums[i][v];
-        add_by_column(terms, weights + (row + i) * count, tile.column_weights, count, at, column, step);
-        for (std::int64_t v = 0; v < kVecs; ++v) sums[i][v] = step[v];
-        continue;
-      }
       for (std::int64_t t = 0; t < count; ++t) {
         add_step<Kind::Mixed>(terms[t], weights[(row + i) * count + t], at, sums[i]);
       }
@@ -188,8 +140,7 @@ template <DType Base, DType Out, bool Streaming>
 inline void merge_tile_steps(const std::byte* base, const Term* terms, const float* weights,
                              std::int64_t count, const LowRank& low_rank, const Tile& tile, std::byte* out) {
   std::int64_t row = 0;
-  // Without a right factor to share, rows side by side are only more streams to fetch.
-  for (; low_rank.rank > 0 && row + Arch::kRows <= tile.rows; row += Arch::kRows) {
+  for (; row + Arch::kRows <= tile.rows; row += Arch::kRows) {
     merge_tile_rows<Base, Out, Streaming, Arch::kRows>(base, terms, weights, count, low_rank, tile, row, out);
   }
   for (; row < tile.rows; ++row) {
@@ -220,9 +171,7 @@ void merge_tile(const std::byte* base, const Term* terms, const float* weights, 
       const std::int64_t i = tile.begin + row * tile.columns + c;
       float sum = load_one<Base>(base + i * item_size(Base));
       for (std::int64_t t = 0; t < count; ++t) {
-        float weight = weights[row * count + t];
-        if (tile.column_weights != nullptr) weight += tile.column_weights[t][c];
-        sum += weighted_at<Kind::Mixed>(terms[t], weight, i);
+        sum += weighted_at<Kind::Mixed>(terms[t], weights[row * count + t], i);
       }
       for (std::int64_t r = 0; r < low_rank.rank; ++r) {
         sum += left[r] * low_rank.right[r * low_rank.stride + c];
@@ -232,23 +181,78 @@ void merge_tile(const std::byte* base, const Term* terms, const float* weights, 
   }
 }
 
-// A plane's weights are `a`, its running sums `sums`.
-void add_products(const float* a, const Term& b, std::int64_t begin, std::int64_t count, float* sums) {
-  const float zero = 0.0f;
-  const auto one_by_one = [&](std::int64_t i, std::int64_t last) {
-    for (; i < last; ++i) sums[i] += weighted_at<Kind::Mixed>(b, a[i], begin + i);
-  };
+// sums += (weight + weights from `own` on) * elements at .. at + kStep
+template <Kind K>
+PARETOFUSE_INLINE void add_step_weighted(const Term& term, float weight, const float* own, std::int64_t at,
+                                         typename Arch::Vec* sums) {
+  const typename Arch::Vec shared = Arch::broadcast(weight);
+  typename Arch::Vec scale = shared;
+  if constexpr (kScaled<K>) scale = Arch::broadcast(scale_at(term, at));
+  typename Arch::Vec values[kVecs];
+  values_at<K>(term, at, values);
+  for (std::int64_t v = 0; v < kVecs; ++v) {
+    const auto* from = reinterpret_cast<const std::byte*>(own + v * Arch::kWidth);
+    typename Arch::Vec factor = Arch::add(shared, Arch::template load<DType::F32>(from));
+    if constexpr (kScaled<K>) factor = Arch::mul(factor, scale);
+    sums[v] = Arch::add(sums[v], Arch::mul(factor, values[v]));
+  }
+}
+
+__attribute__((noinline)) void add_weighted_one_by_one(const std::byte* base, DType dtype, const Term* terms,
+                                                       const float* weights, const float* const* own,
+                                                       std::int64_t count, std::int64_t begin, std::int64_t i,
+                                                       std::int64_t last, float* sums) {
+  const Term own_base{base, nullptr, 0, static_cast<Kind>(dtype)};
+  for (; i < last; ++i) {
+    float sum = weighted_at<Kind::Mixed>(own_base, 1.0f, i);
+    for (std::int64_t t = 0; t < count; ++t) {
+      sum += weighted_at<Kind::Mixed>(terms[t], weights[t] + own[t][i], begin + i);
+    }
+    sums[i] = sum;
+  }
+}
+
+// Once for all bases, outputs and mixes of formats, of which each would make the library larger: the sums lie
+// in the first-level cache, and memory is what such merges wait for.
+void add_weighted(const std::byte* base, DType dtype, const Term* terms, const float* weights,
+                  const float* const* own, std::int64_t count, std::int64_t begin, std::int64_t length,
+                  float* sums) {
   // A step of quantized elements must not cross from one scale to the next.
-  const std::int64_t odd = b.kind <= Kind::F16 ? 0 : (begin + kStep - 1) / kStep * kStep - begin;
-  std::int64_t i = std::min(count, odd);
-  one_by_one(0, i);
-  for (; i + kStep <= count; i += kStep) {
+  const bool floats = std::all_of(terms, terms + count, [](const Term& t) { return t.kind <= Kind::F16; });
+  const std::int64_t first = floats ? 0 : std::min(length, (begin + kStep - 1) / kStep * kStep - begin);
+  const std::int64_t last = first + (length - first) / kStep * kStep;
+  for (std::int64_t i = first; i < last; i += kStep) {
     typename Arch::Vec step[kVecs];
-    load_step<DType::F32>(reinterpret_cast<const std::byte*>(sums), i, step);
-    add_by_column(&b, &zero, &a, 1, begin + i, i, step);
+    if (dtype == DType::F32) {
+      load_step<DType::F32>(base, i, step);
+    } else if (dtype == DType::BF16) {
+      load_step<DType::BF16>(base, i, step);
+    } else {
+      load_step<DType::F16>(base, i, step);
+    }
+    for (std::int64_t t = 0; t < count; ++t) {
+      const Term& term = terms[t];
+      switch (term.kind) {
+        case Kind::F32:
+          add_step_weighted<Kind::F32>(term, weights[t], own[t] + i, begin + i, step);
+          break;
+        case Kind::BF16:
+          add_step_weighted<Kind::BF16>(term, weights[t], own[t] + i, begin + i, step);
+          break;
+        case Kind::F16:
+          add_step_weighted<Kind::F16>(term, weights[t], own[t] + i, begin + i, step);
+          break;
+        case Kind::Int8:
+          add_step_weighted<Kind::Int8>(term, weights[t], own[t] + i, begin + i, step);
+          break;
+        default:
+          add_step_weighted<Kind::Int4>(term, weights[t], own[t] + i, begin + i, step);
+      }
+    }
     for (std::int64_t v = 0; v < kVecs; ++v) Arch::to_floats(sums + i + v * Arch::kWidth, step[v]);
   }
-  one_by_one(i, count);
+  add_weighted_one_by_one(base, dtype, terms, weights, own, count, begin, 0, first, sums);
+  add_weighted_one_by_one(base, dtype, terms, weights, own, count, begin, last, length, sums);
 }
 
 // Element i of floats always adds to running sum (i - begin) % kStep, of quantized numbers to i % kStep, so
@@ -337,7 +341,7 @@ constexpr Kernels make_kernels(const char* name) {
   fill_base<DType::F32>(kernels);
   fill_base<DType::BF16>(kernels);
   fill_base<DType::F16>(kernels);
-  kernels.add_products = add_products;
+  kernels.add_weighted = add_weighted;
   kernels.copy = copy;
   kernels.loops = make_loops();
   return kernels;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -14,7 +15,7 @@
 namespace paretofuse {
 namespace {
 
-constexpr std::int64_t kMaxRows = std::int64_t{1} << 48;  // more than any file can hold
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 48;  // more than any file can hold; of columns too
 
 constexpr std::int64_t kVersion = 3;  // 1: all planes are dense; 2: one for each objective
 
@@ -135,6 +136,11 @@ void parse_tensors(const Json& document, Manifest* manifest) {
       if (rows > kMaxRows - manifest->rows) fail("tensor " + shown(spec.name) + " has too many rows");
       spec.first_row = manifest->rows;
       manifest->rows += rows;
+      const std::int64_t columns = own_columns_of(spec.shape);
+      if (columns > kMaxRows - manifest->columns)
+        fail("tensor " + shown(spec.name) + " has too many columns");
+      spec.first_column = manifest->columns;
+      manifest->columns += columns;
     }
     manifest->tensors.push_back(std::move(spec));
   }
@@ -260,8 +266,9 @@ Manifest parse(const Json& document, std::int64_t version) {
   const Json& routers = object_at(document, "routers");
   manifest.init = text_at(routers, "init");
   if (routers.contains("family")) manifest.family = text_at(routers, "family");
-  if (manifest.family != "" && manifest.family != "scalar" && manifest.family != "rows") {
-    fail("got routers of family " + shown(manifest.family) + ", expected scalar or rows");
+  if (manifest.family != "" &&
+      std::find(std::begin(kFamilies), std::end(kFamilies), manifest.family) == std::end(kFamilies)) {
+    fail("got routers of family " + shown(manifest.family) + ", expected scalar, rows or rows+columns");
   }
   manifest.routers = text_at(routers, "file");
   manifest.base = text_at(document, "base");

@@ -17,6 +17,8 @@ inline constexpr const char* kManifest = "manifest.json";
 
 enum class Role { routed, fixed, constant };  // "routed", "static", "constant"
 
+inline constexpr const char* kFamilies[] = {"scalar", "rows", "rows+columns"};
+
 // One tensor of the model.
 struct TensorSpec {
   std::string name;
@@ -27,6 +29,7 @@ struct TensorSpec {
   std::string delta_dtype;
   std::vector<std::string> aliases;  // further names of the same tensor
   std::int64_t first_row = 0;        // of a routed tensor, among the rows of all of them
+  std::int64_t first_column = 0;     // of a routed matrix, among the columns of all of them
 };
 
 // Size in bytes and SHA-256 (hexadecimal) of one file of the store.
@@ -41,9 +44,10 @@ struct Manifest {
   std::vector<std::string> groups;  // in the order of their first tensor
   double static_weight;
   std::vector<TensorSpec> tensors;
-  std::int64_t rows = 0;  // of all routed tensors together
-  std::string init;       // what the routers add to: "identity", "sqrt" or "constant"
-  std::string family;     // of routers that was asked for, "scalar" or "rows"; empty if none was
+  std::int64_t rows = 0;     // of all routed tensors together
+  std::int64_t columns = 0;  // of all routed matrices together
+  std::string init;          // what the routers add to: "identity", "sqrt" or "constant"
+  std::string family;        // of routers that was asked for, one of kFamilies; empty if none was
   // Paths relative to the store.
   std::string base;
   std::string routers;

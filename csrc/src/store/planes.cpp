@@ -38,6 +38,10 @@ std::int64_t columns_of(const std::vector<std::int64_t>& shape) {
   return product(shape, shape.size() > 1 ? 1 : 0);
 }
 
+std::int64_t own_columns_of(const std::vector<std::int64_t>& shape) {
+  return shape.size() == 2 ? shape[1] : 0;
+}
+
 Format plane_format(const std::string& name) {
   if (name == "int8") return Format::Int8;
   if (name == "int4") return Format::Int4;

@@ -45,4 +45,8 @@ std::int64_t rows_of(const std::vector<std::int64_t>& shape);
 // Elements of one of a tensor's rows: of its first dimension; all of a scalar's or a vector's.
 std::int64_t columns_of(const std::vector<std::int64_t>& shape);
 
+// The columns of a tensor that may have coefficients: those of a matrix; none of a scalar, a vector or a
+// tensor of more dimensions.
+std::int64_t own_columns_of(const std::vector<std::int64_t>& shape);
+
 }  // namespace paretofuse

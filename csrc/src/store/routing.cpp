@@ -62,7 +62,7 @@ void affine(const float* columns, const double* x, std::size_t inputs, const flo
 }  // namespace
 
 Routers::Routers(const std::string& init, std::size_t groups, std::size_t objectives,
-                 std::vector<Member> members, std::int64_t rows,
+                 std::vector<Member> members, std::int64_t rows, std::int64_t columns,
                  std::map<std::string, RouterParameter> parameters)
     : groups_(groups),
       objectives_(objectives),
@@ -82,14 +82,15 @@ Routers::Routers(const std::string& init, std::size_t groups, std::size_t object
                                                                {"hidden.bias", {g, h}},
                                                                {"output.weight", {g, p, h}},
                                                                {"output.bias", {g, p}}};
-  if (by_row()) expected["rows.weight"] = {m, p, rows};
+  if (by_row() || by_column()) expected["rows.weight"] = {m, p, rows};
+  if (by_column()) expected["columns.weight"] = {m, p, columns};
   for (const auto& [name, shape] : expected) {
     const auto found = parameters_.find(name);
     if (found == parameters_.end() || found->second.shape != shape) {
       throw std::invalid_argument("the router parameters lack '" + name + "' of a shape that fits " +
                                   std::to_string(groups) + " groups, " + std::to_string(objectives) +
-                                  " objectives, " + std::to_string(members_.size()) + " experts and " +
-                                  std::to_string(rows) + " rows");
+                                  " objectives, " + std::to_string(members_.size()) + " experts, " +
+                                  std::to_string(rows) + " rows and " + std::to_string(columns) + " columns");
     }
     const std::vector<float>& values = found->second.values;
     if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); })) {
@@ -107,9 +108,8 @@ Weights Routers::evaluate(const Preference& preference) const {
   const float* b2 = parameters_.at("output.bias").values.data();
   Weights weights;
   if (groups_ == 0) return weights;
-  const std::size_t rows = by_row() ? static_cast<std::size_t>(parameters_.at("rows.weight").shape[2]) : 0;
   const std::size_t planes = members_.size();
-  weights.values.resize((groups_ + rows) * planes);
+  weights.values.resize(groups_ * planes);
   float* next = weights.values.data();
   std::vector<double> start(planes, 0.0);
   for (std::size_t j = 0; j < planes; ++j) {
@@ -129,15 +129,20 @@ Weights Routers::evaluate(const Preference& preference) const {
       *next++ = static_cast<float>(sum);
     }
   }
-  if (by_row()) add_rows(preference, next);
+  add_own(preference, "rows.weight", &weights.values);
+  add_own(preference, "columns.weight", &weights.values);
   return weights;
 }
 
-void Routers::add_rows(const Preference& preference, float* next) const {
-  const RouterParameter& parameter = parameters_.at("rows.weight");
-  const auto rows = static_cast<std::size_t>(parameter.shape[2]);
-  const float* s = parameter.values.data();  // [M, P, R]
+void Routers::add_own(const Preference& preference, const char* name, std::vector<float>* weights) const {
+  const auto found = parameters_.find(name);
+  if (found == parameters_.end()) return;
+  const auto rows = static_cast<std::size_t>(found->second.shape[2]);  // or columns
+  const float* s = found->second.values.data();                        // [M, P, R]
   const std::size_t planes = members_.size();
+  const std::size_t first = weights->size();
+  weights->resize(first + rows * planes);
+  float* next = weights->data() + first;
   for (std::size_t row = 0; row < rows; ++row) {
     for (std::size_t j = 0; j < planes; ++j) {
       double sum = preference[0] * static_cast<double>(s[j * rows + row]);

@@ -27,18 +27,21 @@ struct RouterParameter {
 
 // One tiny MLP for each of G groups: L = init(r) + W2 relu(W1 r + b1) + b2, from M objectives to P planes;
 // init(r)[j] is what the plane's objective has, times its share. Where rows have coefficients, those of all R
-// rows follow: C[row, j] = sum over m of r_m S[m, j, row].
+// rows follow: sum over m of r_m S[m, j, row]; and where columns have some too, those of all C columns
+// likewise.
 class Routers {
  public:
-  // parameters: hidden.weight [G, H, M], hidden.bias [G, H], output.weight [G, P, H], output.bias [G, P]; and
-  // rows.weight [M, P, R], which scalar routers do not have. Throws std::invalid_argument for anything else.
+  // parameters: hidden.weight [G, H, M], hidden.bias [G, H], output.weight [G, P, H], output.bias [G, P];
+  // rows.weight [M, P, R], which scalar routers do not have; and beside it columns.weight [M, P, C], which
+  // only those of the family "rows+columns" have. Throws std::invalid_argument for anything else.
   Routers(const std::string& init, std::size_t groups, std::size_t objectives, std::vector<Member> members,
-          std::int64_t rows, std::map<std::string, RouterParameter> parameters);
+          std::int64_t rows, std::int64_t columns, std::map<std::string, RouterParameter> parameters);
 
-  // Whether rows have coefficients of their own.
+  // Whether rows, and columns, have coefficients of their own.
   bool by_row() const { return parameters_.count("rows.weight") != 0; }
+  bool by_column() const { return parameters_.count("columns.weight") != 0; }
 
-  // The routing weights [G, P] or [G + R, P] of a valid preference [M].
+  // The routing weights [G, P], [G + R, P] or [G + R + C, P] of a valid preference [M].
   Weights evaluate(const Preference& preference) const;
 
   const std::map<std::string, RouterParameter>& parameters() const { return parameters_; }
@@ -46,7 +49,8 @@ class Routers {
  private:
   enum class Init { identity, sqrt, constant };
 
-  void add_rows(const Preference& preference, float* next) const;  // writes the rows' weights from there on
+  // Adds the weights of rows or columns by their parameter, if there is one.
+  void add_own(const Preference& preference, const char* name, std::vector<float>* weights) const;
 
   Init init_;
   std::size_t groups_;

@@ -100,7 +100,7 @@ Routers read_routers(const Directory& directory, const Manifest& manifest) {
   }
   try {
     return Routers(manifest.init, manifest.groups.size(), manifest.objectives.size(), manifest.members,
-                   manifest.rows, std::move(parameters));
+                   manifest.rows, manifest.columns, std::move(parameters));
   } catch (const std::invalid_argument& error) {
     throw StoreError(file.file.path() + ": " + error.what() + kAgain);
   }

@@ -145,7 +145,11 @@ class Merge {
     std::vector<Plane> planes;
     std::vector<void*> out;
     std::vector<std::vector<float>> own;
-    std::vector<const float*> row_weights;
+    std::vector<const float*> row_weights, column_weights;
+    const auto add = [&own](std::vector<const float*>* addresses, std::vector<float> weights) {
+      own.push_back(std::move(weights));
+      addresses->push_back(own.back().empty() ? nullptr : own.back().data());
+    };
     for (const Piece& piece : batch) {
       const Output& output = *piece.output;
       if (output.spec == nullptr) {
@@ -164,15 +168,16 @@ class Merge {
       }
       out.push_back(buffer + piece.position);
       const std::int64_t length = piece.end - piece.begin;
-      own.push_back(length == 0 ? std::vector<float>()
-                                : rows_.of_rows(weights_, spec, piece.begin / columns, length / columns));
-      row_weights.push_back(own.back().empty() ? nullptr : own.back().data());
+      add(&row_weights, length == 0 ? std::vector<float>()
+                                    : rows_.of_rows(weights_, spec, piece.begin / columns, length / columns));
+      add(&column_weights, length == 0 ? std::vector<float>() : rows_.of_columns(weights_, spec));
     }
     if (!segments.empty()) {
       const auto experts = static_cast<std::int64_t>(store_.experts.size());
       const MergePlan plan(std::move(segments), std::move(planes), experts, rows_.count());
       isa_ = plan.run(table_.data(), 1, out.data(), options_.threads, options_.isa,
-                      rows_.by_row(weights_) ? row_weights.data() : nullptr);
+                      rows_.by_row(weights_) ? row_weights.data() : nullptr,
+                      rows_.by_column(weights_) ? column_weights.data() : nullptr);
     }
     for (const Piece& piece : batch) release(piece);
   }

@@ -9,12 +9,20 @@ namespace {
 
 constexpr std::size_t kAligned = 256;  // as the driver aligns what it allocates
 
+[[noreturn]] void refuse_columns(const std::string& what) {
+  throw std::invalid_argument(
+      "got " + what +
+      ": the CUDA device merges no column coefficients; use the engine on the CPU, or "
+      "train with family=\"rows\"");
+}
+
 const void* pointer(DeviceAddress address) { return reinterpret_cast<const void*>(address); }
 
 }  // namespace
 
 CudaWeights::State::State(std::shared_ptr<const Model> opened, const CudaOptions& options)
     : model(std::move(opened)), kernels(read_kernels(options.kernels)) {
+  if (model->store().routers.by_column()) refuse_columns("a store whose routers have columns.weight");
   context = std::make_shared<const CudaContext>(options.driver, options.device);
   // Machine code runs on its own architecture and on later ones of the same generation; from sm_90 on Triton
   // uses instructions of that architecture alone (sm_90a, sm_100a), and what it wrote runs on no other.
@@ -93,6 +101,7 @@ void CudaWeights::State::merge_statics() {
 void CudaWeights::State::merge(const Weights& chosen, void* stream) {
   const std::vector<float> table = model->rows().all(chosen);
   const bool by_row = model->rows().by_row(chosen);
+  if (model->rows().by_column(chosen)) refuse_columns("routing weights of columns");
   const CurrentContext current(*context);
   const CudaDriver& driver = context->driver();
   int capturing = 0;
