@@ -161,8 +161,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rows").noconvert(), py::arg("columns").noconvert(), py::arg("dtypes").noconvert(),
            py::arg("planes"), py::arg("plane_count"), py::arg("row_count"))
       .def("run", &run_plan, py::arg("weights").noconvert(), py::arg("out").noconvert(), py::kw_only(),
-           py::arg("row_weights").noconvert(), py::arg("column_weights").noconvert(), py::arg("threads"),
-           py::arg("isa"));
+           py::arg("row_weights").noconvert(), py::arg("column_weights").noconvert() = py::none(),
+           py::arg("threads"), py::arg("isa"));
   m.def("inner", &inner, py::arg("grad"), py::arg("planes"), py::arg("length"), py::kw_only(),
         py::arg("columns"), py::arg("by"), py::arg("grad_dtype"), py::arg("threads"), py::arg("isa"));
   m.def("copy", &copy, py::arg("dst"), py::arg("src"), py::arg("nbytes"), py::kw_only(), py::arg("threads"),

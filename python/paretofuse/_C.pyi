@@ -38,7 +38,7 @@ class MergePlan:
         out: npt.NDArray[np.uint64],
         *,
         row_weights: npt.NDArray[np.uint64] | None,
-        column_weights: npt.NDArray[np.uint64] | None,
+        column_weights: npt.NDArray[np.uint64] | None = None,
         threads: int,
         isa: str,
     ) -> str: ...

@@ -311,10 +311,8 @@ void MergePlan::merge_piece(const Piece& piece, const Target& target, Scratch& s
       continue;
     }
     for (std::int64_t begin = piece.begin; begin < end;) {
-      // Row by row, which keeps to the order in memory; or to the end of a row, whole rows and the start of
-      // one.
-      const std::int64_t whole = low_rank && begin % columns == 0 ? (end - begin) / columns * columns : 0;
-      const std::int64_t count = whole > 0 ? whole : std::min(end - begin, columns - begin % columns);
+      // Pieces with low-rank planes are whole rows. Others go row by row, in the order of memory.
+      const std::int64_t count = low_rank ? piece.count : std::min(end - begin, columns - begin % columns);
       merge_tiles({piece.segment, begin, count}, target, k, scratch);
       begin += count;
     }
@@ -358,7 +356,7 @@ const char* MergePlan::run(const float* weights, std::int64_t preferences, void*
     if (rank == 0 && column_weights == nullptr) continue;
     const std::int64_t all = column_weights != nullptr ? 2 * rank : rank;
     const std::int64_t columns = segments_[static_cast<std::size_t>(piece.segment)].columns;
-    const std::int64_t rows = std::max<std::int64_t>(1, piece.count / std::max<std::int64_t>(1, columns));
+    const std::int64_t rows = rank > 0 ? piece.count / columns : 1;
     own = std::max(own, rows * plane_count_);
     left = std::max(left, rows * all);
     right = std::max({right, all * kStep, kStrip});

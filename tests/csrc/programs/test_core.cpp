@@ -9,6 +9,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "paretofuse/isa.h"
@@ -210,6 +211,59 @@ void test_inner(const std::string& isa, DType grad_type, DType delta_type) {
   }
 }
 
+// Coefficients of rows and columns, and sums by column, of matrices whose rows are off the steps.
+void test_columns(const std::string& isa, DType type) {
+  std::mt19937 random(31);
+  std::normal_distribution<float> normal;
+  for (const auto& [rows, columns] : {std::pair{1, 1}, {1, 70001}, {5003, 1}, {37, 50}, {130, 600}}) {
+    const std::int64_t n = std::int64_t{rows} * columns;
+    Buffer base(type, n), delta(type, n), left(type, rows * 3), right(type, columns * 3), out(type, n);
+    for (Buffer* buffer : {&base, &delta, &left, &right}) buffer->randomize(random);
+    const paretofuse::Plane planes[3] = {dense(delta.data(), type),
+                                         dense(nullptr, type),
+                                         {right.data(), left.data(), 3, paretofuse::Format::LowRank, type}};
+    std::vector<float> weights(3), own_rows(3 * static_cast<std::size_t>(rows)),
+        own_columns(3 * static_cast<std::size_t>(columns));
+    for (auto* list : {&weights, &own_rows, &own_columns}) {
+      for (float& value : *list) value = 0.25f * normal(random);
+    }
+    const auto low_rank = [&](std::int64_t i, std::int64_t j) {
+      double sum = 0.0;
+      for (std::int64_t r = 0; r < 3; ++r) sum += left[i * 3 + r] * right[r * columns + j];
+      return sum;
+    };
+    const paretofuse::MergePlan plan({{base.data(), n, 0, columns, type, type}},
+                                     {planes[0], planes[1], planes[2]}, 3, 1);
+    void* target = out.data();
+    const float* row_weights = own_rows.data();
+    const float* column_weights = own_columns.data();
+    std::vector<double> sums(3 * static_cast<std::size_t>(columns), NAN), expected(sums.size());
+    for (const int threads : {1, 3}) {
+      plan.run(weights.data(), 1, &target, threads, isa, &row_weights, &column_weights);
+      paretofuse::inner_columns(base.data(), type, planes, 3, n, columns, sums.data(), threads, isa);
+      std::fill(expected.begin(), expected.end(), 0.0);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const std::int64_t row = i / columns, column = i % columns;
+        const double added[3] = {delta[i], 0.0, low_rank(row, column)};
+        double sum = base[i];
+        for (std::int64_t p = 0; p < 3; ++p) {
+          const double weight =
+              static_cast<double>(weights[static_cast<std::size_t>(p)]) +
+              static_cast<double>(own_rows[static_cast<std::size_t>(p * rows + row)]) +
+              static_cast<double>(own_columns[static_cast<std::size_t>(p * columns + column)]);
+          sum += weight * added[p];
+          expected[static_cast<std::size_t>(p * columns + column)] += base[i] * added[p];
+        }
+        require(std::abs(out[i] - sum) <= 4 * tolerance(type),
+                "columns' coefficients against float64, " + isa);
+      }
+      for (std::size_t i = 0; i < sums.size(); ++i)
+        require(std::abs(sums[i] - expected[i]) <= 1e-6 * (8.0 * rows + 8.0), "sums by column, " + isa);
+      require(out.guards_intact(), "guard zones untouched by columns, " + isa);
+    }
+  }
+}
+
 void test_copy(const std::string& isa) {
   std::mt19937 random(777);
   for (const std::int64_t n : {0, 1, 15, 100, 200003}) {
@@ -256,6 +310,12 @@ void test_errors() {
   require_error([&] { plan.run(&weight, 0, out, 1); }, "preferences");
   require_error([&] { plan.run(&weight, 1, out, 0); }, "threads");
   require_error([&] { plan.run(&weight, 1, out, 1, "mmx"); }, "mmx");
+  const paretofuse::Segment crooked = {values, 4, 0, 3, DType::F32, DType::F32};
+  const float* own[1] = {values};
+  require_error([&] { MergePlan({crooked}, {plane}, 1, 1).run(&weight, 1, out, 1, {}, nullptr, own); },
+                "columns");
+  double sum;
+  require_error([&] { paretofuse::inner_columns(values, DType::F32, &plane, 1, 4, 3, &sum, 1); }, "columns");
   out[0] = nullptr;
   require_error([&] { plan.run(&weight, 1, out, 1); }, "null");
   out[0] = values + 3;
@@ -274,6 +334,7 @@ int main() {
         test_inner(isa, base, delta);
       }
     }
+    for (const DType type : kAll) test_columns(isa, type);
     test_conversions(isa);
     test_copy(isa);
     std::printf("%s: ok\n", set.name);
