@@ -26,6 +26,7 @@ FAMILIES: Mapping[str, tuple[Mapping[str, Any], int | None]] = {
     "scalar": ({**rivals.SCALAR_FIT, "family": "scalar"}, None),
     "rows shrunk": ({**OURS_FIT, "row_shrinkage": 0.3}, None),
     "rows and rank 4": ({**OURS_FIT, "plane_lr": 0.003}, 4),
+    "rows+columns": ({**OURS_FIT, "family": "rows+columns"}, None),
 }
 """The other families by name: arguments of pf.fit, and the rank of trained planes."""
 SEVERAL = 4
