@@ -22,6 +22,7 @@ from paretofuse.engine.modules.routed.low_rank import SideBySide
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.routing.weights import coefficients, part_of_span
 from paretofuse.engine.stacking.stack import lasting
+from paretofuse.kernels.few_rows import product
 from paretofuse.kernels.routed_rows import routed_rows
 
 
@@ -207,15 +208,15 @@ class RowsWeight:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
-        y = (rows @ self.base.to(x.dtype).T).float()
+        y = product(rows, self.base).float()
         for weight, delta in zip(weights.unbind(1), planes, strict=True):
             if delta is None:
                 continue
             if weight.dim() == 2 and self.transposed:
                 # A row of the weight goes with an input, so inputs are weighted before the product, not its results.
-                y = y + ((weight.unsqueeze(1) * rows.float()).to(x.dtype) @ delta.to(x.dtype).T).float()
+                y = y + product((weight.unsqueeze(1) * rows.float()).to(x.dtype), delta).float()
             else:
-                y = y + weight.view(len(x), 1, -1) * (rows @ delta.to(x.dtype).T).float()
+                y = y + weight.view(len(x), 1, -1) * product(rows, delta).float()
         if self.low_rank is not None:
             y = y + self.low_rank.product(rows, weights, self.transposed)
         if bias is not None:
