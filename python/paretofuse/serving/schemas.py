@@ -106,6 +106,10 @@ class CompletionRequest(Sampling):
             return [prompt]
         return list(prompt)
 
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(len(prompt) for prompt in self.prompts() if isinstance(prompt, str))
+
 
 class TextPart(_Strict):
     """A part of a message's content; OpenAI's clients may send content in parts."""
@@ -132,6 +136,10 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(len(message.text()) for message in self.messages)
 
 
 class EmbeddingRequest(_Asks):
