@@ -2,20 +2,22 @@
 
 The unit is a step of one row on a merged model, which on the CPU is one pass over its weights:
 
-    step(n) = min(n, SEVERAL)              n rows on one model: a product of several rows packs the weights first, which
-                                           costs as much as SEVERAL rows alone, and then nearly nothing for each row
-    merged, n rows of one preference       step(n), for each such preference
-    mixed,  n rows of any preferences      (1 + S) step(n)              S: bytes of all planes / bytes of the base
+    merged, n rows of one preference       min(n, SEVERAL), for each such preference
+    mixed,  n rows of any preferences      (1 + S) min(1 + EACH (n - 1), SEVERAL)
+                                           S: bytes of all planes / bytes of the base
     a merge that is needed first           (2 + S) / 2, divided by the steps that will use it: its passes stream
 
-S: what planes cost in products, by what the base costs. A plane that is not low-rank is a product of the base's size,
-whatever its format. Low-rank planes have S near 0, so that a few preferences already share a batch; with two dense
-experts (S = 2) they do from about ten on, or as soon as there are more than replicas. What costs the same is merged,
-for the next request. Measured at GPT-2's size (float32, one token a row, two threads of one core, milliseconds):
+SEVERAL: a merged model is an ordinary one, whose products of several rows PyTorch gives to BLAS; that packs the weights
+first, which costs as much as SEVERAL rows alone, and then nearly nothing for each row. EACH: mixed products are
+oneDNN's (`kernels/few_rows.py`), which packs nothing, and each further row adds a little. S: what planes cost in
+products, by what the base costs. A plane that is not low-rank is a product of the base's size, whatever its format.
+Low-rank planes have S near 0, so that two preferences already share a batch; with two dense experts (S = 2) four do.
+What costs the same is merged, for the next request. Measured at GPT-2's size (float32, one token a row, two cores with
+AVX-512 beside other work, milliseconds):
 
                            merged 1, 4, 16 rows   mixed 1, 4, 16 rows   a merge
-    two dense experts      74, 197, 149           178, 546, 576         73
-    two LoRAs of rank 8    57, 124, 233           70, 223, 202          81
+    two dense experts      31, 55, 120            77, 110, 165          40
+    two LoRAs of rank 8    34, 58, 75             42, 54, 69            34
 """
 
 from __future__ import annotations
@@ -29,11 +31,17 @@ from paretofuse.serving.scheduling.job import Key
 
 SEVERAL = {"cpu": 3.4}
 """By kind of device; on others any number of rows is one pass."""
+EACH = 0.07
 
 
-def step(rows: int, several: float) -> float:
-    """What a step of rows on one model costs."""
+def merged_step(rows: int, several: float) -> float:
+    """What a step of rows on a merged model costs."""
     return min(float(rows), several)
+
+
+def mixed_step(rows: int, planes: float, several: float) -> float:
+    """What a step of rows of any preferences costs."""
+    return (1 + planes) * min(1 + EACH * (rows - 1), several) if rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,9 @@ def make_plan(
         total = 0.0
         for key in order[:count]:
             merge = 0.0 if key in ready else (2 + planes) / 2 / max(1, steps[key])
-            total += step(rows[key], several) + merge
+            total += merged_step(rows[key], several) + merge
         rest = sum(rows[key] for key in order[count:])
-        return total + (1 + planes) * step(rest, several)
+        return total + mixed_step(rest, planes, several)
 
     count = min(range(min(replicas, len(order)), -1, -1), key=cost)
     return Plan(tuple(order[:count]), tuple(order[count:]))
