@@ -34,7 +34,7 @@ class State:
     Attributes:
         created: when the app was made, in seconds since 1970.
         ready: whether requests are taken.
-        base: the base model's metrics, where they are known.
+        beside: the metrics of single models to show beside the front, such as "base", by label.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class State:
         self.model, self.preferences, self.limits, self.metrics = model, preferences, limits, metrics
         self.created = int(time.time())
         self.ready = True
-        self.base: dict[str, float] | None = None
+        self.beside: dict[str, dict[str, float]] = {}
         self._remake = remake
         self._worker: Worker | None = None
         self._reloading = Lock()

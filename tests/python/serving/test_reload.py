@@ -291,6 +291,8 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--timeout", "inf"], "--timeout inf, expected a finite number above 0"),
         (["--api-key-file", tmp_path / "binary"], "binary, which is no text in UTF-8"),
         (["--model-name", ""], "1 to 200 characters"),
+        (["--point", "average"], "expected LABEL:NAME=NUMBER"),
+        (["--point", "average:news=1"], "expected no point without a front"),
         (["--front", tmp_path / "nothing.csv"], "No such file"),
         (["--host", "192.0.2.1", "--port", "0"], "assign requested address"),
     ):
