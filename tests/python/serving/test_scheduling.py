@@ -71,7 +71,7 @@ def plan(rows: dict[Any, int], **options: Any) -> Plan:
         "ready": (),
         "replicas": 16,
         "planes": 2.0,
-        "several": 3.4,
+        "each": 0.07,
         "can_mix": True,
         **options,
     }
@@ -83,9 +83,9 @@ KEYS = [(i / 16, 1 - i / 16) for i in range(17)]
 
 def cost(chosen: Plan, rows: dict[Any, int], planes: float, steps: int) -> float:
     """By the formulas of costs.py, nothing being merged yet."""
-    own = sum(min(rows[key], 3.4) + (2 + planes) / 2 / steps for key in chosen.merged)
+    own = sum(0.93 + 0.07 * rows[key] + (2 + planes) / 2 / steps for key in chosen.merged)
     mixed = sum(rows[key] for key in chosen.mixed)
-    return own + ((1 + planes) * min(1 + 0.07 * (mixed - 1), 3.4) if mixed else 0.0)
+    return own + ((1 + planes) * (0.93 + 0.07 * mixed) if mixed else 0.0)
 
 
 def test_plans() -> None:
