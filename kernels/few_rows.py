@@ -14,6 +14,7 @@ else those of at most `FEW` rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -40,8 +41,9 @@ def multiply_few_rows(module: nn.Module) -> None:
 
     They stay what they are, with their parameters; layers of subclasses and of small weights are left alone.
     """
-    for layer in module.modules():
-        kind: Any = type(layer)
+    layers: Iterable[Any] = module.modules()
+    for layer in layers:
+        kind = type(layer)
         is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if (kind is nn.Linear or is_conv1d) and layer.weight.numel() >= _SMALL:
             layer.forward = MethodType(_conv1d if is_conv1d else _linear, layer)

@@ -143,7 +143,10 @@ async def _end_slow_requests(server: uvicorn.Server) -> None:
         await asyncio.sleep(_SLOWEST / 10)
         now, before = time.monotonic(), waiting
         waiting = {}
-        for connection in list(server.server_state.connections):
+        connections: list[Any] = list(server.server_state.connections)
+        for connection in connections:
+            if not hasattr(connection, "cycle"):
+                continue  # of another protocol than uvicorn's two of HTTP/1.1
             request = connection.cycle
             if request is not None and not request.more_body and not request.response_complete:
                 continue  # it is here, and being answered
