@@ -201,6 +201,18 @@ def test_replicas_multiply_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("forward" in vars(layer) for layer in plain.modules())
 
 
+def test_what_no_preference_changes_is_multiplied_by_onednn_in_mixed_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(few_rows, "_SMALL", 0)
+    base = llama()
+    experts = {name: perturbed(base, i) for i, name in enumerate(NAMES, 1)}
+    for expert in experts.values():
+        expert.lm_head.load_state_dict(base.lm_head.state_dict())
+    mixed: Any = Modules(pf.stack(base, experts), Metrics(1, 1), 5.0).mixed(((0.2, 0.8), (0.7, 0.3)))
+    assert "forward" in vars(mixed.lm_head)
+
+
 def test_what_is_popular_is_merged_again_while_there_is_nothing_to_do() -> None:
     """The only replica was taken by a preference that came once: the one that came twice gets it back unasked."""
     merges: list[float] = []

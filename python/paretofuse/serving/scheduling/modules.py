@@ -77,6 +77,8 @@ class Modules:
         wanted = tuple(keys), head
         if self._mixed is None or self._mixed[:2] != wanted:
             module = self._engine.batched([self.named(key) for key in keys], head=head)
+            if self._own:
+                multiply_few_rows(module)  # what no preference changes, as the logits of LoRA experts
             self._mixed = (*wanted, module)
         return self._mixed[2]
 
