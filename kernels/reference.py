@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -200,6 +200,10 @@ def routed_linear_reference(
     return torch.nn.functional.linear(x, mixed.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.to(x.dtype).T
+
+
 def routed_rows_reference(
     x: Tensor,
     base: Tensor,
@@ -208,6 +212,7 @@ def routed_rows_reference(
     bias: Tensor | None = None,
     *,
     accumulate: torch.dtype = torch.float32,
+    product: Callable[[Tensor, Tensor], Tensor] = _product,
 ) -> Tensor:
     """A linear layer with its own mixed weight for each batch row: y[b] = x[b] (base + sum_e weights[b, e]
     deltas[e])^T.
@@ -221,15 +226,16 @@ def routed_rows_reference(
         weights: [B, E], or [B, E, O]: one for each output.
         bias: [B, O] or None.
         accumulate: of the mixing; float64, with x in float64, for a truth to test against.
+        product: of x and a weight [O, I], in x's dtype.
 
     Returns:
         [B, P, O] in x's dtype.
     """
-    y = (x @ base.to(x.dtype).T).to(accumulate)
+    y = product(x, base).to(accumulate)
     for e, delta in enumerate(deltas):
         own = weights[:, e].to(accumulate)
         own = own[:, None, None] if own.ndim == 1 else own[:, None]  # [B, 1, 1 or O]
-        y = y + own * (x @ delta.to(x.dtype).T).to(accumulate)
+        y = y + own * product(x, delta).to(accumulate)
     if bias is not None:
         y = y + bias[:, None, :].to(accumulate)
     return y.to(x.dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paretofuse.kernels import checks
+from paretofuse.kernels.few_rows import product
 from paretofuse.kernels.launch import (
     MERGED_AT_ONCE,
     RowsConfig,
@@ -99,7 +100,7 @@ def _(x: Tensor, base: Tensor, deltas: Tensor, weights: Tensor, bias: Tensor | N
     if interpreted(rows_kernel):
         return run_rows(x, base, deltas, weights, bias)
     with torch.autocast("cpu", enabled=False):
-        return routed_rows_reference(x, base, deltas, weights, bias)
+        return routed_rows_reference(x, base, deltas, weights, bias, product=product)
 
 
 @_routed_rows.register_fake

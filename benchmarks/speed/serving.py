@@ -6,7 +6,7 @@ tokens, so that no tokenizer's time is in it, and answers are greedy.
 
 - the first answer: from the start of the process, beside one that only imports torch and the model's class
 - a request at a preference that is merged, for one token, beside a forward pass of the module in this process; also of
-  a model of two layers, whose passes take so little that nothing else is in the difference
+  a model of two layers, whose passes take so little that nothing else is in the difference, beside `generate` too
 - a request at a preference that is not, beside that forward pass and a switch
 - 16 clients, each with its own preference, beside a server that takes a lock, switches and generates one by one
 - 16 clients at one preference, beside transformers' `generate` on a batch of their 16 prompts
@@ -73,11 +73,15 @@ def run(options: Options) -> list[Row]:
 
 def _overhead(store: Path, options: Options, sizes: Sizes) -> list[Row]:
     """What a request costs beside the module, where the module costs nearly nothing."""
-    times = _one_client(store, options, sizes, options.repeat(300), ("hit", "module"))
+    times = _one_client(store, options, sizes, options.repeat(300), ("hit", "module", "generate"))
     return [
         Row(
             "a request where it is merged, 2 layers", "ours less module", "time", "ms",
             milliseconds([a - b for a, b in zip(times["hit"], times["module"], strict=True)]), target="<= 1",
+        ),
+        Row(
+            "a request where it is merged, 2 layers", "ours less generate", "time", "ms",
+            milliseconds([a - b for a, b in zip(times["hit"], times["generate"], strict=True)]),
         ),
         Row("a forward pass, 2 layers", "module", "time", "ms", milliseconds(times["module"])),
     ]  # fmt: skip
@@ -134,6 +138,7 @@ def _one_client(
                 "hit": lambda at=shares: _ask(port, prompt, 1, at, client),  # type: ignore[misc]
                 "switch": lambda at=shares: engine.switch(at),  # type: ignore[misc]
                 "module": lambda: engine.module(tokens),
+                "generate": lambda: _generated(engine.module, [prompt], Sizes(sizes.vocabulary, 1)),
             }
             for word in wanted:
                 seconds = _timed(things[word])

@@ -23,6 +23,7 @@ from paretofuse.engine.modules.routed.low_rank import SideBySide, weighted
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.routing.weights import coefficients
 from paretofuse.engine.stacking.stack import lasting
+from paretofuse.kernels.few_rows import product
 from paretofuse.kernels.reference import spread
 from paretofuse.kernels.routed_rows import routed_rows
 
@@ -205,11 +206,11 @@ class RowsWeight:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(len(x), -1, x.shape[-1])  # [B, P, I]
-        y = (rows @ self.base.to(x.dtype).T).float()
+        y = product(rows, self.base).float()
         stored = self.base.shape[1 if self.transposed else 0]
         for weight, delta in zip(weights.unbind(1), planes, strict=True):
             if delta is not None:
-                y = y + weighted(rows, weight, stored, self.transposed, [delta.to(x.dtype)])
+                y = y + weighted(rows, weight, stored, self.transposed, [delta])
         if self.low_rank is not None:
             y = y + self.low_rank.product(rows, weights, self.transposed)
         if bias is not None:

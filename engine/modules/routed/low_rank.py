@@ -18,6 +18,7 @@ from torch import Tensor
 from paretofuse.engine.layout import Spans
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.engine.routing.weights import coefficients
+from paretofuse.kernels.few_rows import product
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,24 @@ def weighted(x: Tensor, weight: Tensor, rows: int, transposed: bool, factors: Se
         weight: the plane's [B], [B, rows] or [B, rows + columns].
         rows: of the weight as it is stored.
         transposed: whether rows are the inputs and columns the outputs.
-        factors: the matrices that x is multiplied by, one after the other, transposed and in x's dtype: [O, I], or
-            those of a plane of low rank [R, I] and [O, R].
+        factors: the matrices that x is multiplied by, transposed, one after the other: [O, I], or those of a plane of
+            low rank [R, I] and [O, R].
     """
 
-    def product(x: Tensor) -> Tensor:
-        return reduce(lambda y, factor: y @ factor.T, factors, x)
+    def products(x: Tensor) -> Tensor:
+        return reduce(product, factors, x)
 
     if weight.dim() == 1:
-        return weight.view(-1, 1, 1) * product(x).float()
+        return weight.view(-1, 1, 1) * products(x).float()
     sides = [
         part.unsqueeze(1) for part in weight.tensor_split([rows], 1)
     ]  # [B, 1, rows], [B, 1, columns or 0]
     ins, outs = sides if transposed else sides[::-1]
     y = x.new_zeros((), dtype=torch.float32)
     if outs.shape[2]:
-        y = y + outs * product(x).float()
+        y = y + outs * products(x).float()
     if ins.shape[2]:
-        y = y + product((ins * x.float()).to(x.dtype)).float()
+        y = y + products((ins * x.float()).to(x.dtype)).float()
     return y
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from paretofuse.cli.options import add_engine, add_entry, count, named_numbers
+from paretofuse.cli.options import Named, add_engine, add_entry, count, named_numbers
 from paretofuse.cli.running import Result, entry_point, load_engine
 
 SUMMARY = "serve a store over HTTP, at a preference for each request"
@@ -29,6 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=named_numbers, metavar="NAME=VALUE,...",
         help="the base model's metrics, shown beside the front",
+    )  # fmt: skip
+    parser.add_argument(
+        "--point", type=_point, action=Named, metavar="LABEL:NAME=VALUE,...",
+        help="likewise those of another single model, such as a plain average; once for each",
     )  # fmt: skip
     parser.add_argument(
         "--replicas", type=count, default=2, metavar="N",
@@ -87,6 +91,7 @@ def run(options: argparse.Namespace) -> Result:
         model_name=options.model_name,
         front=front,
         base=options.base,
+        points=dict(options.point or ()),
         predict=predict,
         grid=options.grid,
         limits=limits,
@@ -113,6 +118,16 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a port, 1 to 65535, or 0 for a free one")
     return int(text)
+
+
+def _point(text: str) -> tuple[str, dict[str, float]]:
+    """LABEL:NAME=NUMBER,NAME=NUMBER."""
+    label, colon, numbers = text.partition(":")
+    if not colon or not label.strip():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected LABEL:NAME=NUMBER,... such as average:news=31,poems=44"
+        )
+    return label.strip(), named_numbers(numbers)
 
 
 def _keys(path: str) -> list[str]:

@@ -36,6 +36,7 @@ def create_app(
     model_name: str = "paretofuse",
     front: Front | None = None,
     base: Mapping[str, float] | None = None,
+    points: Mapping[str, Mapping[str, float]] | None = None,
     processor: Any = None,
     predict: Predict | None = None,
     grid: int | None = None,
@@ -51,6 +52,7 @@ def create_app(
         front: what was measured at which preference, such as `pf.Front.from_csv("front.csv")` of what
             `paretofuse sweep` wrote; for requests that name a preference by bounds, and for GET /v1/front.
         base: the base model's metrics by name, shown beside the front.
+        points: likewise of other single models by label, such as plain averages of the experts.
         processor: a tokenizer or an image processor; by default of the files that the store keeps of its model.
         predict: serves any model by a function of (merged module, the request's input).
         grid: move preferences to multiples of 1 / grid, so that nearby ones share a replica; None leaves them.
@@ -73,7 +75,10 @@ def create_app(
 
     metrics = Metrics(*_sizes(engine))
     state = State(remake(engine), Preferences(engine.objectives, front, grid), limits, metrics, remake)
-    state.base = _base_of(front, base)
+    if base is not None:
+        state.beside["base"] = _beside(front, base, "a base")
+    for label, values in (points or {}).items():
+        state.beside[label] = _beside(front, values, f"a point {label!r}")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -121,18 +126,18 @@ def reload(app: FastAPI, engine: Engine) -> None:
     app.state.serving.reload(engine)
 
 
-def _base_of(front: Front | None, base: Mapping[str, float] | None) -> dict[str, float] | None:
-    """The base's metrics in the front's order.
+def _beside(front: Front | None, values: Mapping[str, float], what: str) -> dict[str, float]:
+    """A single model's metrics in the front's order.
 
     Raises:
         ValueError: they are not those of the front, or one is not finite.
     """
-    if base is None:
-        return None
-    if front is None or set(base) != set(front.metrics):
-        expected = "no base without a front" if front is None else f"exactly {list(front.metrics)}"
-        raise ValueError(f"got a base with the metrics {list(base)}, expected {expected}")
-    row = single_models(front, {"base": [base[name] for name in front.metrics]})["base"]
+    if front is None or set(values) != set(front.metrics):
+        expected = (
+            f"no {what.split()[1]} without a front" if front is None else f"exactly {list(front.metrics)}"
+        )
+        raise ValueError(f"got {what} with the metrics {list(values)}, expected {expected}")
+    row = single_models(front, {what: [values[name] for name in front.metrics]})[what]
     return dict(zip(front.metrics, row.tolist(), strict=True))
 
 

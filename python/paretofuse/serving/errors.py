@@ -162,6 +162,13 @@ def _of_validation(error: RequestValidationError) -> ApiError:
             "there is",
             param=param,
         )
+    if found["loc"][-2:-1] == ("preference",) and found["type"].endswith("_type"):
+        return ApiError(
+            400,
+            f"got {_shown(found.get('input'))} for preference, expected a share of each objective, as in "
+            '{"news": 0.7, "poems": 0.3}, or bounds, as in {"at_most": {"news": 30.0}, "best": "poems"}',
+            param="preference",
+        )
     reason = str(found["msg"])
     reason = reason[:1].lower() + reason[1:]
     return ApiError(400, f"got {_shown(found.get('input'))} for {param or 'the body'}: {reason}", param=param)

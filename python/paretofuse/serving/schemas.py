@@ -13,6 +13,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Nothing = Annotated[dict[str, float], Field(max_length=0)]
 
 
 class _Strict(BaseModel):
@@ -82,6 +84,11 @@ class Sampling(_Asks):
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # OpenAI's fields that are not served: clients send them all the same, and may where they change nothing.
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Nothing | None = None
+    logprobs: Literal[False] | None = None
 
     def stops(self) -> tuple[str, ...]:
         """As a tuple."""
@@ -98,6 +105,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """One or several, as a list."""
@@ -105,6 +115,10 @@ class CompletionRequest(Sampling):
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             return [prompt]
         return list(prompt)
+
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(len(prompt) for prompt in self.prompts() if isinstance(prompt, str))
 
 
 class TextPart(_Strict):
@@ -132,6 +146,10 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(len(message.text()) for message in self.messages)
 
 
 class EmbeddingRequest(_Asks):
@@ -306,8 +324,9 @@ class Metric(BaseModel):
 class FrontDocument(BaseModel):
     """The answer of GET /v1/front; without a front there are no points and no metrics.
 
-    `takes` is what the model's input is, `chat` and `adapter` whether there are a chat template and an adapter to
-    download, `labels` a classifier's outputs in order, `facts` what every merged model is, in words.
+    `models` are the metrics of single models beside it, such as "base"; `takes` is what the model's input is, `chat`
+    and `adapter` whether there are a chat template and an adapter to download, `labels` a classifier's outputs in
+    order, `facts` what every merged model is, in words.
     """
 
     object: Literal["front"] = "front"
@@ -317,7 +336,7 @@ class FrontDocument(BaseModel):
     metrics: dict[str, Metric]
     default: dict[str, float]
     points: list[FrontPoint]
-    base: dict[str, float] | None = None
+    models: dict[str, dict[str, float]]
     takes: Literal["text", "image", "json"]
     chat: bool
     adapter: bool

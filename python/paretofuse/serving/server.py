@@ -7,8 +7,10 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +22,8 @@ from paretofuse.serving.app import reload
 _LOG = logging.getLogger("paretofuse.serving")
 _LOOK_EVERY = 2.0
 """Seconds between two looks at the manifest."""
+_SLOWEST = 30.0
+"""Seconds that a request may take to come, headers and body; uvicorn itself waits for ever."""
 
 
 class _Server(uvicorn.Server):
@@ -115,10 +119,11 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, asked.set)
     watching = asyncio.create_task(_watch(app, asked, store, load)) if store and load else None
     announcing = asyncio.create_task(_announce(server, started))
+    hurrying = asyncio.create_task(_end_slow_requests(server))
     try:
         await server.serve([listener])
     finally:
-        for task in (watching, announcing):
+        for task in (watching, announcing, hurrying):
             if task is not None:
                 task.cancel()
 
@@ -127,6 +132,28 @@ async def _announce(server: uvicorn.Server, started: Callable[[], None]) -> None
     while not server.started:
         await asyncio.sleep(0.01)
     started()
+
+
+async def _end_slow_requests(server: uvicorn.Server) -> None:
+    """Close connections whose request does not come to its end: each holds a place and what has come of its body."""
+    waiting: dict[
+        Any, tuple[Any, float]
+    ] = {}  # a connection's request, None before its headers, and since when
+    while True:
+        await asyncio.sleep(_SLOWEST / 10)
+        now, before = time.monotonic(), waiting
+        waiting = {}
+        connections: list[Any] = list(server.server_state.connections)
+        for connection in connections:
+            if not hasattr(connection, "cycle"):
+                continue  # of another protocol than uvicorn's two of HTTP/1.1
+            request = connection.cycle
+            if request is not None and not request.more_body and not request.response_complete:
+                continue  # it is here, and being answered
+            first, since = before.get(connection, (request, now))
+            waiting[connection] = (request, since if first is request else now)
+            if now - waiting[connection][1] > _SLOWEST:
+                connection.transport.abort()
 
 
 async def _watch(app: FastAPI, asked: asyncio.Event, store: Path, load: Callable[[], Engine]) -> None:

@@ -34,7 +34,7 @@ class State:
     Attributes:
         created: when the app was made, in seconds since 1970.
         ready: whether requests are taken.
-        base: the base model's metrics, where they are known.
+        beside: the metrics of single models to show beside the front, such as "base", by label.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class State:
         self.model, self.preferences, self.limits, self.metrics = model, preferences, limits, metrics
         self.created = int(time.time())
         self.ready = True
-        self.base: dict[str, float] | None = None
+        self.beside: dict[str, dict[str, float]] = {}
         self._remake = remake
         self._worker: Worker | None = None
         self._reloading = Lock()
@@ -144,21 +144,19 @@ class State:
             ClientLeft: nobody waits any more.
         """
         self.put(jobs)
-        rows = [asyncio.create_task(_finished(job)) for job in jobs]
-        work = asyncio.gather(*rows)
-        gone = asyncio.create_task(_left(request))
+
+        async def watch() -> None:
+            await _left(request)
+            for job in jobs:
+                job.events.put_nowait(ClientLeft())
+
+        # The only task: each costs an answer a turn of the event loop.
+        watching = asyncio.create_task(watch())
         try:
-            both: tuple[asyncio.Future[Any], asyncio.Future[Any]] = (work, gone)
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientLeft
-            return await work
+            return [await _finished(job) for job in jobs]
         finally:
             self.over(jobs)
-            for task in (*rows, gone):
-                task.cancel()
-            # What nobody has looked at, asyncio would log.
-            await asyncio.gather(*rows, work, gone, return_exceptions=True)
+            watching.cancel()
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

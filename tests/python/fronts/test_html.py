@@ -18,6 +18,7 @@ from paretofuse.engine.routing.preference import as_preference, simplex_grid
 from paretofuse.fronts import html, style
 from paretofuse.fronts.front import Front
 from tests.support.browser import chromium, opened, place
+from tests.support.waiting import until
 
 NAMES = ("news", "poems", "code", "law", "medicine")
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -48,7 +49,7 @@ def random_front(seed: int, objectives: int, points: int = 14) -> Front:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """two.html, three.html and four.html: a page for each kind of figure."""
+    """two.html, three.html and four.html: a page for each kind of figure; dominated.html."""
     folder = tmp_path_factory.mktemp("pages")
     two, three, four = grid_front(2, 11), grid_front(3, 5, maximize=True), grid_front(4, 4)
     soups = Front(two.preferences, two.values + 3, two.objectives, two.metrics, False)
@@ -56,6 +57,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     worse = Front(three.preferences, three.values - 0.1, three.objectives, three.metrics, True)
     three.to_html(folder / "three.html", points={"base": [1.2, 1.3, 1.1]}, others={"soups": worse})
     four.to_html(folder / "four.html")
+    values = three.values.copy()
+    values[4] -= 1  # dominated, which takes the longest words of all keys
+    Front(three.preferences, values, three.objectives, three.metrics, True).to_html(folder / "dominated.html")
     return folder
 
 
@@ -285,9 +289,11 @@ def test_commands_follow_the_preference_and_are_copied(two: Page) -> None:
     two.evaluate("document.getElementById('paste').remove()")
 
 
-@pytest.mark.parametrize("name", ["two", "three", "four"])
+@pytest.mark.parametrize("name", ["two", "three", "four", "dominated"])
 def test_nothing_overflows_on_a_phone_and_dark_is_dark(browser: Browser, files: Path, name: str) -> None:
     with opened(browser, (files / f"{name}.html").as_uri(), viewport={"width": 390, "height": 800}) as page:
+        _check_layout(page)
+        page.set_viewport_size({"width": 320, "height": 800})
         _check_layout(page)
         page.set_viewport_size({"width": 1280, "height": 800})
         _check_layout(page)
@@ -304,7 +310,8 @@ def test_nothing_overflows_on_a_phone_and_dark_is_dark(browser: Browser, files: 
 def _check_layout(page: Page) -> None:
     """Nothing is wider than the window, and no section lies on another."""
     expect(page.locator(".nsewdrag").first).to_be_attached()
-    page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    root = "document.documentElement"  # asked again and again from here: pages forbid what wait_for_function does
+    until(lambda: page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"))
     boxes = page.locator("section").evaluate_all(
         "all => all.map(one => one.getBoundingClientRect()).map((at) => [at.left, at.top, at.right, at.bottom])"
     )

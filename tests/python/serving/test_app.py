@@ -102,7 +102,14 @@ def test_completions_are_the_merged_models(client: Any, engine: pf.Engine) -> No
         ({"prompt": "a", "preference": {"at_most": {"news": 1.0}}}, "preference", "lowest 10"),
         ({"prompt": "a", "model": "gpt-4"}, "model", "expected 'tiny'"),
         ({"prompt": "a", "preferences": {"news": 1}}, "preferences", "does not know"),
+        (
+            {"prompt": "a", "preference": "news"},
+            "preference",
+            'expected a share of each objective, as in {"news"',
+        ),
         ({"prompt": "a", "temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+        ({"prompt": "a", "echo": True}, "echo", "should be False"),
         ({}, "prompt", "required"),
     ],
 )
@@ -113,6 +120,14 @@ def test_refusals_have_openais_shape(client: Any, body: dict[str, Any], param: s
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_openais_other_fields_may_say_nothing(client: Any) -> None:
+    body = {
+        "prompt": "a", "max_tokens": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {},
+        "logprobs": None, "echo": False, "best_of": 1, "suffix": None,
+    }  # fmt: skip
+    assert client.post("/v1/completions", json=body).status_code == 200
 
 
 def test_unknown_addresses_and_broken_bodies(client: Any) -> None:

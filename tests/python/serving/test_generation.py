@@ -18,6 +18,7 @@ from tests.support.waiting import until
 
 pytest.importorskip("fastapi", reason="the server comes with the extra `serve`")
 
+from paretofuse.kernels import few_rows
 from paretofuse.serving.errors import ApiError
 from paretofuse.serving.limits import Limits
 from paretofuse.serving.metrics import Metrics
@@ -26,6 +27,7 @@ from paretofuse.serving.preferences import Preferences
 from paretofuse.serving.scheduling.costs import size_of_planes
 from paretofuse.serving.scheduling.generation import Prompt
 from paretofuse.serving.scheduling.job import Job
+from paretofuse.serving.scheduling.modules import Modules
 from paretofuse.serving.scheduling.sampling import Sampling
 from paretofuse.serving.scheduling.worker import Worker
 from paretofuse.serving.state import pieces
@@ -184,6 +186,31 @@ def test_preferences_over_lora_experts_share_a_step(make: Any, changed: str) -> 
     assert size_of_planes(engine) < 0.5
     worker = check_all(engine, Limits(max_batch=8), random_jobs(12, 3, [0.1, 0.5, 0.6, 0.9]))
     assert worker._modules.can_mix
+
+
+def test_replicas_multiply_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are the merged model's all the same, and so is what `predict` gets: a plain model."""
+    monkeypatch.setattr(few_rows, "_SMALL", 0)
+    engine = engine_of(tiny_gpt2(), replicas=1)
+    check_all(engine, Limits(max_batch=8), random_jobs(8, 2, [0.25]))
+    with engine.replica({"news": 0.25, "poems": 0.75}) as module:
+        layers = [layer for layer in module.modules() if type(layer).__name__ in ("Conv1D", "Linear")]
+        assert layers
+        assert all("forward" in vars(layer) for layer in layers)
+    plain = Modules(engine_of(tiny_gpt2()), Metrics(1, 1), 5.0, own=False).merged((0.5, 0.5))
+    assert not any("forward" in vars(layer) for layer in plain.modules())
+
+
+def test_what_no_preference_changes_is_multiplied_by_onednn_in_mixed_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(few_rows, "_SMALL", 0)
+    base = llama()
+    experts = {name: perturbed(base, i) for i, name in enumerate(NAMES, 1)}
+    for expert in experts.values():
+        expert.lm_head.load_state_dict(base.lm_head.state_dict())
+    mixed: Any = Modules(pf.stack(base, experts), Metrics(1, 1), 5.0).mixed(((0.2, 0.8), (0.7, 0.3)))
+    assert "forward" in vars(mixed.lm_head)
 
 
 def test_what_is_popular_is_merged_again_while_there_is_nothing_to_do() -> None:

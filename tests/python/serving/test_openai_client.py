@@ -105,8 +105,8 @@ def test_errors_are_openais(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-4'"):
         client.completions.create(model="gpt-4", prompt="a")
     with pytest.raises(openai.BadRequestError, match="does not know") as unknown:
-        client.completions.create(model="tiny", prompt="a", best_of=3)
-    assert unknown.value.param == "best_of"
+        client.completions.create(model="tiny", prompt="a", extra_body={"top_k": 3})
+    assert unknown.value.param == "top_k"
     with pytest.raises(openai.AuthenticationError, match="Authorization: Bearer"):
         client.with_options(api_key="wrong").models.list()
 

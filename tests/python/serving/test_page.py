@@ -22,6 +22,7 @@ from tests.support.served import character_tokenizer, running, text_store
 testclient = pytest.importorskip("starlette.testclient", reason="the server comes with the extra `serve`")
 
 SHARES = np.linspace(1, 0, 5)
+AVERAGE = {"average": {"news": 30.0, "poems": 31.0}}
 FRONT = pf.Front(
     np.stack([SHARES, 1 - SHARES], axis=1),
     np.stack([40 - 20 * SHARES**0.5, 40 - 20 * (1 - SHARES) ** 0.5], axis=1),
@@ -47,7 +48,13 @@ def url(engine: pf.Engine) -> Iterator[str]:
     from paretofuse.serving import create_app
 
     with running(
-        create_app(engine, model_name="tiny", front=FRONT, base={"poems": 44.0, "news": 43.0})
+        create_app(
+            engine,
+            model_name="tiny",
+            front=FRONT,
+            base={"poems": 44.0, "news": 43.0},
+            points=AVERAGE,
+        )
     ) as url:
         yield url
 
@@ -125,9 +132,11 @@ def test_facts_of_the_merged_model(page: Page, engine: pf.Engine) -> None:
     expect(page.locator("#facts")).to_contain_text(f"{count:,}")
     expect(page.locator("#metrics")).to_contain_text("lower is better")
     expect(page.locator("#metrics thead")).to_contain_text("base")
-    base = page.locator("#metrics tbody td:last-child").all_inner_texts()
-    assert base == ["43", "44"]
+    average = page.locator("#metrics tbody td:last-child").all_inner_texts()
+    base = page.locator("#metrics tbody td:nth-last-child(2)").all_inner_texts()
+    assert (base, average) == (["43", "44"], ["30", "31"])
     expect(page.locator("#legend")).to_contain_text("◆ base")
+    expect(page.locator("#legend")).to_contain_text("average")
 
 
 def test_the_default_is_set_for_all(page: Page, url: str) -> None:
@@ -249,3 +258,5 @@ def test_the_pages_files_and_nothing_else(engine: pf.Engine) -> None:
         create_app(engine, front=FRONT, base={"news": 1.0})
     with pytest.raises(ValueError, match="expected no base without a front"):
         create_app(engine, base={"news": 1.0})
+    with pytest.raises(ValueError, match="got a point 'average' with the metrics"):
+        create_app(engine, front=FRONT, points={"average": {"news": 1.0}})

@@ -10,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -257,6 +260,62 @@ def test_a_second_signal_waits_for_no_work(tmp_path: Path, monkeypatch: pytest.M
     assert err == ""
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"POST /v1/completions HTTP/1.1\r\nHost: loc",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 99\r\n\r\n{"prompt":',
+    ],
+)
+def test_a_request_that_never_ends_is_ended(
+    begun: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the server, while a request in work that takes longer goes on."""
+    from paretofuse.serving import create_app, server
+
+    monkeypatch.setattr(server, "_SLOWEST", 0.5)
+    engine = pf.load(text_store(tmp_path))
+    at_work, done = threading.Event(), threading.Event()
+
+    def answer(_: object, given: object) -> str:
+        at_work.set()
+        done.wait(60)
+        return "at last"
+
+    app = create_app(engine, predict=answer)
+    urls: Queue[str] = Queue()
+
+    def ask() -> None:
+        url = urls.get(timeout=60)
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(httpx.post, f"{url}/v1/predict", json={"input": "x"}, timeout=60)
+            try:
+                assert at_work.wait(60)
+                place = urlsplit(url)
+                with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
+                    connection.sendall(begun)
+                    try:
+                        while connection.recv(1000):
+                            pass  # an answer to what was whole
+                    except ConnectionResetError:
+                        pass
+                    found.append("ended")
+            finally:
+                done.set()
+                found.append(slow.result().json())
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    found: list[Any] = []
+    asking = threading.Thread(target=ask)
+    asking.start()
+    server.serve(app, "127.0.0.1", 0, started=urls.put)
+    asking.join()
+    assert found[0] == "ended"
+    assert found[1]["output"] == "at last"
+
+
 def test_small_packets_are_sent_at_once() -> None:
     from paretofuse.serving.server import listening
 
@@ -291,6 +350,8 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--timeout", "inf"], "--timeout inf, expected a finite number above 0"),
         (["--api-key-file", tmp_path / "binary"], "binary, which is no text in UTF-8"),
         (["--model-name", ""], "1 to 200 characters"),
+        (["--point", "average"], "expected LABEL:NAME=NUMBER"),
+        (["--point", "average:news=1"], "expected no point without a front"),
         (["--front", tmp_path / "nothing.csv"], "No such file"),
         (["--host", "192.0.2.1", "--port", "0"], "assign requested address"),
     ):

@@ -129,7 +129,9 @@ def test_weights_are_the_merged_models(engine: pf.Engine) -> None:
         assert refused.status_code in (400, 404)
         assert refused.json()["error"]["message"].startswith("got ")
     dense = client.get("/v1/models/news=1,poems=0/adapter")
-    assert (dense.status_code, dense.json()["error"]["param"]) == (400, "preference")
+    assert (dense.status_code, dense.json()["error"]["code"]) == (404, "no_adapter")
+    assert "/v1/models/{preference}/weights" in dense.json()["error"]["message"]  # what this client can do
+    assert "rank=" not in dense.json()["error"]["message"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft

@@ -71,7 +71,7 @@ def plan(rows: dict[Any, int], **options: Any) -> Plan:
         "ready": (),
         "replicas": 16,
         "planes": 2.0,
-        "several": 3.4,
+        "each": 0.07,
         "can_mix": True,
         **options,
     }
@@ -83,8 +83,9 @@ KEYS = [(i / 16, 1 - i / 16) for i in range(17)]
 
 def cost(chosen: Plan, rows: dict[Any, int], planes: float, steps: int) -> float:
     """By the formulas of costs.py, nothing being merged yet."""
-    own = sum(min(rows[key], 3.4) + (2 + planes) / 2 / steps for key in chosen.merged)
-    return own + (1 + planes) * min(sum(rows[key] for key in chosen.mixed), 3.4)
+    own = sum(0.93 + 0.07 * rows[key] + (2 + planes) / 2 / steps for key in chosen.merged)
+    mixed = sum(rows[key] for key in chosen.mixed)
+    return own + ((1 + planes) * (0.93 + 0.07 * mixed) if mixed else 0.0)
 
 
 def test_plans() -> None:
@@ -92,13 +93,15 @@ def test_plans() -> None:
     many = dict.fromkeys(KEYS, 1)
     assert plan(many).merged == ()  # many dense ones: all mixed
     assert set(plan(many).mixed) == set(KEYS)
-    # A few dense ones are cheaper merged; with low-rank planes four are not.
-    few = dict.fromkeys(KEYS[:5], 1)
+    # Three dense ones are cheaper merged; four are not, and with low-rank planes two are not.
+    few = dict.fromkeys(KEYS[:3], 1)
+    assert set(plan(dict.fromkeys(KEYS[:4], 1)).mixed) == set(KEYS[:4])
+    assert set(plan(dict.fromkeys(KEYS[:2], 1), planes=0.02).mixed) == set(KEYS[:2])
     assert set(plan(few).merged) == set(few)
     assert set(plan(few, planes=0.02).mixed) == set(few)
     # One token is not worth a merge.
     assert plan(few, steps=dict.fromkeys(few, 1)).merged == ()
-    assert set(plan(few, steps=dict.fromkeys(few, 1), ready=KEYS[:5]).merged) == set(few)
+    assert set(plan(few, steps=dict.fromkeys(few, 1), ready=KEYS[:3]).merged) == set(few)
     # What cannot be mixed is merged.
     assert set(plan(many, can_mix=False).merged) == set(many)
     # Never more than there are replicas.

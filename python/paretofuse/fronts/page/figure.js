@@ -69,7 +69,7 @@ function slotTrace(slot, where, lines) {
 
 /** The single models of a front (its base, averages) as [label, values] pairs. */
 function models(front) {
-  return [...(front.base ? [["base", front.base]] : []), ...Object.entries(front.models ?? {})];
+  return Object.entries(front.models ?? {});
 }
 
 function figureKind(front) {

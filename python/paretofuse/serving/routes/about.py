@@ -64,7 +64,7 @@ def about_routes(state: State) -> APIRouter:
             objectives=list(state.preferences.objectives),
             default=state.preferences.default,
             **_measured(state),
-            base=state.base,
+            models=state.beside,
             **facts_of(state.model),
         )
 

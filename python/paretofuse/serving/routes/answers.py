@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from paretofuse.serving import schemas
 from paretofuse.serving.errors import ApiError, refused
@@ -20,6 +21,25 @@ from paretofuse.serving.state import State, pieces
 
 USUAL_TOKENS = 16
 """OpenAI's `max_tokens` for completions that do not say."""
+_SHORT = 2000
+"""Characters that are made tokens of within the event loop: another thread would cost as much again."""
+
+
+async def aside(work: Callable[[State, Any], list[Any]], state: State, given: Any, *, size: int) -> list[Any]:
+    """Tokens of texts, in another thread where the texts are long.
+
+    Args:
+        work: makes them.
+        state: the app's.
+        given: the texts.
+        size: their characters.
+    """
+    return work(state, given) if size <= _SHORT else await asyncio.to_thread(work, state, given)
+
+
+def answered(document: BaseModel) -> Response:
+    """A finished answer, sent as it is: FastAPI would check again what was made here."""
+    return Response(document.model_dump_json(), media_type="application/json")
 
 
 def resolved(state: State, preference: Any) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,7 +9,7 @@ from jinja2.exceptions import TemplateError
 from starlette.responses import Response
 
 from paretofuse.serving.errors import ApiError
-from paretofuse.serving.routes.answers import prompt_jobs, stamped, streamed, usage_of
+from paretofuse.serving.routes.answers import answered, aside, prompt_jobs, stamped, streamed, usage_of
 from paretofuse.serving.routes.streams import EVENTS, EventStream
 from paretofuse.serving.schemas import ChatAnswer, ChatChoice, ChatCompletion, ChatRequest
 from paretofuse.serving.state import State
@@ -21,11 +20,11 @@ def chat_routes(state: State) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
-    async def chat(body: ChatRequest, request: Request) -> ChatCompletion | Response:
+    async def chat(body: ChatRequest, request: Request) -> Response:
         """The assistant's next turn; with "stream" as server-sent events."""
         state.check_model(body.model)
         state.check_task("text-generation")
-        tokens = await asyncio.to_thread(_tokens, state, body)
+        tokens = await aside(_tokens, state, body, size=body.characters())
         jobs = prompt_jobs(state, body, [tokens], body.max_completion_tokens or body.max_tokens, "messages")
         preference = dict(jobs[0].preference)
         if body.stream:
@@ -42,7 +41,7 @@ def chat_routes(state: State) -> APIRouter:
         ]
         usage = usage_of(jobs, sum(piece.tokens for piece in found), body.n or 1)
         frame = stamped(state, "chatcmpl", preference=preference)
-        return ChatCompletion(**frame, choices=choices, usage=usage)
+        return answered(ChatCompletion(**frame, choices=choices, usage=usage))
 
     return router
 

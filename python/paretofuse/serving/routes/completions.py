@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from paretofuse.serving.routes.answers import USUAL_TOKENS, prompt_jobs, stamped, streamed, usage_of
+from paretofuse.serving.routes.answers import (
+    USUAL_TOKENS,
+    answered,
+    aside,
+    prompt_jobs,
+    stamped,
+    streamed,
+    usage_of,
+)
 from paretofuse.serving.routes.streams import EVENTS, EventStream
 from paretofuse.serving.schemas import Completion, CompletionChoice, CompletionRequest
 from paretofuse.serving.state import State
@@ -18,14 +25,12 @@ def completion_routes(state: State) -> APIRouter:
     """POST /v1/completions."""
     router = APIRouter()
 
-    @router.post(
-        "/v1/completions", response_model=Completion, response_model_exclude_none=False, responses=EVENTS
-    )
-    async def completions(body: CompletionRequest, request: Request) -> Completion | Response:
+    @router.post("/v1/completions", response_model=Completion, responses=EVENTS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         """Text that follows a prompt; with "stream" as server-sent events."""
         state.check_model(body.model)
         state.check_task("text-generation")
-        prompts = await asyncio.to_thread(_tokens, state, body.prompts())
+        prompts = await aside(_tokens, state, body.prompts(), size=body.characters())
         jobs = prompt_jobs(state, body, prompts, body.max_tokens or USUAL_TOKENS, "prompt")
         frame = stamped(state, "cmpl", object="text_completion", preference=dict(jobs[0].preference))
         if body.stream:
@@ -36,7 +41,7 @@ def completion_routes(state: State) -> APIRouter:
             for i, piece in enumerate(found)
         ]
         usage = usage_of(jobs, sum(piece.tokens for piece in found), body.n or 1)
-        return Completion(**frame, choices=choices, usage=usage)
+        return answered(Completion(**frame, choices=choices, usage=usage))
 
     return router
 

@@ -56,8 +56,15 @@ def file_routes(state: State) -> APIRouter:
         shares = _resolved(state, preference)
         take()
         async with places:
-            with refused("preference"):
+            try:
                 content = await asyncio.to_thread(_adapter, state, shares)
+            except ValueError as error:
+                raise ApiError(
+                    404,
+                    f"{str(error).partition('; ')[0]}; take the merged model, GET "
+                    "/v1/models/{preference}/weights, or have `paretofuse adapter --rank` cut an adapter of the store",
+                    code="no_adapter",
+                ) from error
         return Response(content, media_type="application/zip", headers=_named("adapter.zip"))
 
     return router

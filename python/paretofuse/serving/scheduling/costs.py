@@ -2,20 +2,20 @@
 
 The unit is a step of one row on a merged model, which on the CPU is one pass over its weights:
 
-    step(n) = min(n, SEVERAL)              n rows on one model: a product of several rows packs the weights first, which
-                                           costs as much as SEVERAL rows alone, and then nearly nothing for each row
+    step(n) = 1 + EACH (n - 1)             n rows on one model
     merged, n rows of one preference       step(n), for each such preference
     mixed,  n rows of any preferences      (1 + S) step(n)              S: bytes of all planes / bytes of the base
     a merge that is needed first           (2 + S) / 2, divided by the steps that will use it: its passes stream
 
-S: what planes cost in products, by what the base costs. A plane that is not low-rank is a product of the base's size,
-whatever its format. Low-rank planes have S near 0, so that a few preferences already share a batch; with two dense
-experts (S = 2) they do from about ten on, or as soon as there are more than replicas. What costs the same is merged,
-for the next request. Measured at GPT-2's size (float32, one token a row, two threads of one core, milliseconds):
+EACH is oneDNN's, which multiplies in both (`kernels/few_rows.py`). S: what planes cost in products, by what the base
+costs. A plane that is not low-rank is a product of the base's size, whatever its format. Low-rank planes have S near 0,
+so that two preferences already share a batch; with two dense experts (S = 2) four do, or as soon as there are more than
+replicas. What costs the same is merged, for the next request. Measured at GPT-2's size (float32, one token a row, two
+cores with AVX-512 beside other work, milliseconds):
 
                            merged 1, 4, 16 rows   mixed 1, 4, 16 rows   a merge
-    two dense experts      74, 197, 149           178, 546, 576         73
-    two LoRAs of rank 8    57, 124, 233           70, 223, 202          81
+    two dense experts      43, 57, 88             77, 110, 165          40
+    two LoRAs of rank 8                           42, 54, 69            34
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from paretofuse.engine.engine import Engine
 from paretofuse.engine.planes.lowrank import LowRank
 from paretofuse.serving.scheduling.job import Key
 
-SEVERAL = {"cpu": 3.4}
+EACH = {"cpu": 0.07}
 """By kind of device; on others any number of rows is one pass."""
 
 
-def step(rows: int, several: float) -> float:
+def step(rows: int, each: float) -> float:
     """What a step of rows on one model costs."""
-    return min(float(rows), several)
+    return 1 + each * (rows - 1) if rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_plan(
     *,
     replicas: int,
     planes: float,
-    several: float,
+    each: float,
     can_mix: bool,
 ) -> Plan:
     """The cheapest plan among those that merge the preferences with the most rows.
@@ -78,7 +78,7 @@ def make_plan(
         ready: the preferences that are merged already.
         replicas: how many may be merged at once.
         planes: S.
-        several: SEVERAL of the device.
+        each: EACH of the device.
         can_mix: whether engine.batched can run this model; else there must be no more preferences than replicas.
     """
     order = sorted(rows, key=lambda key: (key not in ready, -rows[key], -steps[key]))
@@ -89,9 +89,9 @@ def make_plan(
         total = 0.0
         for key in order[:count]:
             merge = 0.0 if key in ready else (2 + planes) / 2 / max(1, steps[key])
-            total += step(rows[key], several) + merge
+            total += step(rows[key], each) + merge
         rest = sum(rows[key] for key in order[count:])
-        return total + (1 + planes) * step(rest, several)
+        return total + (1 + planes) * step(rest, each)
 
     count = min(range(min(replicas, len(order)), -1, -1), key=cost)
     return Plan(tuple(order[:count]), tuple(order[count:]))

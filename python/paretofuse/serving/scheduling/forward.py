@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paretofuse.serving.errors import ApiError, too_late
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel
-from paretofuse.serving.scheduling.costs import SEVERAL, make_plan, size_of_planes
+from paretofuse.serving.scheduling.costs import EACH, make_plan, size_of_planes
 from paretofuse.serving.scheduling.job import Job, Piece
 from paretofuse.serving.scheduling.modules import Modules
 
@@ -33,7 +33,7 @@ class ForwardRunner:
         self._model, self._modules, self._metrics = model, modules, metrics
         self._max_batch, self._replicas = max_batch, replicas
         self._planes = size_of_planes(model.engine)
-        self._several = SEVERAL.get(model.engine.device.type, 1.0)
+        self._each = EACH.get(model.engine.device.type, 0.0)
         self._jobs: list[Job] = []
 
     @property
@@ -83,7 +83,7 @@ class ForwardRunner:
             [key for key in rows if self._modules.is_merged(key)],
             replicas=self._replicas,
             planes=self._planes,
-            several=self._several,
+            each=self._each,
             can_mix=bool(self._modules.can_mix),
         )
         for key in plan.merged:

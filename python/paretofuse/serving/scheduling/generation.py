@@ -23,7 +23,7 @@ from paretofuse.serving.errors import too_late
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel
 from paretofuse.serving.scheduling.cache import RowCache, mask_of
-from paretofuse.serving.scheduling.costs import SEVERAL, Plan, make_plan, size_of_planes
+from paretofuse.serving.scheduling.costs import EACH, Plan, make_plan, size_of_planes
 from paretofuse.serving.scheduling.job import Job, Key, Piece
 from paretofuse.serving.scheduling.modules import Modules
 from paretofuse.serving.scheduling.sampling import Chooser, Sampling, choose_all
@@ -96,7 +96,7 @@ class GenerationRunner:
         self._model, self._modules, self._metrics = model, modules, metrics
         self._max_batch, self._replicas, self._columns = max_batch, replicas, cache_columns
         self._planes = size_of_planes(model.engine)
-        self._several = SEVERAL.get(model.engine.device.type, 1.0)
+        self._each = EACH.get(model.engine.device.type, 0.0)
         self._takes = frozenset(inspect.signature(model.skeleton.forward).parameters)
         self._new: list[Row] = []
         self._rows: list[Row] = []  # in the order of the cache, neighbours where they share a step
@@ -197,7 +197,7 @@ class GenerationRunner:
             [key for key in counts if self._modules.is_merged(key)],
             replicas=self._replicas,
             planes=self._planes,
-            several=self._several,
+            each=self._each,
             can_mix=bool(self._modules.can_mix),
         )
         self._modules.keep((key, None) for key in self._plan.merged)
