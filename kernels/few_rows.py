@@ -14,13 +14,14 @@ else those of at most `FEW` rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import MethodType
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 FEW = 32
 _SMALL = 1 << 16
@@ -36,25 +37,28 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def multiply_few_rows(module: nn.Module) -> None:
-    """Have the linear layers of a module, and transformers' Conv1D, multiply by `product` from now on.
+def for_rows(count: int) -> AbstractContextManager[object]:
+    """Inside, linear layers and transformers' Conv1D are computed by `product`, but those of small weights.
 
-    They stay what they are, with their parameters; layers of subclasses and of small weights are left alone.
+    with for_rows(x.shape[0]):
+        y = module(x)
+
+    One row alone is BLAS's, which packs nothing for it: looking at each operation would take longer than is gained.
     """
-    layers: Iterable[Any] = module.modules()
-    for layer in layers:
-        kind = type(layer)
-        is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-        if (kind is nn.Linear or is_conv1d) and layer.weight.numel() >= _SMALL:
-            layer.forward = MethodType(_conv1d if is_conv1d else _linear, layer)
+    return _FewRows() if count > 1 else nullcontext()
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    return product(x, layer.weight, layer.bias)
-
-
-def _conv1d(layer: Any, x: Tensor) -> Tensor:
-    return product(x, layer.weight.T, layer.bias)
+class _FewRows(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """`F.linear(x, weight, bias)` of nn.Linear, `torch.addmm(bias, x, weight)` of Conv1D; all else as it is."""
+        if func is F.linear and not kwargs and args[1].numel() >= _SMALL:
+            return product(*args)
+        if func is torch.addmm and not kwargs and args[2].numel() >= _SMALL and args[0].dim() == 1:
+            bias, x, weight = args
+            return product(x, weight.T, bias)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretofuse.kernels.few_rows import for_rows
 from paretofuse.serving.errors import ApiError, too_late
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel
@@ -131,7 +132,8 @@ class ForwardRunner:
             batch = {"pixel_values": torch.cat(inputs).to(device)}
         else:
             batch = self._model.padded(inputs)
-        found = module(**batch)
+        with for_rows(sum(map(len, inputs))):
+            found = module(**batch)
         if self._model.task != "feature-extraction":
             return found.logits  # type: ignore[no-any-return]
         return self._model.pooling(found.last_hidden_state, batch.get("attention_mask"))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from paretofuse.kernels.few_rows import for_rows
 from paretofuse.serving.errors import too_late
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.model import ServedModel
@@ -263,7 +264,8 @@ class GenerationRunner:
             given["position_ids"] = positions
         if "logits_to_keep" in self._takes:
             given["logits_to_keep"] = 1
-        found = module(input_ids=ids, attention_mask=mask, use_cache=True, **given)
+        with for_rows(ids.numel()):
+            found = module(input_ids=ids, attention_mask=mask, use_cache=True, **given)
         logits: Tensor = found.logits[:, -1]
         return logits
 

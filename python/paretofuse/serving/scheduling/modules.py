@@ -6,12 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from weakref import WeakSet
 
 from torch import nn
 
 from paretofuse.engine.engine import Engine
-from paretofuse.kernels.few_rows import multiply_few_rows
 from paretofuse.serving.metrics import Metrics
 from paretofuse.serving.scheduling.job import Key
 
@@ -25,15 +23,13 @@ class Modules:
         engine: whose modules.
         metrics: counts merges.
         timeout: seconds to wait for a replica that others hold.
-        own: whether forward passes are the server's own, and may be computed by its products.
 
     Attributes:
         can_mix: whether rows of different preferences may share a batch; None until `try_to_mix`.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, timeout: float, own: bool = True) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, timeout: float) -> None:
         self._engine, self._metrics, self._timeout = engine, metrics, timeout
-        self._own, self._prepared = own, WeakSet[nn.Module]()
         self._held: dict[tuple[Key, str | None], tuple[ExitStack, nn.Module]] = {}
         self._mixed: tuple[tuple[Key, ...], str | None, nn.Module] | None = None
         self.can_mix: bool | None = None
@@ -63,9 +59,6 @@ class Modules:
                 module = stack.enter_context(
                     self._engine.replica(self.named(key), head=head, timeout=self._timeout)
                 )
-                if self._own and module not in self._prepared:
-                    multiply_few_rows(module)
-                    self._prepared.add(module)
                 self._held[key, head] = stack.pop_all(), module
             if not hit:
                 self._metrics.merged(time.perf_counter() - started)
@@ -77,8 +70,6 @@ class Modules:
         wanted = tuple(keys), head
         if self._mixed is None or self._mixed[:2] != wanted:
             module = self._engine.batched([self.named(key) for key in keys], head=head)
-            if self._own:
-                multiply_few_rows(module)  # what no preference changes, as the logits of LoRA experts
             self._mixed = (*wanted, module)
         return self._mixed[2]
 

@@ -62,7 +62,7 @@ class Worker:
     ) -> None:
         self._limits, self._metrics = limits, metrics
         self._replicas = len(model.engine.pool)
-        self._modules = Modules(model.engine, metrics, limits.timeout, own=model.predict is None)
+        self._modules = Modules(model.engine, metrics, limits.timeout)
         self._runner = _runner(model, self._modules, limits, metrics, self._replicas)
         self._queue = FairQueue(limits.queue)
         self._changed = Condition()
