@@ -5,7 +5,8 @@ Jacobian of the routing weights, then the routers' own backward and Adam; every 
 module as an ordinary one, a forward and a backward with weight gradients for the same two batches, nothing else.
 PWEMoE: its module around each attention and MLP block, its training step. Ours with a sketch: rank-16 planes stand in
 for the experts' in the gradient of linear layers, as `pf.fit(sketch=16)` has it. LoRA experts: of every linear layer,
-their own factors, which no weight gradient is needed for either.
+their own factors, which no weight gradient is needed for either. Families: ours with coefficients of rows, and of
+columns besides.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import paretofuse as pf
 from benchmarks.harness.record import Options, Row, check, interleave, milliseconds, paired_ratio
 from benchmarks.models import clip
+from paretofuse.engine.routing.families import FAMILIES
 
 PREFERENCE = (0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05)
 SKETCH = 16
@@ -112,6 +114,14 @@ def run(options: Options) -> list[Row]:
         seconds = interleave({name: steps["ours"], "plain dense": steps["plain dense"]}, options.repeat(7))
     share = paired_ratio(seconds[name], seconds["plain dense"])
     rows.append(_row(name, seconds, "ours / plain dense", share, "<= 0.80"))
+    for family in FAMILIES[1:]:
+        engine.set_family(family)
+        name = f"ours, {family}"
+        seconds = interleave(
+            {name: our_step(engine, batches), "plain dense": steps["plain dense"]}, options.repeat(7)
+        )
+        share = paired_ratio(seconds[name], seconds["plain dense"])
+        rows.append(_row(name, seconds, "ours / plain dense", share))
     for rank, target in LORA:
         name = f"ours, 8 LoRAs of rank {rank}"
         seconds = _with_adapters(name, rank, dense, batches, steps["plain dense"], options)
