@@ -445,5 +445,5 @@ class Engine:
             ValueError: no such family, shards of one process, or coefficients that are not zero would be lost.
         """
         if family != "scalar":
-            self._bound.check_rows(len(self.groups) + self.layout.row_count)
+            self._bound.check_rows(self.layout.widths[1])
         self.routers.set_family(family)

@@ -169,8 +169,8 @@ class Layout:
     @cached_property
     def spans(self) -> dict[str, Spans]:
         """Where each routed tensor's coefficients lie: behind the groups all rows, behind these all columns."""
-        spans, row = {}, len(self.groups)
-        column = row + self.row_count
+        spans = {}
+        row, column, _ = self.widths
         for spec in self.with_role("routed"):
             rows, columns = slice(row, row + spec.rows), slice(column, column + spec.own_columns)
             spans[spec.name] = Spans(
@@ -188,6 +188,12 @@ class Layout:
     def column_count(self) -> int:
         """Columns of all routed matrices together: C."""
         return sum(spec.own_columns for spec in self.with_role("routed"))
+
+    @cached_property
+    def widths(self) -> tuple[int, int, int]:
+        """Lengths of the first axis of routing weights: G, with rows G + R, with columns too G + R + C."""
+        with_rows = len(self.groups) + self.row_count
+        return len(self.groups), with_rows, with_rows + self.column_count
 
     def summary(self) -> str:
         """Sizes at a glance."""

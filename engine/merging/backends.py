@@ -103,7 +103,6 @@ def native_merger(
     """
 
     groups, none = len(set(rows.values())), slice(0)
-    with_rows = groups + stack.layout.row_count
     spans = [stack.layout.spans.get(spec.name, Spans(0)) if spec.numel else Spans(0) for spec in specs]
     row_spans, column_spans = [own.rows or none for own in spans], [own.columns or none for own in spans]
     plan = MergePlan(
@@ -122,7 +121,7 @@ def native_merger(
     def merge(weights: Tensor, _keep_alive: object = (stack, out)) -> None:
         weights = weights.cpu()
         by_row = _coefficients(weights, row_spans if weights.shape[1] > groups else [])
-        by_column = _coefficients(weights, column_spans if weights.shape[1] > with_rows else [])
+        by_column = _coefficients(weights, column_spans if weights.shape[1] > stack.layout.widths[1] else [])
         plan.run(
             weights[:, :groups].contiguous().numpy(),
             addresses,

@@ -96,9 +96,6 @@ class BoundStack:
         self.stack = stack = settled(stack)
         self.deltas = DenseDeltas(stack, self.flat)
         self.shardings = shardings or {}
-        self._with_rows = (
-            len(self.layout.groups) + self.layout.row_count
-        )  # routing weights that name no column
         self._static: dict[str, Tensor] | None = None
         self._factors: dict[tuple[str, ...], Factors] = {}
 
@@ -234,7 +231,7 @@ class BoundStack:
         def merge_all(weights: Tensor) -> None:
             self.stack.check()
             self.check_rows(weights.shape[1])
-            for merge in plain if weights.shape[1] > self._with_rows else parts:
+            for merge in plain if weights.shape[1] > self.layout.widths[1] else parts:
                 merge(weights)
 
         return merge_all

@@ -6,7 +6,6 @@ Memory stays at two output buffers and the mapped pages of one batch, whatever t
 from __future__ import annotations
 
 import os
-from itertools import accumulate
 
 import numpy as np
 
@@ -87,9 +86,8 @@ def merge_store(
 
 def _routing_weights(store: Store, preference: Preference | None, weights: np.ndarray | None) -> np.ndarray:
     """The routing weights of a preference, or the given ones, float32 [G, P], [G + R, P] or [G + R + C, P]."""
-    layout, planes = store.layout, len(store.layout.members)
-    widths = accumulate((len(layout.groups), layout.row_count, layout.column_count))
-    shapes = [(width, planes) for width in widths][: 1 + FAMILIES.index(store.family)]
+    planes = len(store.layout.members)
+    shapes = [(width, planes) for width in store.layout.widths[: 1 + FAMILIES.index(store.family)]]
     if (preference is None) == (weights is None):
         raise ValueError("got both or neither of a preference and weights, expected one of them")
     if preference is not None:

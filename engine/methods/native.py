@@ -178,7 +178,6 @@ def _combine(
         np.ascontiguousarray(weights[None, None], np.float32),
         np.array([[out.address]], np.uint64),
         row_weights=None if rows is None else np.array([[rows.ctypes.data]], np.uint64),
-        column_weights=None,
         threads=thread_count(threads),
         isa="",
     )

@@ -30,7 +30,7 @@ from paretofuse.engine.merging import native
 from paretofuse.engine.merging.flat import FlatInputs
 from paretofuse.engine.modules.kernel_sums import KernelSums
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
-from paretofuse.engine.planes.plane import Plane, Sums, memories
+from paretofuse.engine.planes.plane import Plane, Sums, memories, sums_shape
 from paretofuse.engine.planes.trained import (
     TrainedPlanes,
     factor_gradients,
@@ -353,8 +353,7 @@ def inner_products(gradient: Tensor, planes: Sequence[Plane | None], by: Sums = 
 def _sums_of(plane: Plane | None, gradient: Tensor, by: Sums) -> Tensor:
     """One plane's by PyTorch, float64 [], [rows] or [rows + columns]."""
     if plane is None:
-        rows, columns = rows_of(gradient.shape), columns_of(gradient.shape)
-        shape = {"whole": (), "row": (rows,), "row and column": (rows + columns,)}[by]
+        shape = sums_shape(by, rows_of(gradient.shape), columns_of(gradient.shape))
         return gradient.new_zeros(shape, dtype=torch.float64)
     if by == "whole":
         return plane.inner(gradient)

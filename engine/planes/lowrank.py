@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paretofuse.engine.dtypes import TO_NAME
 from paretofuse.engine.planes.memory import Memory
-from paretofuse.engine.planes.plane import Plane, Sums
+from paretofuse.engine.planes.plane import Plane, Sums, sums_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,18 +148,17 @@ def token_sums(planes: Sequence[Plane | None], left: Tensor, right: Tensor, by: 
         float32 [P], [P, rows] or [P, rows + columns].
     """
     own = [(j, plane) for j, plane in enumerate(planes) if isinstance(plane, LowRank)]
-    counts = {"whole": 1, "row": left.shape[1], "row and column": left.shape[1] + right.shape[1]}
-    sums = left.new_zeros(len(planes), counts[by])
+    sums = left.new_zeros(len(planes), *sums_shape(by, left.shape[1], right.shape[1]))
     if own:
         b = torch.cat([plane.b.float() for _, plane in own], 1)  # [rows, sum of ranks]
         a = torch.cat([plane.a.float() for _, plane in own])  # [sum of ranks, columns]
         low = right @ a.T  # [tokens, sum of ranks]
         if by == "whole":
-            products = ((left @ b) * low).sum(0, keepdim=True)
+            products = ((left @ b) * low).sum(0)  # [sum of ranks], else [rows or more, sum of ranks]
         else:
             products = b * (left.T @ low)
         if by == "row and column":
             products = torch.cat([products, a.T * (right.T @ (left @ b))])
-        for (j, _), part in zip(own, products.split([plane.rank for _, plane in own], 1), strict=True):
-            sums[j] = part.sum(1)
-    return sums[:, 0] if by == "whole" else sums
+        for (j, _), part in zip(own, products.split([plane.rank for _, plane in own], -1), strict=True):
+            sums[j] = part.sum(-1)
+    return sums

@@ -20,6 +20,11 @@ Sums = Literal["whole", "row", "row and column"]
 """Which products of a gradient with planes are wanted: of the whole tensor, each row's, or each row's and column's."""
 
 
+def sums_shape(by: Sums, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of one plane's sums over a tensor of so many rows and columns."""
+    return {"whole": (), "row": (rows,), "row and column": (rows + columns,)}[by]
+
+
 class Plane(Protocol):
     """What one expert adds to one tensor: frozen numbers in one of the formats of this room.
 

@@ -27,7 +27,7 @@ from paretofuse.engine.merging import native
 from paretofuse.engine.modules.gradient import inner_products
 from paretofuse.engine.planes.lowrank import LowRank, token_sums
 from paretofuse.engine.planes.parts import part_of, parts_of, plane_from
-from paretofuse.engine.planes.plane import Plane, Sums, memories, merged_tensor
+from paretofuse.engine.planes.plane import Plane, Sums, memories, merged_tensor, sums_shape
 from paretofuse.engine.planes.trained import factor_gradients_of_tokens
 from paretofuse.engine.routing.weights import coefficients
 
@@ -155,8 +155,8 @@ def _(
     by: str,
 ) -> Tensor:
     rows, columns = (x, grad)[:: 1 if transposed else -1]
-    counts = {"whole": (), "row": (rows.shape[1],), "row and column": (rows.shape[1] + columns.shape[1],)}
-    return x.new_empty((len(values), *counts[by]), dtype=torch.float32)
+    shape = sums_shape(cast(Sums, by), rows.shape[1], columns.shape[1])
+    return x.new_empty((len(values), *shape), dtype=torch.float32)
 
 
 @torch.library.custom_op("paretofuse::layerwise_factors_grad", mutates_args=(), device_types="cpu")
